@@ -1,0 +1,36 @@
+// normalize and normalize_backward: parameters and launchers.
+#pragma once
+
+#include "common.h"
+
+namespace specnorm {
+
+struct NormalizeItem {
+  MatrixRef weight;                 // [m, n]
+  void* out;                        // [m, n], weight's dtype
+  int64_t out_row_stride, out_col_stride;
+  MatrixRef grad;                   // backward only: gradient of the output, [m, n]
+  VectorRef u, v;                   // backward only: [m], [n], leading columns
+};
+
+struct NormalizeParams {
+  DType dtype;
+  int64_t count;
+  const NormalizeItem* items;
+  const void* sigma;  // [count], state dtype
+};
+
+namespace baseline {
+Status normalize_cpu(const NormalizeParams&, const Parallel&);
+Status normalize_backward_cpu(const NormalizeParams&, const Parallel&);
+}
+namespace avx2 {
+Status normalize_cpu(const NormalizeParams&, const Parallel&);
+Status normalize_backward_cpu(const NormalizeParams&, const Parallel&);
+}
+namespace avx512 {
+Status normalize_cpu(const NormalizeParams&, const Parallel&);
+Status normalize_backward_cpu(const NormalizeParams&, const Parallel&);
+}
+
+}  // namespace specnorm

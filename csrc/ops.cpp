@@ -1,0 +1,20 @@
+// Every schema and every registration of specnorm_ext. Fake kernels and autograd are in specnorm_ext/_ops.py.
+#include "ops.h"
+
+STABLE_TORCH_LIBRARY(specnorm_ext, m) {
+  m.def(
+      "power_iteration_(Tensor[] weights, Tensor(a!)[] u, Tensor(b!)[] v, int n_iterations=1, "
+      "float eps=1e-12) -> Tensor");
+  m.def("sigma(Tensor[] weights, Tensor[] u, Tensor[] v) -> Tensor");
+  m.def("normalize(Tensor[] weights, Tensor[] u, Tensor[] v, Tensor sigma) -> Tensor[]");
+  m.def(
+      "normalize_backward(Tensor[] grads, Tensor[] weights, Tensor[] u, Tensor[] v, Tensor sigma) "
+      "-> Tensor[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(specnorm_ext, CPU, m) {
+  m.impl("power_iteration_", TORCH_BOX(&specnorm::power_iteration_cpu_op));
+  m.impl("sigma", TORCH_BOX(&specnorm::sigma_cpu_op));
+  m.impl("normalize", TORCH_BOX(&specnorm::normalize_cpu_op));
+  m.impl("normalize_backward", TORCH_BOX(&specnorm::normalize_backward_cpu_op));
+}

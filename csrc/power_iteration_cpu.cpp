@@ -1,0 +1,596 @@
+// Batched power (b = 1) and subspace (b = 2..8) iteration over a ragged list of matrices, on the CPU.
+//
+//   t = W v;   u = t / |t|;   z = W^T u;   sigma = |z|;   v = z / |z|            (columns: Rayleigh-Ritz)
+//
+// Work: each matrix is cut into chunks of stored rows by its shape alone, so the bits of the result do not
+// depend on the number of threads. Threads fetch chunks of all matrices from one counter; whoever finishes a
+// matrix's last chunk reduces the partial sums in chunk order and decides the matrix's next phase. A
+// matrix of one chunk runs all its iterations in one go.
+//
+// Scale: sums run on W as it is while |t| stays in a range where neither t nor z = W^T t can overflow or lose
+// bits. Outside it (or at NaN) the matrix starts again with a and t multiplied by a power of two from
+// max |W|, which also tells a zero or non-finite W from a badly scaled one. u and v are written only at
+// the end, and only when everything was finite.
+#include "power_iteration.h"
+
+#include <cfloat>
+#include <cmath>
+#include <cstdlib>
+
+#include "dense_cpu.h"
+#include "row_pass_cpu.h"
+#include "schedule_cpu.h"
+
+namespace specnorm {
+namespace SPECNORM_ISA {
+namespace {
+
+template <class C>
+struct Range;  // |t| in here needs no scaling: t^2 * sigma^2 and its terms stay normal numbers
+template <>
+struct Range<float> {
+  static constexpr double low = 1e-14, high = 1e14, epsilon = FLT_EPSILON, largest = FLT_MAX;
+  static constexpr int max_shift = 120;
+};
+template <>
+struct Range<double> {
+  static constexpr double low = 1e-120, high = 1e120, epsilon = DBL_EPSILON, largest = DBL_MAX;
+  static constexpr int max_shift = 1000;
+};
+
+enum class Phase {
+  kStart,  // stored by columns only: T = W V, which needs every stored row before any dot can begin
+  kPass,   // dot and axpy
+  kLast,   // stored by columns only: the last Z = W^T U, with no next T to prepare
+  kDone
+};
+
+// A stationary pseudo-random sign pattern, independent for each column.
+SPECNORM_INLINE uint32_t hash(uint64_t index, uint32_t column) {
+  uint64_t x = index * 0x9E3779B97F4A7C15ull + column * 0xD1B54A32D192ED03ull + 0x632BE59BD9B4E019ull;
+  x ^= x >> 32;
+  x *= 0xD6E8FEB86659FD93ull;
+  x ^= x >> 32;
+  return uint32_t(x);
+}
+
+template <class S>
+struct State {
+  using C = typename Elem<S>::C;
+
+  // the matrix as it lies in memory: stored rows of `length` elements at distance ld
+  const S* w;
+  int64_t rows, length, ld, inner_stride;
+  bool by_columns, packed;
+  int64_t m, n;
+  int b;
+  const PowerIterationItem* item;
+  C* sigma;
+
+  int64_t chunks, chunk_rows;
+  int64_t length_stride, rows_stride;
+  C* a;          // [b, length_stride] what stored rows are dotted with: v, or u when by columns
+  C* t;          // [b, rows_stride]   one value per stored row: W v, or W^T u when by columns
+  C* z;          // [chunks, b, length_stride] partial axpy sums
+  double* gram;  // [chunks, b, b]     of t
+  C* scratch;    // [chunks, 4, length_stride] gathered rows, when no stride is 1
+  C* start;      // [b, n] v as given, cleaned: a restart begins here
+
+  int64_t pending, iterations, iterations_left;
+  int shift;     // W is worked on as 2^shift W
+  int restarts;
+  bool rescaled;
+  Phase phase;
+};
+
+template <class C>
+SPECNORM_INLINE C* column(const VectorRef& x, int64_t b) {
+  return static_cast<C*>(x.data) + b * x.col_stride;
+}
+
+template <class C>
+double sum_of_squares(const C* x, int64_t n) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += double(x[i]) * double(x[i]);
+  return sum;
+}
+
+template <class C>
+double inner(const C* x, const C* y, int64_t n) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += double(x[i]) * double(y[i]);
+  return sum;
+}
+
+template <class C>
+void gram_matrix(const C* x, int64_t stride, int64_t n, int b, Small& g) {
+  for (int i = 0; i < b; ++i)
+    for (int j = 0; j <= i; ++j)
+      g.a[i][j] = g.a[j][i] = i == j ? sum_of_squares(x + i * stride, n)
+                                     : inner(x + i * stride, x + j * stride, n);
+}
+
+template <class C>
+void seed(C* x, int64_t n, uint32_t which) {
+  for (int64_t i = 0; i < n; ++i)
+    x[i] = C((double(hash(uint64_t(i), which)) / 2147483648.0 - 1.0) * std::sqrt(3.0 / double(n)));
+}
+
+// x_i for i in [from, b) made unit and orthogonal to those before, columns that vanish drawn anew. Twice is
+// enough: a second sweep removes what rounding left of the first.
+template <class C>
+void orthonormalize(C* x, int64_t stride, int64_t n, int from, int b) {
+  for (int i = from; i < b; ++i) {
+    C* xi = x + i * stride;
+    for (int attempt = 0; attempt < 4; ++attempt) {
+      const double before = std::sqrt(sum_of_squares(xi, n));
+      if (before > 0) {
+        for (int sweep = 0; sweep < 2; ++sweep)
+          for (int j = 0; j < i; ++j) {
+            const double c = inner(x + j * stride, xi, n);
+            for (int64_t k = 0; k < n; ++k) xi[k] = C(double(xi[k]) - c * double(x[j * stride + k]));
+          }
+        const double after = std::sqrt(sum_of_squares(xi, n));
+        if (after > 64 * Range<C>::epsilon * before) {
+          for (int64_t k = 0; k < n; ++k) xi[k] = C(double(xi[k]) / after);
+          break;
+        }
+      }
+      seed(xi, n, uint32_t(1000 + 16 * attempt + i));
+    }
+  }
+}
+
+// x := x c for x [b][n] and a small c [b, r]; columns r..b of the result are 0.
+template <class C>
+void combine(C* x, int64_t stride, int64_t n, int b, const Small& c, int r) {
+  for (int64_t k = 0; k < n; ++k) {
+    double in[kMaxColumns], out[kMaxColumns] = {};
+    for (int i = 0; i < b; ++i) in[i] = double(x[i * stride + k]);
+    for (int j = 0; j < r; ++j)
+      for (int i = 0; i < b; ++i) out[j] += in[i] * c.a[i][j];
+    for (int j = 0; j < b; ++j) x[j * stride + k] = C(out[j]);
+  }
+}
+
+// With g = x^T x: the columns of x whiten are orthonormal. Returns the numerical rank. Scaling to a unit diagonal
+// first keeps columns of very different lengths (a fast-decaying spectrum) apart from truly dependent ones.
+template <class C>
+int whitening(const Small& g, int b, Small& whiten) {
+  double inverse_length[kMaxColumns];
+  for (int i = 0; i < b; ++i) inverse_length[i] = g.a[i][i] > 0 ? 1 / std::sqrt(g.a[i][i]) : 0;
+  if (b == 1) {
+    whiten.a[0][0] = inverse_length[0];
+    return inverse_length[0] > 0;
+  }
+  Small scaled{}, q{};
+  double value[kMaxColumns];
+  for (int i = 0; i < b; ++i)
+    for (int j = 0; j < b; ++j) scaled.a[i][j] = g.a[i][j] * inverse_length[i] * inverse_length[j];
+  jacobi_eigen(scaled, b, q, value);
+  const double threshold =
+      std::fmax(1e-14 * b, 1e4 * Range<C>::epsilon * Range<C>::epsilon);
+  int rank = 0;
+  while (rank < b && value[rank] > threshold) ++rank;
+  for (int i = 0; i < b; ++i)
+    for (int j = 0; j < rank; ++j) whiten.a[i][j] = inverse_length[i] * q.a[i][j] / std::sqrt(value[j]);
+  return rank;
+}
+
+template <class S>
+void load_start(State<S>& s) {
+  using C = typename Elem<S>::C;
+  for (int i = 0; i < s.b; ++i) {
+    const C* from = column<C>(s.item->v, i);
+    C* to = s.start + i * s.n;
+    for (int64_t j = 0; j < s.n; ++j) to[j] = from[j * s.item->v.row_stride];
+    double length = std::sqrt(sum_of_squares(to, s.n));
+    if (!(length > 0) || !std::isfinite(length)) {
+      seed(to, s.n, uint32_t(i));
+      length = std::sqrt(sum_of_squares(to, s.n));
+    }
+    if (length < 0.5 || length > 2)
+      for (int64_t j = 0; j < s.n; ++j) to[j] = C(double(to[j]) / length);
+    // A start exactly orthogonal to the leading vector would stay so for ever. One rounding error's worth of
+    // a fixed pattern lets it grow, and moves a healthy trajectory by no more than rounding does.
+    const C amount = C(Range<C>::epsilon / std::sqrt(double(s.n)));
+    for (int64_t j = 0; j < s.n; ++j)
+      to[j] += (hash(uint64_t(j), uint32_t(100 + i)) & 1) ? amount : -amount;
+  }
+}
+
+template <class S>
+void begin(State<S>& s) {
+  using C = typename Elem<S>::C;
+  const C scale = C(std::ldexp(1.0, s.shift));
+  C* to = s.by_columns ? s.t : s.a;
+  const int64_t stride = s.by_columns ? s.rows_stride : s.length_stride;
+  for (int i = 0; i < s.b; ++i) {
+    for (int64_t j = 0; j < s.n; ++j)
+      to[i * stride + j] = s.by_columns ? s.start[i * s.n + j] : s.start[i * s.n + j] * scale;
+    for (int64_t j = s.n; j < stride; ++j) to[i * stride + j] = 0;
+  }
+  s.phase = s.by_columns ? Phase::kStart : Phase::kPass;
+}
+
+// ---- one chunk ----------------------------------------------------------------------------------------------
+
+template <class S>
+void run_chunk(State<S>& s, int64_t chunk) {
+  using C = typename Elem<S>::C;
+  const int64_t r0 = chunk * s.chunk_rows;
+  const int64_t r1 = r0 + s.chunk_rows < s.rows ? r0 + s.chunk_rows : s.rows;
+  const PassMode mode = s.phase == Phase::kStart ? kAxpy : s.phase == Phase::kLast ? kDot : kBoth;
+  const C scale = C(std::ldexp(1.0, s.shift));
+  C* z = s.z + chunk * s.b * s.length_stride;
+  if (!s.packed) {
+    RowPass<S>{s.w + r0 * s.ld, s.ld, r1 - r0, s.length, s.a, s.length_stride, s.t + r0, s.rows_stride,
+               z, scale, s.b, mode}.run();
+  } else {
+    // Neither stride is 1: gather four rows at a time and go on as with float32 or float64 rows. The
+    // partial sums of each group are added where the plain pass would have kept adding.
+    C* gathered = s.scratch + chunk * (4 + s.b) * s.length_stride;
+    C* part = gathered + 4 * s.length_stride;
+    for (int64_t r = r0; r < r1; r += 4) {
+      const int64_t count = r1 - r < 4 ? r1 - r : 4;
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t j = 0; j < s.length; ++j)
+          gathered[i * s.length_stride + j] = Elem<S>::get(s.w[(r + i) * s.ld + j * s.inner_stride]);
+      RowPass<C>{gathered, s.length_stride, count, s.length, s.a, s.length_stride, s.t + r, s.rows_stride,
+                 r == r0 ? z : part, scale, s.b, mode}.run();
+      if (r != r0 && (mode & kAxpy))
+        for (int64_t k = 0; k < s.b * s.length_stride; ++k) z[k] += part[k];
+    }
+  }
+  if (mode & kDot) {
+    Small g{};
+    gram_matrix(s.t + r0, s.rows_stride, r1 - r0, s.b, g);
+    double* out = s.gram + chunk * s.b * s.b;
+    for (int i = 0; i < s.b; ++i)
+      for (int j = 0; j < s.b; ++j) out[i * s.b + j] = g.a[i][j];
+  }
+}
+
+// ---- between phases -----------------------------------------------------------------------------------------
+
+template <class S>
+void write_sigma(State<S>& s, double value) {
+  using C = typename Elem<S>::C;
+  // A float32 matrix near 1e38 can have a norm past FLT_MAX; the nearest finite number keeps W / sigma finite.
+  *s.sigma = C(value > Range<C>::largest ? Range<C>::largest : value);
+}
+
+template <class S>
+void finish(State<S>& s, double sigma) {
+  write_sigma(s, sigma);
+  s.phase = Phase::kDone;
+}
+
+// max |W|, or NaN if any element is not finite.
+template <class S>
+double largest_element(const State<S>& s) {
+  double top = 0;
+  bool finite = true;
+  for (int64_t r = 0; r < s.rows; ++r) {
+    const S* row = s.w + r * s.ld;
+    for (int64_t j = 0; j < s.length; ++j) {
+      const double x = std::fabs(double(Elem<S>::get(row[j * s.inner_stride])));
+      if (!(x <= DBL_MAX)) finite = false;
+      top = x > top ? x : top;
+    }
+  }
+  return finite ? top : NAN;
+}
+
+// |t| or |z| left the plain range (or is 0, or not finite): find out why, and start again or finish.
+template <class S>
+void recover(State<S>& s) {
+  using C = typename Elem<S>::C;
+  if (!s.rescaled) {
+    const double top = largest_element(s);
+    if (std::isnan(top)) return finish(s, NAN);  // u and v stay as they were
+    if (top == 0) return finish(s, 0.0);
+    int exponent;
+    std::frexp(top, &exponent);
+    const int limit = Range<C>::max_shift;
+    s.shift = -exponent > limit ? limit : -exponent < -limit ? -limit : -exponent;
+    s.rescaled = true;
+  } else if (s.restarts < 3) {  // W v is the null vector: another v
+    ++s.restarts;
+    for (int i = 0; i < s.b; ++i) seed(s.start + i * s.n, s.n, uint32_t(10000 + 16 * s.restarts + i));
+  } else {
+    return finish(s, 0.0);
+  }
+  s.iterations_left = s.iterations;
+  begin(s);
+}
+
+template <class S>
+bool acceptable(const State<S>& s, double length, double eps) {
+  using C = typename Elem<S>::C;
+  if (!std::isfinite(length)) return false;
+  if (s.rescaled) return length > eps && length > 0;  // max |W| is about 1 here
+  return length >= Range<C>::low && length <= Range<C>::high;
+}
+
+template <class S>
+void commit(State<S>& s, const typename Elem<S>::C* u, int64_t u_stride, const typename Elem<S>::C* v,
+            int64_t v_stride) {
+  using C = typename Elem<S>::C;
+  for (int i = 0; i < s.b; ++i) {
+    C* to_u = column<C>(s.item->u, i);
+    C* to_v = column<C>(s.item->v, i);
+    for (int64_t k = 0; k < s.m; ++k) to_u[k * s.item->u.row_stride] = u[i * u_stride + k];
+    for (int64_t k = 0; k < s.n; ++k) to_v[k * s.item->v.row_stride] = v[i * v_stride + k];
+  }
+}
+
+// Rayleigh-Ritz: from g = Z^T Z the rotation x [b, b] and the Ritz values sigma, descending.
+SPECNORM_INLINE void ritz(const Small& g, int b, Small& x, double* sigma) {
+  if (b == 1) {
+    x.a[0][0] = 1;
+    sigma[0] = std::sqrt(g.a[0][0]);
+    return;
+  }
+  Small copy = g;
+  jacobi_eigen(copy, b, x, sigma);
+  for (int i = 0; i < b; ++i) sigma[i] = sigma[i] > 0 ? std::sqrt(sigma[i]) : 0;
+}
+
+// Columns of z scaled by 1 / sigma to make v; those with sigma about 0 have no direction of their own.
+template <class C>
+int invert(const double* sigma, int b, double* inverse) {
+  int rank = 0;
+  for (int i = 0; i < b; ++i) {
+    const bool keep = sigma[i] > 16 * Range<C>::epsilon * sigma[0];
+    inverse[i] = keep ? 1 / sigma[i] : 0;
+    rank += keep;
+  }
+  return rank;
+}
+
+// Unit columns for the caller. Where the spectrum decays fast the small columns carry the rounding errors of the
+// large ones; a Gram-Schmidt sweep in leading-first order removes them.
+template <class C>
+void polish(C* x, int64_t stride, int64_t n, int b, const double* sigma) {
+  if (b > 1 && sigma[b - 1] < 0.05 * sigma[0]) orthonormalize(x, stride, n, 1, b);
+}
+
+// Stored by rows: t = W V (scaled by 2^shift), z = W^T T (by 2^(2 shift)).
+template <class S>
+void after_pass_by_rows(State<S>& s, double eps) {
+  using C = typename Elem<S>::C;
+  const int b = s.b;
+  const double unit = std::ldexp(1.0, s.shift);
+  Small gt{}, gz{}, whiten{}, x{}, rotate{};
+  for (int i = 0; i < b; ++i)
+    for (int j = 0; j < b; ++j) {
+      gt.a[i][j] = 0;
+      for (int64_t c = 0; c < s.chunks; ++c) gt.a[i][j] += s.gram[(c * b + i) * b + j];
+    }
+  double longest = 0;
+  for (int i = 0; i < b; ++i)
+    longest = gt.a[i][i] > longest || std::isnan(gt.a[i][i]) ? gt.a[i][i] : longest;
+  if (!acceptable(s, std::sqrt(longest), eps)) return recover(s);
+  for (int64_t c = 1; c < s.chunks; ++c) {
+    const C* part = s.z + c * b * s.length_stride;
+    for (int64_t k = 0; k < b * s.length_stride; ++k) s.z[k] += part[k];
+  }
+  gram_matrix(s.z, s.length_stride, s.n, b, gz);
+  for (int i = 0; i < b; ++i)
+    if (!std::isfinite(gz.a[i][i])) return s.rescaled ? finish(s, NAN) : recover(s);
+
+  const int rank = whitening<C>(gt, b, whiten);
+  double sigma[kMaxColumns] = {}, inverse[kMaxColumns];
+  if (b == 1) {
+    sigma[0] = std::sqrt(gz.a[0][0]) * whiten.a[0][0];
+    if (!(sigma[0] > 0)) return recover(s);
+    const double to_u = whiten.a[0][0], to_v = 1 / std::sqrt(gz.a[0][0]);
+    for (int64_t k = 0; k < s.m; ++k) s.t[k] = C(double(s.t[k]) * to_u);
+    for (int64_t k = 0; k < s.n; ++k) s.z[k] = C(double(s.z[k]) * to_v);
+  } else {
+    Small half{}, projected{}, to_v{};
+    multiply(gz, whiten, b, b, rank, half);
+    for (int i = 0; i < rank; ++i)
+      for (int j = 0; j < rank; ++j) {
+        projected.a[i][j] = 0;
+        for (int k = 0; k < b; ++k) projected.a[i][j] += whiten.a[k][i] * half.a[k][j];
+      }
+    ritz(projected, rank, x, sigma);
+    const int kept = invert<C>(sigma, rank, inverse);
+    multiply(whiten, x, b, rank, rank, rotate);
+    to_v = rotate;
+    for (int i = 0; i < b; ++i)
+      for (int j = 0; j < rank; ++j) to_v.a[i][j] *= inverse[j];
+    combine(s.t, s.rows_stride, s.m, b, rotate, rank);
+    combine(s.z, s.length_stride, s.n, b, to_v, kept);
+    polish(s.t, s.rows_stride, s.m, b, sigma);
+    polish(s.z, s.length_stride, s.n, b, sigma);
+  }
+  // sigma[0] is |W^T u| times 2^shift: T whitened has unit columns whatever its scale, Z carries 2^(2 shift)
+  // against T's 2^shift.
+  if (--s.iterations_left == 0) {
+    commit(s, s.t, s.rows_stride, s.z, s.length_stride);
+    return finish(s, sigma[0] / unit);
+  }
+  for (int i = 0; i < b; ++i)
+    for (int64_t k = 0; k < s.n; ++k)
+      s.a[i * s.length_stride + k] = C(double(s.z[i * s.length_stride + k]) * unit);
+}
+
+// Stored by columns. kStart leaves T = W V in z, kPass Z in t and T' = W Z in z, kLast Z in t. The products
+// that become the next a are made orthonormal here.
+template <class S>
+void orthonormal_u(State<S>& s, double eps) {
+  using C = typename Elem<S>::C;
+  const int b = s.b;
+  Small g{}, whiten{};
+  gram_matrix(s.z, s.length_stride, s.m, b, g);
+  double longest = 0;
+  for (int i = 0; i < b; ++i)
+    longest = g.a[i][i] > longest || std::isnan(g.a[i][i]) ? g.a[i][i] : longest;
+  if (!acceptable(s, std::sqrt(longest), eps)) return recover(s);
+  const int rank = whitening<C>(g, b, whiten);
+  combine(s.z, s.length_stride, s.m, b, whiten, rank);
+  if (rank < b) orthonormalize(s.z, s.length_stride, s.m, rank, b);
+  const double unit = std::ldexp(1.0, s.shift);
+  for (int i = 0; i < b; ++i)
+    for (int64_t k = 0; k < s.m; ++k)
+      s.a[i * s.length_stride + k] = C(double(s.z[i * s.length_stride + k]) * unit);
+  s.phase = s.iterations_left > 1 ? Phase::kPass : Phase::kLast;
+}
+
+template <class S>
+void after_pass_by_columns(State<S>& s, double eps) {
+  using C = typename Elem<S>::C;
+  const int b = s.b;
+  const double unit = std::ldexp(1.0, s.shift);
+  if (s.phase != Phase::kLast)
+    for (int64_t c = 1; c < s.chunks; ++c) {
+      const C* part = s.z + c * b * s.length_stride;
+      for (int64_t k = 0; k < b * s.length_stride; ++k) s.z[k] += part[k];
+    }
+  if (s.phase == Phase::kStart) {
+    // T carries no 2^shift yet (v was not scaled, so that axpy's t_scale could be): t_scale applied it.
+    return orthonormal_u(s, eps);
+  }
+  Small g{}, x{};
+  double sigma[kMaxColumns] = {}, inverse[kMaxColumns];
+  for (int i = 0; i < b; ++i)
+    for (int j = 0; j < b; ++j) {
+      g.a[i][j] = 0;
+      for (int64_t c = 0; c < s.chunks; ++c) g.a[i][j] += s.gram[(c * b + i) * b + j];
+    }
+  for (int i = 0; i < b; ++i)
+    if (!std::isfinite(g.a[i][i])) return s.rescaled ? finish(s, NAN) : recover(s);
+  ritz(g, b, x, sigma);
+  if (!(sigma[0] > 0)) return recover(s);
+  const int kept = invert<C>(sigma, b, inverse);
+  Small to_v = x;
+  for (int i = 0; i < b; ++i)
+    for (int j = 0; j < b; ++j) to_v.a[i][j] *= inverse[j];
+  --s.iterations_left;
+  if (s.phase == Phase::kLast) {
+    combine(s.t, s.rows_stride, s.n, b, to_v, kept);
+    polish(s.t, s.rows_stride, s.n, b, sigma);
+    for (int i = 0; i < b; ++i)
+      for (int64_t k = 0; k < s.m; ++k)
+        s.a[i * s.length_stride + k] = C(double(s.a[i * s.length_stride + k]) / unit);
+    combine(s.a, s.length_stride, s.m, b, x, b);
+    commit(s, s.a, s.length_stride, s.t, s.rows_stride);
+    return finish(s, sigma[0] / unit);
+  }
+  combine(s.z, s.length_stride, s.m, b, to_v, kept);  // T' = W V for the Ritz vectors V
+  orthonormal_u(s, eps);
+}
+
+// ---- the list -----------------------------------------------------------------------------------------------
+
+template <class S>
+struct Job {
+  State<S>* states;
+  double eps;
+
+  bool chunk_done(int64_t matrix, int64_t chunk) {
+    State<S>& s = states[matrix];
+    for (;;) {
+      run_chunk(s, chunk);
+      if (__atomic_sub_fetch(&s.pending, 1, __ATOMIC_ACQ_REL) != 0) return false;
+      s.pending = s.chunks;
+      s.by_columns ? after_pass_by_columns(s, eps) : after_pass_by_rows(s, eps);
+      if (s.chunks > 1 || s.phase == Phase::kDone) return true;
+    }
+  }
+  int64_t chunks(int64_t matrix) const {
+    return states[matrix].phase == Phase::kDone ? 0 : states[matrix].chunks;
+  }
+  void run(int64_t matrix, int64_t chunk) { chunk_done(matrix, chunk); }
+};
+
+template <class S>
+void plan(const PowerIterationItem& item, int64_t n_iterations, State<S>& s) {
+  const MatrixRef& w = item.weight;
+  s = State<S>{};
+  s.item = &item;
+  s.m = w.m;
+  s.n = w.n;
+  s.b = int(item.columns);
+  s.w = static_cast<const S*>(w.data);
+  // A single row or column has one stride that never matters.
+  const bool unit_col = w.col_stride == 1 || w.n == 1, unit_row = w.row_stride == 1 || w.m == 1;
+  s.by_columns = !unit_col && unit_row;
+  s.packed = !unit_col && !unit_row;
+  s.rows = s.by_columns ? w.n : w.m;
+  s.length = s.by_columns ? w.m : w.n;
+  s.ld = s.by_columns ? w.col_stride : w.row_stride;
+  s.inner_stride = s.packed ? w.col_stride : 1;
+  s.iterations = s.iterations_left = n_iterations;
+  s.length_stride = padded_length<typename Elem<S>::C>(s.length);
+  s.rows_stride = padded_length<typename Elem<S>::C>(s.rows);
+  chunk_plan(s.rows, s.length, &s.chunks, &s.chunk_rows);
+  s.pending = s.chunks;
+}
+
+template <class S>
+void lay_out(Arena& arena, State<S>& s) {
+  using C = typename Elem<S>::C;
+  s.a = arena.take<C>(s.b * s.length_stride);
+  s.t = arena.take<C>(s.b * s.rows_stride);
+  s.z = arena.take<C>(s.chunks * s.b * s.length_stride);
+  s.gram = arena.take<double>(s.chunks * s.b * s.b);
+  s.start = arena.take<C>(s.b * s.n);
+  s.scratch = s.packed ? arena.take<C>(s.chunks * (4 + s.b) * s.length_stride) : nullptr;
+}
+
+template <class S>
+Status run_list(const PowerIterationParams& p, const Parallel& pool) {
+  using C = typename Elem<S>::C;
+  if (p.count == 0) return kOk;
+  auto* states = static_cast<State<S>*>(std::malloc(sizeof(State<S>) * size_t(p.count)));
+  if (states == nullptr) return kOutOfMemory;
+  Arena arena{};
+  int64_t elements = 0;
+  for (int64_t i = 0; i < p.count; ++i) {
+    plan(p.items[i], p.n_iterations, states[i]);
+    states[i].sigma = static_cast<C*>(p.sigma) + i;
+    elements += states[i].m * states[i].n * states[i].b;
+    lay_out(arena, states[i]);  // first round: sizes only
+  }
+  if (!arena.allocate()) {
+    std::free(states);
+    return kOutOfMemory;
+  }
+  for (int64_t i = 0; i < p.count; ++i) {
+    State<S>& s = states[i];
+    lay_out(arena, s);
+    if (s.m == 0 || s.n == 0) {
+      finish(s, 0.0);
+      continue;
+    }
+    // The padding of a is read by whole vectors and must be 0.
+    for (int b = 0; b < s.b; ++b)
+      for (int64_t k = s.length; k < s.length_stride; ++k) s.a[b * s.length_stride + k] = 0;
+    load_start(s);
+    begin(s);
+  }
+  Job<S> job{states, p.eps};
+  const Status status = run_rounds(job, p.count, elements * p.n_iterations, pool);
+  arena.release();
+  std::free(states);
+  return status;
+}
+
+}  // namespace
+
+Status power_iteration_cpu(const PowerIterationParams& p, const Parallel& pool) {
+  switch (p.dtype) {
+    case DType::f32: return run_list<float>(p, pool);
+    case DType::f64: return run_list<double>(p, pool);
+    case DType::bf16: return run_list<bf16>(p, pool);
+    case DType::f16: return run_list<f16>(p, pool);
+  }
+  return kOk;
+}
+
+}  // namespace SPECNORM_ISA
+}  // namespace specnorm

@@ -1,0 +1,186 @@
+// The pass over W that everything on the CPU rests on: for a block of rows,
+//
+//     t_r = w_r . a            (dot:  rows against the vectors a)
+//     z  += t_scale t_r w_r    (axpy: the same rows, still in cache, against the t just found)
+//
+// so W^T W v costs one read of W from memory. With W stored by rows, a = v, t = W v, z = W^T t; with W stored by
+// columns (a transposed view) the stored rows are W's columns and the roles of u and v change places.
+// Sums run over vector lanes in an order that depends on the shape alone: same input, same bits.
+#pragma once
+
+#include "simd_cpu.h"
+
+namespace specnorm {
+namespace SPECNORM_ISA {
+
+enum PassMode : int { kDot = 1, kAxpy = 2, kBoth = 3 };
+
+// A group of rows is read from memory once and must still be in L2 for the axpy.
+constexpr int64_t kGroupBytes = 256 << 10;
+
+// t[r][b] = w_r . a_b for R rows and B columns. Several independent sums hide the latency of the multiply-add.
+template <class S, int R, int B>
+SPECNORM_INLINE void dot_block(const S* w, int64_t ld, int64_t n, const typename Elem<S>::C* a,
+                               int64_t a_stride, typename Elem<S>::C* t, int64_t t_stride) {
+  using C = typename Elem<S>::C;
+  using V = typename Simd<C>::V;
+  constexpr int L = Simd<C>::width;
+  constexpr int U = R * B >= 8 ? 1 : 8 / (R * B);
+  V sum[U][R][B];
+  for (int i = 0; i < U; ++i)
+    for (int r = 0; r < R; ++r)
+      for (int b = 0; b < B; ++b) sum[i][r][b] = V{};
+  int64_t j = 0;
+  for (; j + U * L <= n; j += U * L) {
+#pragma GCC unroll 8
+    for (int i = 0; i < U; ++i) {
+      V x[B];
+#pragma GCC unroll 8
+      for (int b = 0; b < B; ++b) x[b] = Elem<C>::load(a + b * a_stride + j + i * L);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const V row = Elem<S>::load(w + r * ld + j + i * L);
+#pragma GCC unroll 8
+        for (int b = 0; b < B; ++b) sum[i][r][b] += row * x[b];
+      }
+    }
+  }
+  for (; j < n; j += L) {
+    const int64_t lanes = n - j < L ? n - j : L;
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const V row = lanes == L ? Elem<S>::load(w + r * ld + j) : load_partial(w + r * ld + j, lanes);
+#pragma GCC unroll 8
+      for (int b = 0; b < B; ++b) sum[0][r][b] += row * Elem<C>::load(a + b * a_stride + j);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int b = 0; b < B; ++b) {
+      V total = sum[0][r][b];
+      for (int i = 1; i < U; ++i) total += sum[i][r][b];
+      t[b * t_stride + r] = horizontal_sum<C>(total);
+    }
+}
+
+// z_b += sum_r c[r][b] w_r (or = when first). While it works from cache it asks for the rows that the next
+// dot will need, so that memory is never idle; `ahead` is their distance in rows, 0 for none.
+template <class S, int R, int B>
+SPECNORM_INLINE void axpy_block(const S* w, int64_t ld, int64_t n, const typename Elem<S>::C* t,
+                                int64_t t_stride, typename Elem<S>::C scale, typename Elem<S>::C* z,
+                                int64_t z_stride, bool first, int64_t ahead) {
+  using C = typename Elem<S>::C;
+  using V = typename Simd<C>::V;
+  constexpr int L = Simd<C>::width;
+  V c[R][B];
+  for (int r = 0; r < R; ++r)
+    for (int b = 0; b < B; ++b) c[r][b] = splat<C>(t[b * t_stride + r] * scale);
+  const int64_t whole = n - n % L;
+  for (int64_t j = 0; j < whole; j += L) {
+    V row[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) row[r] = Elem<S>::load(w + r * ld + j);
+    if (ahead != 0 && (j * int64_t(sizeof(S))) % 64 == 0) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) __builtin_prefetch(w + (ahead + r) * ld + j, 0, 2);
+    }
+#pragma GCC unroll 8
+    for (int b = 0; b < B; ++b) {
+      C* zb = z + b * z_stride + j;
+      V sum = first ? V{} : Elem<C>::load(zb);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) sum += c[r][b] * row[r];
+      Elem<C>::store(zb, sum);
+    }
+  }
+  if (whole < n) {
+    for (int b = 0; b < B; ++b) {
+      C* zb = z + b * z_stride + whole;
+      V sum = first ? V{} : Elem<C>::load(zb);
+      for (int r = 0; r < R; ++r) sum += c[r][b] * load_partial(w + r * ld + whole, n - whole);
+      Elem<C>::store(zb, sum);  // z is padded: the lanes past n stay 0
+    }
+  }
+}
+
+// Row counts and column counts to template arguments: at most 8 sums are live, which 16 registers hold.
+template <class S, int B>
+SPECNORM_INLINE void dot_rows(const S* w, int64_t ld, int64_t rows, int64_t n,
+                              const typename Elem<S>::C* a, int64_t a_stride,
+                              typename Elem<S>::C* t, int64_t t_stride) {
+  constexpr int R = B <= 2 ? 4 : 2;
+  int64_t r = 0;
+  for (; r + R <= rows; r += R) dot_block<S, R, B>(w + r * ld, ld, n, a, a_stride, t + r, t_stride);
+  for (; r < rows; ++r) dot_block<S, 1, B>(w + r * ld, ld, n, a, a_stride, t + r, t_stride);
+}
+
+template <class S, int B>
+SPECNORM_INLINE void axpy_rows(const S* w, int64_t ld, int64_t rows, int64_t n,
+                               const typename Elem<S>::C* t, int64_t t_stride,
+                               typename Elem<S>::C scale, typename Elem<S>::C* z, int64_t z_stride,
+                               bool first, int64_t ahead) {
+  constexpr int R = B <= 2 ? 4 : 2;
+  int64_t r = 0;
+  for (; r + R <= rows; r += R)
+    axpy_block<S, R, B>(w + r * ld, ld, n, t + r, t_stride, scale, z, z_stride, first && r == 0, ahead);
+  for (; r < rows; ++r)
+    axpy_block<S, 1, B>(w + r * ld, ld, n, t + r, t_stride, scale, z, z_stride, first && r == 0, 0);
+}
+
+template <class S, class F>
+SPECNORM_INLINE void for_column_groups(int64_t columns, F body) {
+  int64_t b = 0;
+  for (; b + 4 <= columns; b += 4) body.template run<4>(b);
+  if (columns - b == 3) body.template run<3>(b);
+  if (columns - b == 2) body.template run<2>(b);
+  if (columns - b == 1) body.template run<1>(b);
+}
+
+template <class S>
+struct RowPass {
+  using C = typename Elem<S>::C;
+  const S* w;         // [rows, n], row stride ld
+  int64_t ld, rows, n;
+  const C* a;         // [columns, a_stride]
+  int64_t a_stride;
+  C* t;               // [columns, t_stride]
+  int64_t t_stride;
+  C* z;               // [columns, a_stride], overwritten
+  C t_scale;
+  int64_t columns;
+  PassMode mode;
+
+  struct Dot {
+    const RowPass& p;
+    int64_t r0, rows;
+    template <int B>
+    SPECNORM_INLINE void run(int64_t b) const {
+      dot_rows<S, B>(p.w + r0 * p.ld, p.ld, rows, p.n, p.a + b * p.a_stride, p.a_stride,
+                     p.t + b * p.t_stride + r0, p.t_stride);
+    }
+  };
+  struct Axpy {
+    const RowPass& p;
+    int64_t r0, rows, ahead;
+    template <int B>
+    SPECNORM_INLINE void run(int64_t b) const {
+      axpy_rows<S, B>(p.w + r0 * p.ld, p.ld, rows, p.n, p.t + b * p.t_stride + r0, p.t_stride,
+                      p.t_scale, p.z + b * p.a_stride, p.a_stride, r0 == 0, b == 0 ? ahead : 0);
+    }
+  };
+
+  void run() const {
+    const int64_t row_bytes = n * int64_t(sizeof(S));
+    const int64_t group = 4 * row_bytes <= kGroupBytes ? 4 : 2 * row_bytes <= kGroupBytes ? 2 : 1;
+    for (int64_t r0 = 0; r0 < rows; r0 += group) {
+      const int64_t count = rows - r0 < group ? rows - r0 : group;
+      if (mode & kDot) for_column_groups<S>(columns, Dot{*this, r0, count});
+      if (mode & kAxpy) {
+        const bool more = (mode & kDot) && r0 + 2 * group <= rows;
+        for_column_groups<S>(columns, Axpy{*this, r0, count, more ? group : 0});
+      }
+    }
+  }
+};
+
+}  // namespace SPECNORM_ISA
+}  // namespace specnorm

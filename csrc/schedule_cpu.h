@@ -1,0 +1,98 @@
+// How CPU ops share work: one arena per call, chunks by shape, rounds of chunks over the thread pool.
+#pragma once
+
+#include <cstdlib>
+
+#include "common.h"
+#include "simd_cpu.h"
+
+namespace specnorm {
+namespace SPECNORM_ISA {
+
+// One allocation per call. take() is called twice in the same order: before allocate() it only counts.
+struct Arena {
+  char* base;
+  int64_t used, size;
+  void* memory;
+
+  template <class T>
+  T* take(int64_t count) {
+    const int64_t offset = used;
+    used += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
+    return base == nullptr ? nullptr : reinterpret_cast<T*>(base + offset);
+  }
+  bool allocate() {
+    size = used;
+    used = 0;
+    memory = std::malloc(size_t(size) + 128);
+    if (memory == nullptr) return false;
+    base = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
+    return true;
+  }
+  void release() { std::free(memory); }
+};
+
+// Chunks by shape only. Each costs a partial sum of one row's length, so a chunk has at least 32 rows (8 in
+// matrices that one thread would be slow on); 64 chunks keep many cores busy.
+inline void chunk_plan(int64_t rows, int64_t length, int64_t* chunks, int64_t* chunk_rows) {
+  const int64_t elements = rows * length;
+  const int64_t least = elements > (1 << 20) ? 8 : 32;
+  int64_t count = elements / (48 << 10);
+  if (count > 64) count = 64;
+  if (count > rows / least) count = rows / least;
+  if (count < 1) count = 1;
+  int64_t per = (rows + count - 1) / count;
+  per = (per + 3) / 4 * 4;  // whole groups of four rows
+  if (per < 1) per = 1;
+  *chunk_rows = per;
+  *chunks = rows == 0 ? 1 : (rows + per - 1) / per;
+}
+
+struct Task {
+  int32_t matrix, chunk;
+};
+
+template <class Job>
+struct Round {
+  Job* job;
+  const Task* tasks;
+  int64_t count, next;
+
+  static void body(void* self) {
+    auto* round = static_cast<Round*>(self);
+    for (;;) {
+      const int64_t i = __atomic_fetch_add(&round->next, 1, __ATOMIC_RELAXED);
+      if (i >= round->count) return;
+      round->job->run(round->tasks[i].matrix, round->tasks[i].chunk);
+    }
+  }
+};
+
+// Job: chunks(matrix), the number of chunks it wants run now (0: finished); run(matrix, chunk). Rounds go on until
+// every matrix says 0. `work` is the number of multiply-adds, below which a second thread costs more than it brings.
+template <class Job>
+Status run_rounds(Job& job, int64_t count, int64_t work, const Parallel& pool) {
+  int64_t most = 0;
+  for (int64_t i = 0; i < count; ++i) most += job.chunks(i);
+  if (most == 0) return kOk;
+  auto* tasks = static_cast<Task*>(std::malloc(sizeof(Task) * size_t(most)));
+  if (tasks == nullptr) return kOutOfMemory;
+  for (;;) {
+    int64_t total = 0;
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t c = 0, chunks = job.chunks(i); c < chunks; ++c)
+        tasks[total++] = {int32_t(i), int32_t(c)};
+    if (total == 0) break;
+    Round<Job> round{&job, tasks, total, 0};
+    const int slots = int(total < pool.threads ? total : pool.threads);
+    if (slots > 1 && work > (32 << 10))
+      pool.run(slots, &Round<Job>::body, &round);
+    else
+      Round<Job>::body(&round);
+  }
+  std::free(tasks);
+  return kOk;
+}
+
+}  // namespace SPECNORM_ISA
+}  // namespace specnorm

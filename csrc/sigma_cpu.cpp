@@ -1,0 +1,172 @@
+// sigma_i = u_i^T W_i v_i for a ragged list, one read of each W, summed in float64 over rows in a fixed order.
+//
+// Stored by rows: sum_r u_r (w_r . v). Stored by columns: sum_j v_j (w_j . u). A result outside the range in
+// which no term can have over- or underflowed is computed again with v scaled by a power of two.
+#include "sigma.h"
+
+#include <cfloat>
+#include <cmath>
+#include <cstdlib>
+
+#include "row_pass_cpu.h"
+#include "schedule_cpu.h"
+
+namespace specnorm {
+namespace SPECNORM_ISA {
+namespace {
+
+template <class C>
+constexpr double kLow = sizeof(C) == 4 ? 1e-25 : 1e-280;  // below: terms of a row may be denormal
+template <class C>
+constexpr int kShift = sizeof(C) == 4 ? 100 : 900;
+template <class C>
+constexpr double kLargest = sizeof(C) == 4 ? double(FLT_MAX) : DBL_MAX;
+
+template <class S>
+struct SigmaState {
+  using C = typename Elem<S>::C;
+  const S* w;
+  int64_t rows, length, ld, inner_stride;
+  bool packed;
+  int64_t chunks, chunk_rows, pending;
+  C* dotted;   // [length] scaled by 2^shift
+  C* weights;  // [rows]
+  C* t;        // [rows]
+  double* part;
+  C* scratch;  // [chunks, length]
+  C* sigma;
+  int shift, attempt;
+  bool done;
+};
+
+template <class S>
+struct SigmaJob {
+  using C = typename Elem<S>::C;
+  SigmaState<S>* states;
+
+  int64_t chunks(int64_t i) const { return states[i].done ? 0 : states[i].chunks; }
+
+  void run(int64_t i, int64_t chunk) {
+    SigmaState<S>& s = states[i];
+    do {
+      compute(s, chunk);
+      if (__atomic_sub_fetch(&s.pending, 1, __ATOMIC_ACQ_REL) != 0) return;
+      s.pending = s.chunks;
+      conclude(s);
+    } while (s.chunks == 1 && !s.done);
+  }
+
+  static void compute(SigmaState<S>& s, int64_t chunk) {
+    const int64_t r0 = chunk * s.chunk_rows;
+    const int64_t r1 = r0 + s.chunk_rows < s.rows ? r0 + s.chunk_rows : s.rows;
+    if (!s.packed) {
+      RowPass<S>{s.w + r0 * s.ld, s.ld, r1 - r0, s.length, s.dotted, 0, s.t + r0, 0,
+                 nullptr, C(1), 1, kDot}.run();
+    } else {
+      C* row = s.scratch + chunk * padded_length<C>(s.length);
+      for (int64_t r = r0; r < r1; ++r) {
+        for (int64_t j = 0; j < s.length; ++j) row[j] = Elem<S>::get(s.w[r * s.ld + j * s.inner_stride]);
+        RowPass<C>{row, 0, 1, s.length, s.dotted, 0, s.t + r, 0, nullptr, C(1), 1, kDot}.run();
+      }
+    }
+    double sum = 0;
+    for (int64_t r = r0; r < r1; ++r) sum += double(s.t[r]) * double(s.weights[r]);
+    s.part[chunk] = sum;
+  }
+
+  static void conclude(SigmaState<S>& s) {
+    double sum = 0;
+    for (int64_t c = 0; c < s.chunks; ++c) sum += s.part[c];
+    // Huge terms first: an Inf that only scaling removes must not be taken for an Inf of W. Then tiny ones.
+    int shift = 0;
+    if (!std::isfinite(sum)) shift = -kShift<C>;
+    else if (std::fabs(sum) < kLow<C>) shift = kShift<C>;
+    if (s.attempt == 0 && shift != 0) {
+      s.attempt = 1;
+      s.shift = shift;
+      for (int64_t k = 0; k < s.length; ++k) s.dotted[k] = C(std::ldexp(double(s.dotted[k]), shift));
+      return;
+    }
+    const double value = std::ldexp(sum, -s.shift);
+    *s.sigma = C(std::isnan(value)            ? value
+                 : value > kLargest<C>        ? kLargest<C>
+                 : value < -kLargest<C>       ? -kLargest<C>
+                                              : value);
+    if (!std::isfinite(sum)) *s.sigma = C(NAN);
+    s.done = true;
+  }
+};
+
+template <class S>
+void lay_out(Arena& arena, SigmaState<S>& s) {
+  using C = typename Elem<S>::C;
+  s.dotted = arena.take<C>(padded_length<C>(s.length));
+  s.weights = arena.take<C>(padded_length<C>(s.rows));
+  s.t = arena.take<C>(padded_length<C>(s.rows));
+  s.part = arena.take<double>(s.chunks);
+  s.scratch = s.packed ? arena.take<C>(s.chunks * padded_length<C>(s.length)) : nullptr;
+}
+
+template <class S>
+Status run_list(const SigmaParams& p, const Parallel& pool) {
+  using C = typename Elem<S>::C;
+  if (p.count == 0) return kOk;
+  auto* states = static_cast<SigmaState<S>*>(std::malloc(sizeof(SigmaState<S>) * size_t(p.count)));
+  if (states == nullptr) return kOutOfMemory;
+  Arena arena{};
+  int64_t work = 0;
+  for (int pass = 0; pass < 2; ++pass) {
+    for (int64_t i = 0; i < p.count; ++i) {
+      const MatrixRef& w = p.items[i].weight;
+      SigmaState<S>& s = states[i];
+      s = SigmaState<S>{};
+      const bool unit_col = w.col_stride == 1 || w.n == 1, unit_row = w.row_stride == 1 || w.m == 1;
+      const bool by_columns = !unit_col && unit_row;
+      s.packed = !unit_col && !unit_row;
+      s.w = static_cast<const S*>(w.data);
+      s.rows = by_columns ? w.n : w.m;
+      s.length = by_columns ? w.m : w.n;
+      s.ld = by_columns ? w.col_stride : w.row_stride;
+      s.inner_stride = s.packed ? w.col_stride : 1;
+      s.sigma = static_cast<C*>(p.sigma) + i;
+      chunk_plan(s.rows, s.length, &s.chunks, &s.chunk_rows);
+      s.pending = s.chunks;
+      lay_out(arena, s);
+      if (pass == 0) {
+        work += w.m * w.n;
+        continue;
+      }
+      if (w.m == 0 || w.n == 0) {
+        *s.sigma = C(0);
+        s.done = true;
+        continue;
+      }
+      copy_vector(by_columns ? p.items[i].u : p.items[i].v, s.length, s.dotted);
+      copy_vector(by_columns ? p.items[i].v : p.items[i].u, s.rows, s.weights);
+    }
+    if (pass == 0 && !arena.allocate()) {
+      std::free(states);
+      return kOutOfMemory;
+    }
+  }
+  SigmaJob<S> job{states};
+  const Status status = run_rounds(job, p.count, work, pool);
+  arena.release();
+  std::free(states);
+  return status;
+}
+
+}  // namespace
+
+Status sigma_cpu(const SigmaParams& p, const Parallel& pool) {
+  switch (p.dtype) {
+    case DType::f32: return run_list<float>(p, pool);
+    case DType::f64: return run_list<double>(p, pool);
+    case DType::bf16: return run_list<bf16>(p, pool);
+    case DType::f16: return run_list<f16>(p, pool);
+  }
+  return kOk;
+}
+
+}  // namespace SPECNORM_ISA
+}  // namespace specnorm

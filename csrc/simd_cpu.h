@@ -1,0 +1,215 @@
+// Vectors and element types for the CPU kernels, at the width of the instruction set this file is
+// compiled for. Written with the compiler's vector extension, so that one source serves SSE2, AVX2, AVX-512
+// and NEON; intrinsics only where the extension has no good spelling (16-bit floats).
+//
+// Everything sits in the namespace of its instruction set: a function template shared between differently
+// compiled files would be merged by the linker, and an AVX-512 copy could run on a machine without it.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "common.h"
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define SPECNORM_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define SPECNORM_VECTOR_BYTES 32
+#else
+#define SPECNORM_VECTOR_BYTES 16
+#endif
+
+#define SPECNORM_INLINE inline __attribute__((always_inline))
+
+namespace specnorm {
+namespace SPECNORM_ISA {
+
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+
+template <class C>
+struct Simd;
+template <>
+struct Simd<float> {
+  typedef float V __attribute__((vector_size(SPECNORM_VECTOR_BYTES), may_alias));
+  typedef float Unaligned __attribute__((vector_size(SPECNORM_VECTOR_BYTES), aligned(4), may_alias));
+  static constexpr int width = SPECNORM_VECTOR_BYTES / 4;
+};
+template <>
+struct Simd<double> {
+  typedef double V __attribute__((vector_size(SPECNORM_VECTOR_BYTES), may_alias));
+  typedef double Unaligned __attribute__((vector_size(SPECNORM_VECTOR_BYTES), aligned(8), may_alias));
+  static constexpr int width = SPECNORM_VECTOR_BYTES / 8;
+};
+
+template <class C>
+SPECNORM_INLINE typename Simd<C>::V splat(C x) {
+  return x - typename Simd<C>::V{};
+}
+
+template <class C>
+SPECNORM_INLINE C horizontal_sum(typename Simd<C>::V x) {
+  C lane[Simd<C>::width];
+  std::memcpy(lane, &x, sizeof(x));
+  for (int step = Simd<C>::width / 2; step > 0; step /= 2)
+    for (int i = 0; i < step; ++i) lane[i] += lane[i + step];
+  return lane[0];
+}
+
+SPECNORM_INLINE float bits_to_float(uint32_t b) {
+  float f;
+  std::memcpy(&f, &b, 4);
+  return f;
+}
+SPECNORM_INLINE uint32_t float_to_bits(float f) {
+  uint32_t b;
+  std::memcpy(&b, &f, 4);
+  return b;
+}
+
+// IEEE half to float without hardware help: the magnitude is moved into a float's fields and rescaled by
+// 2^112 (which also makes half's denormals right); infinity and NaN get the full exponent back.
+SPECNORM_INLINE float half_to_float(uint16_t h) {
+  const uint32_t magnitude = uint32_t(h & 0x7fff) << 13;
+  const uint32_t sign = uint32_t(h & 0x8000) << 16;
+  uint32_t bits = float_to_bits(bits_to_float(magnitude) * 0x1p112f);
+  if ((h & 0x7c00) == 0x7c00) bits |= 0x7f800000u;
+  return bits_to_float(bits | sign);
+}
+
+// Float to half, round to nearest even.
+SPECNORM_INLINE uint16_t float_to_half(float f) {
+  const uint32_t bits = float_to_bits(f);
+  const uint16_t sign = uint16_t((bits >> 16) & 0x8000);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00);   // NaN
+  if (magnitude >= 0x477ff000u) return uint16_t(sign | 0x7c00);  // rounds past 65504
+  if (magnitude < 0x38800000u) {  // denormal half: adding 0.5 lets the float adder do the rounding
+    const uint32_t r = float_to_bits(bits_to_float(magnitude) + 0.5f);
+    return uint16_t(sign | (r - 0x3f000000u));
+  }
+  const uint32_t rounded = magnitude + 0x0fffu + ((magnitude >> 13) & 1u);
+  return uint16_t(sign | ((rounded - 0x38000000u) >> 13));
+}
+
+SPECNORM_INLINE uint16_t float_to_bfloat16(float f) {
+  const uint32_t bits = float_to_bits(f);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t((bits >> 16) | 0x0040);  // keep NaN a NaN
+  return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// Elem<S>: how a stored element becomes the compute type C, one at a time and a vector at a time.
+template <class S>
+struct Elem;
+
+template <class S>
+struct PlainElem {
+  using C = S;
+  using V = typename Simd<C>::V;
+  using Unaligned = typename Simd<C>::Unaligned;
+  static SPECNORM_INLINE C get(S x) { return x; }
+  static SPECNORM_INLINE S put(C x) { return x; }
+  static SPECNORM_INLINE V load(const S* p) { return *reinterpret_cast<const Unaligned*>(p); }
+  static SPECNORM_INLINE void store(S* p, V x) { *reinterpret_cast<Unaligned*>(p) = x; }
+};
+template <>
+struct Elem<float> : PlainElem<float> {};
+template <>
+struct Elem<double> : PlainElem<double> {};
+
+template <>
+struct Elem<bf16> {
+  using C = float;
+  using V = Simd<float>::V;
+  static SPECNORM_INLINE C get(bf16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
+  static SPECNORM_INLINE bf16 put(C x) { return {float_to_bfloat16(x)}; }
+  static SPECNORM_INLINE V load(const bf16* p) {
+#if defined(__AVX512F__)
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+#elif defined(__AVX2__)
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return (V)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
+#else
+    V x;
+    for (int i = 0; i < Simd<float>::width; ++i) x[i] = get(p[i]);
+    return x;
+#endif
+  }
+  static SPECNORM_INLINE void store(bf16* p, V x) {
+    for (int i = 0; i < Simd<float>::width; ++i) p[i] = put(x[i]);
+  }
+};
+
+template <>
+struct Elem<f16> {
+  using C = float;
+  using V = Simd<float>::V;
+#if defined(__F16C__)
+  static SPECNORM_INLINE C get(f16 x) { return _cvtsh_ss(x.bits); }
+  static SPECNORM_INLINE f16 put(C x) { return {uint16_t(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT))}; }
+#else
+  static SPECNORM_INLINE C get(f16 x) { return half_to_float(x.bits); }
+  static SPECNORM_INLINE f16 put(C x) { return {float_to_half(x)}; }
+#endif
+  static SPECNORM_INLINE V load(const f16* p) {
+#if defined(__AVX512F__)
+    return (V)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__) && defined(__AVX2__)
+    return (V)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+    V x;
+    for (int i = 0; i < Simd<float>::width; ++i) x[i] = get(p[i]);
+    return x;
+#endif
+  }
+  static SPECNORM_INLINE void store(f16* p, V x) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__) && defined(__AVX2__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int i = 0; i < Simd<float>::width; ++i) p[i] = put(x[i]);
+#endif
+  }
+};
+
+// The last, partial vector of a row: missing lanes read as 0, so that they add nothing.
+template <class S>
+SPECNORM_INLINE typename Elem<S>::V load_partial(const S* p, int64_t lanes) {
+  S padded[Simd<typename Elem<S>::C>::width];
+  std::memset(padded, 0, sizeof(padded));
+  std::memcpy(padded, p, size_t(lanes) * sizeof(S));
+  return Elem<S>::load(padded);
+}
+
+template <class S>
+SPECNORM_INLINE void store_partial(S* p, typename Elem<S>::V x, int64_t lanes) {
+  S padded[Simd<typename Elem<S>::C>::width];
+  Elem<S>::store(padded, x);
+  std::memcpy(p, padded, size_t(lanes) * sizeof(S));
+}
+
+// Working vectors are padded to whole vectors (with zeros) and to a cache line, which 64 bytes serve.
+template <class C>
+SPECNORM_INLINE int64_t padded_length(int64_t n) {
+  constexpr int64_t lanes = 64 / sizeof(C);
+  return (n + lanes - 1) / lanes * lanes;
+}
+
+// A caller's strided column as a padded working vector.
+template <class C>
+inline void copy_vector(const VectorRef& from, int64_t n, C* to) {
+  const C* x = static_cast<const C*>(from.data);
+  for (int64_t k = 0; k < n; ++k) to[k] = x[k * from.row_stride];
+  for (int64_t k = n; k < padded_length<C>(n); ++k) to[k] = 0;
+}
+
+}  // namespace SPECNORM_ISA
+}  // namespace specnorm

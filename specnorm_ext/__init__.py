@@ -1,0 +1,45 @@
+"""specnorm_ext: fast spectral norm estimation and spectral normalization for PyTorch."""
+
+from __future__ import annotations
+
+import torch
+
+if tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2]) < (2, 10):
+    raise ImportError(
+        f"specnorm_ext needs torch 2.10 or newer, this is {torch.__version__}; pip install -U torch"
+    )
+
+if hasattr(torch.ops.specnorm_ext, "power_iteration_") and "specnorm_ext._C" not in __import__(
+    "sys"
+).modules:
+    raise ImportError(
+        "specnorm_ext: its ops are registered already, by another copy of the package in this process; "
+        "a second one would crash it. Keep one copy on sys.path."
+    )
+
+from . import _C, _ops, functional, reference
+
+
+def build_info() -> dict[str, object]:
+    """What this build is and which kernels run here.
+
+    Returns:
+        a dict with ``version``, ``cpu_kernels`` (the instruction set in use: baseline, avx2 or avx512; the
+        environment variable SPECNORM_EXT_ISA can lower it), ``cpu_kernels_built``, ``cuda_kernels`` (whether CUDA
+        kernels were built), ``torch_built_with``, ``torch_minimum``, ``torch_running`` and ``compiler``.
+
+    Example:
+        >>> import specnorm_ext
+        >>> specnorm_ext.build_info()["cuda_kernels"]
+        False
+    """
+    return {**_C.build_info(), "torch_running": torch.__version__}
+
+
+__version__: str = _C.build_info()["version"]
+
+__all__ = [
+    "build_info",
+    "functional",
+    "reference",
+]

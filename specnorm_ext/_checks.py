@@ -1,0 +1,176 @@
+"""Argument checks in Python, with the messages of csrc/checks.h.
+
+The compiled ops check for themselves. These serve where they do not run: fake kernels (torch.compile, export) and
+devices that take the path of reference.py. `raise_typed` turns the RuntimeError that torch makes of every
+C++ exception back into the class its message names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+MAX_COLUMNS = 8
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_CLASSES = {"TypeError": TypeError, "ValueError": ValueError, "RuntimeError": RuntimeError}
+
+
+def raise_typed(error: RuntimeError) -> NoReturn:
+    """Re-raise `error` as the class that the first word of its message names, with the rest as message."""
+    name, separator, rest = str(error).partition(": ")
+    cls = _CLASSES.get(name)
+    if cls is None or not separator:
+        raise error
+    # torch may append a C++ stack after the first line
+    raise cls(rest.split("\n")[0]) from None
+
+
+def state_dtype(weight: torch.dtype) -> torch.dtype:
+    """dtype of u, v and sigma: float32 for 16-bit weights, else the weight's own."""
+    return torch.float64 if weight == torch.float64 else torch.float32
+
+
+def _shape(x: Tensor) -> str:
+    return "[" + ", ".join(str(s) for s in x.shape) + "]"
+
+
+def _columns(x: Tensor) -> int:
+    return int(x.shape[1]) if x.dim() == 2 else 1
+
+
+def check_lengths(op: str, weights: int, name: str, got: int) -> None:
+    if weights != got:
+        raise ValueError(f"{op}: expected {weights} tensors in {name}, as in weights, got {got}")
+
+
+def check_weights(op: str, weights: Sequence[Tensor]) -> None:
+    for i, w in enumerate(weights):
+        if w.dtype not in DTYPES:
+            raise TypeError(
+                f"{op}: expected weights[{i}] to be torch.float32, torch.float64, torch.bfloat16 or "
+                f"torch.float16, got {w.dtype}"
+            )
+        if w.dtype != weights[0].dtype:
+            raise TypeError(
+                f"{op}: expected one dtype a call, weights[0] is {weights[0].dtype}, got {w.dtype} "
+                f"in weights[{i}]"
+            )
+        if w.device != weights[0].device:
+            raise TypeError(
+                f"{op}: expected one device a call, weights[{i}] is on another device than weights[0]"
+            )
+        if w.dim() != 2:
+            raise ValueError(
+                f"{op}: expected weights[{i}] to be a matrix [m, n], got shape {_shape(w)}"
+            )
+
+
+def check_state(op: str, name: str, i: int, weight: Tensor, x: Tensor, length: int) -> None:
+    expected = state_dtype(weight.dtype)
+    if x.dtype != expected:
+        raise TypeError(
+            f"{op}: expected {name}[{i}] to be {expected} beside a {weight.dtype} weight, got {x.dtype}"
+        )
+    if x.device != weight.device:
+        raise TypeError(f"{op}: expected {name}[{i}] on the device of weights[{i}]")
+    if x.dim() < 1 or x.dim() > 2 or x.shape[0] != length:
+        raise ValueError(
+            f"{op}: expected {name}[{i}] to have shape [{length}] or [{length}, b], got {_shape(x)}"
+        )
+
+
+def check_pairs(
+    op: str, weights: Sequence[Tensor], u: Sequence[Tensor], v: Sequence[Tensor]
+) -> None:
+    check_lengths(op, len(weights), "u", len(u))
+    check_lengths(op, len(weights), "v", len(v))
+    check_weights(op, weights)
+    for i, w in enumerate(weights):
+        check_state(op, "u", i, w, u[i], w.shape[0])
+        check_state(op, "v", i, w, v[i], w.shape[1])
+        if u[i].dim() != v[i].dim() or _columns(u[i]) != _columns(v[i]):
+            raise ValueError(
+                f"{op}: expected u[{i}] and v[{i}] to have the same columns, "
+                f"got {_shape(u[i])} and {_shape(v[i])}"
+            )
+        if _columns(u[i]) < 1:
+            raise ValueError(
+                f"{op}: expected u[{i}] to have at least 1 column, got {_shape(u[i])}"
+            )
+
+
+def check_sigma_values(op: str, weights: Sequence[Tensor], sigma: Tensor) -> None:
+    if sigma.dim() != 1 or sigma.shape[0] != len(weights):
+        raise ValueError(
+            f"{op}: expected sigma to have shape [{len(weights)}], got {_shape(sigma)}"
+        )
+    if len(weights) == 0:
+        return
+    expected = state_dtype(weights[0].dtype)
+    if sigma.dtype != expected:
+        raise TypeError(f"{op}: expected sigma to be {expected}, got {sigma.dtype}")
+    if sigma.device != weights[0].device:
+        raise TypeError(f"{op}: expected sigma on the device of the weights")
+
+
+def check_power_iteration(
+    weights: Sequence[Tensor],
+    u: Sequence[Tensor],
+    v: Sequence[Tensor],
+    n_iterations: int,
+    eps: float,
+) -> None:
+    op = "power_iteration_"
+    check_pairs(op, weights, u, v)
+    for i, w in enumerate(weights):
+        b = _columns(u[i])
+        if b > MAX_COLUMNS:
+            raise ValueError(f"{op}: expected at most {MAX_COLUMNS} columns in u[{i}], got {b}")
+        if b > 1 and b > min(w.shape):
+            raise ValueError(
+                f"{op}: expected at most min(m, n) = {min(w.shape)} columns in u[{i}], got {b}"
+            )
+        for name, x in (("u", u[i]), ("v", v[i])):
+            if any(s > 1 and st == 0 for s, st in zip(x.shape, x.stride(), strict=True)):
+                raise ValueError(
+                    f"{op}: expected {name}[{i}] to be writable, got an expanded tensor; pass a clone()"
+                )
+    if n_iterations < 1:
+        raise ValueError(f"{op}: expected n_iterations >= 1, got {n_iterations}")
+    if not eps >= 0 or not math.isfinite(eps):
+        raise ValueError(f"{op}: expected eps to be finite and >= 0, got {eps:g}")
+
+
+def check_sigma(weights: Sequence[Tensor], u: Sequence[Tensor], v: Sequence[Tensor]) -> None:
+    check_pairs("sigma", weights, u, v)
+
+
+def check_normalize(
+    weights: Sequence[Tensor], u: Sequence[Tensor], v: Sequence[Tensor], sigma: Tensor
+) -> None:
+    check_pairs("normalize", weights, u, v)
+    check_sigma_values("normalize", weights, sigma)
+
+
+def check_normalize_backward(
+    grads: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    u: Sequence[Tensor],
+    v: Sequence[Tensor],
+    sigma: Tensor,
+) -> None:
+    op = "normalize_backward"
+    check_pairs(op, weights, u, v)
+    check_sigma_values(op, weights, sigma)
+    check_lengths(op, len(weights), "grads", len(grads))
+    for i, (g, w) in enumerate(zip(grads, weights, strict=True)):
+        if g.dtype != w.dtype:
+            raise TypeError(f"{op}: expected grads[{i}] to be {w.dtype}, got {g.dtype}")
+        if g.shape != w.shape:
+            raise ValueError(
+                f"{op}: expected grads[{i}] to have shape {_shape(w)}, got {_shape(g)}"
+            )

@@ -1,0 +1,189 @@
+"""The ops as typed functions. A single weight may be given in place of a list; results then lose their list, too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from ._checks import state_dtype
+
+Tensors = Tensor | Sequence[Tensor]
+
+
+def _lists(*args: Tensors) -> tuple[bool, list[list[Tensor]]]:
+    single = isinstance(args[0], Tensor)
+    lists = []
+    for x in args:
+        if isinstance(x, Tensor) != single:
+            raise TypeError(
+                "specnorm_ext: expected weights, u and v to be all tensors or all lists of tensors, "
+                f"got {', '.join(type(a).__name__ for a in args)}"
+            )
+        lists.append([x] if isinstance(x, Tensor) else list(x))
+    return single, lists
+
+
+def power_iteration(
+    weights: Tensors, u: Tensors, v: Tensors, n_iterations: int = 1, eps: float = 1e-12
+) -> Tensor:
+    r"""Run power iteration on every weight in one call, updating u and v in place, and return sigma.
+
+    .. math:: t = W v,\quad u = t / |t|,\quad z = W^T u,\quad \sigma = |z|,\quad v = z / |z|
+
+    With b > 1 columns this is subspace iteration with Rayleigh-Ritz: U and V come back orthonormal, leading pair
+    first, and sigma is the largest Ritz value. Each iteration reads W once (a view stored by columns: once more a call).
+
+    Args:
+        weights: matrices [m, n], any mix of shapes and strides, one dtype (float32, float64, bfloat16 or float16)
+            and one device. A weight that requires grad needs no ``detach()``: nothing is recorded.
+        u: [m] or [m, b] for each weight, written. float32 for 16-bit weights, else the weight's dtype.
+        v: [n] or [n, b], the start of the iteration, written. b is at most min(m, n, 8). It need not be
+            normalized; one that is zero or not finite is replaced by a fixed pseudo-random vector.
+        n_iterations: at least 1.
+        eps: W v counts as the null vector when :math:`|W v| \le eps \max|W|`; v is then drawn anew.
+
+    Returns:
+        sigma, [len(weights)] or a scalar for a single weight, in u's dtype. A lower bound of the spectral norm, up to
+        rounding. 0 for a zero weight and NaN for one that is not finite; both leave u and v as they were.
+
+    Raises:
+        TypeError: mixed or unsupported dtypes or devices.
+        ValueError: shapes that do not fit, the same tensor twice among u and v, n_iterations < 1, eps < 0.
+
+    Source: power iteration as in Miyato et al., "Spectral Normalization for GANs", ICLR 2018, algorithm 1; subspace
+    iteration as in Saad, "Numerical Methods for Large Eigenvalue Problems", chapter 5.
+
+    Example:
+        >>> import torch, specnorm_ext
+        >>> w = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
+        >>> u, v = specnorm_ext.functional.init_uv(w)
+        >>> sigma = specnorm_ext.functional.power_iteration(w, u, v, n_iterations=50)
+        >>> round(sigma.item(), 4)
+        3.0
+    """
+    single, (ws, us, vs) = _lists(weights, u, v)
+    sigma = torch.ops.specnorm_ext.power_iteration_(ws, us, vs, n_iterations, eps)
+    return sigma[0] if single else sigma
+
+
+def sigma(weights: Tensors, u: Tensors, v: Tensors) -> Tensor:
+    r"""The bilinear form :math:`\sigma_i = u_i^T W_i v_i`, differentiable to any order.
+
+    At converged u and v this is the spectral norm and :math:`d\sigma / dW = u v^T` its exact gradient. One read of W.
+
+    Args:
+        weights, u, v: as in :func:`power_iteration`; of [m, b] and [n, b] the leading column is used.
+
+    Returns:
+        [len(weights)] or a scalar for a single weight, in u's dtype. Gradients flow to weights, u and v.
+
+    Raises:
+        TypeError, ValueError: as :func:`power_iteration`.
+
+    Source: Yoshida and Miyato, "Spectral Norm Regularization", 2017, equation 8.
+
+    Example:
+        >>> import torch, specnorm_ext
+        >>> w = torch.diag(torch.tensor([3.0, 2.0])).requires_grad_()
+        >>> e = torch.tensor([1.0, 0.0])
+        >>> specnorm_ext.functional.sigma(w, e, e).backward()
+        >>> w.grad
+        tensor([[1., 0.],
+                [0., 0.]])
+    """
+    single, (ws, us, vs) = _lists(weights, u, v)
+    out = torch.ops.specnorm_ext.sigma(ws, us, vs)
+    return out[0] if single else out
+
+
+@overload
+def normalize(weights: Tensor, u: Tensor, v: Tensor, sigma: Tensor) -> Tensor: ...
+@overload
+def normalize(
+    weights: Sequence[Tensor], u: Sequence[Tensor], v: Sequence[Tensor], sigma: Tensor
+) -> list[Tensor]: ...
+def normalize(weights, u, v, sigma):
+    r"""W / sigma with the gradient of spectral normalization.
+
+    .. math:: Y = W / \sigma,\qquad dW = (G - \langle G, Y \rangle\, u v^T) / \sigma
+
+    that is, sigma is taken to depend on W as :math:`u^T W v` does, with u and v constant. sigma itself receives no
+    gradient, nor do u and v. Scaling u scales the dependence: u = 0 gives the gradient of division by a constant,
+    :math:`u / c` that of :math:`W / (\sigma / c)`.
+
+    Args:
+        weights, u, v: as in :func:`power_iteration`.
+        sigma: [len(weights)], or a scalar for a single weight; in u's dtype.
+
+    Returns:
+        a list of new tensors (one tensor for a single weight) of the weights' shapes, dtype and strides. sigma = 0
+        gives 0, with gradient 0.
+
+    Raises:
+        TypeError, ValueError: as :func:`power_iteration`.
+
+    Source: Miyato et al., ICLR 2018, equations 8 and 12.
+
+    Example:
+        >>> import torch, specnorm_ext
+        >>> w = torch.diag(torch.tensor([4.0, 2.0]))
+        >>> e = torch.tensor([1.0, 0.0])
+        >>> specnorm_ext.functional.normalize(w, e, e, torch.tensor(4.0))
+        tensor([[1.0000, 0.0000],
+                [0.0000, 0.5000]])
+    """
+    single, (ws, us, vs) = _lists(weights, u, v)
+    out = torch.ops.specnorm_ext.normalize(ws, us, vs, sigma.reshape(1) if single else sigma)
+    return out[0] if single else out
+
+
+def init_uv(
+    weight: Tensor,
+    n_vectors: int | None = None,
+    *,
+    n_iterations: int = 0,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Random unit u and v for a weight [m, n], on its device, in the state dtype (see :func:`power_iteration`).
+
+    Args:
+        weight: [m, n].
+        n_vectors: None for u [m] and v [n]; a number b, at most min(m, n, 8), for [m, b] and [n, b].
+        n_iterations: power iterations to run on the pair before it is returned.
+        generator: as for ``torch.randn``. Draws u first, then v, as torch's spectral_norm does.
+
+    Raises:
+        ValueError: a weight that is not a matrix, n_vectors < 1 or > min(m, n, 8).
+
+    Example:
+        >>> import torch, specnorm_ext
+        >>> u, v = specnorm_ext.functional.init_uv(torch.eye(3, 5))
+        >>> u.shape, v.shape
+        (torch.Size([3]), torch.Size([5]))
+    """
+    if weight.dim() != 2:
+        raise ValueError(
+            f"init_uv: expected weight to be a matrix [m, n], got shape {list(weight.shape)}; flatten it first"
+        )
+    m, n = weight.shape
+    if n_vectors is not None and not 1 <= n_vectors <= max(1, min(m, n, 8)):
+        raise ValueError(
+            f"init_uv: expected n_vectors between 1 and min(m, n, 8) = {min(m, n, 8)}, got {n_vectors}"
+        )
+    dtype = state_dtype(weight.dtype)
+    columns = () if n_vectors is None else (n_vectors,)
+    with torch.no_grad():
+        u, v = (
+            torch.randn((length, *columns), dtype=dtype, device=weight.device, generator=generator)
+            for length in (m, n)
+        )
+        u, v = (torch.nn.functional.normalize(x, dim=0) for x in (u, v))
+        if n_iterations > 0:
+            power_iteration(weight, u, v, n_iterations)
+    return u, v
+
+
+__all__ = ["init_uv", "normalize", "power_iteration", "sigma"]
