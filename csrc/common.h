@@ -28,6 +28,11 @@ struct Parallel {
   void (*run)(int slots, void (*body)(void*), void* ctx);
 };
 
+// Scratch memory of at least `bytes`, aligned to 64, or null. The calling thread keeps a buffer of a few megabytes
+// between calls: fresh memory costs a page fault per 4 KB, which small calls feel more than their arithmetic.
+void* acquire_workspace(int64_t bytes);
+void release_workspace(void* workspace);
+
 enum Status : int { kOk = 0, kOutOfMemory = 1 };
 
 constexpr int kMaxColumns = 8;  // columns of a subspace iteration: small dense work stays in registers

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 #include "common.h"
 
@@ -49,13 +50,46 @@ inline const char* dtype_name(ScalarType t) {
   }
 }
 
-inline MatrixRef matrix_ref(const Tensor& t) {
-  return {t.data_ptr(), t.size(0), t.size(1), t.stride(0), t.stride(1)};
-}
+// What the checks and kernels ask of a tensor, asked once: every question is a call across the stable ABI, and lists
+// of hundreds of small matrices feel each of them.
+struct Operand {
+  char* data;
+  int64_t dim;
+  const int64_t* sizes;
+  const int64_t* strides;
+  ScalarType dtype;
+  int32_t device_type, device_index;
 
-// x [len] or [len, columns]; a single column has no column stride to speak of.
-inline VectorRef vector_ref(const Tensor& t) {
-  return {t.data_ptr(), t.stride(0), t.dim() == 2 ? t.stride(1) : 0};
+  explicit Operand(const Tensor& t) : dtype(t.scalar_type()) {
+    const AtenTensorHandle h = t.get();
+    void* pointer = nullptr;
+    int64_t *size_list = nullptr, *stride_list = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(h, &pointer));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(h, &dim));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(h, &size_list));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(h, &stride_list));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(h, &device_type));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(h, &device_index));
+    data = static_cast<char*>(pointer);
+    sizes = size_list;
+    strides = stride_list;
+  }
+  int64_t columns() const { return dim == 2 ? sizes[1] : 1; }
+  bool same_device(const Operand& other) const {
+    return device_type == other.device_type && device_index == other.device_index;
+  }
+  MatrixRef matrix() const { return {data, sizes[0], sizes[1], strides[0], strides[1]}; }
+  // x [len] or [len, columns]; a single column has no column stride to speak of.
+  VectorRef vector() const { return {data, strides[0], dim == 2 ? strides[1] : 0}; }
+};
+
+using Operands = std::vector<Operand>;
+
+inline Operands operands(const std::vector<Tensor>& tensors) {
+  Operands out;
+  out.reserve(tensors.size());
+  for (const Tensor& t : tensors) out.emplace_back(t);
+  return out;
 }
 
 // at::parallel_for over one index per thread: the bodies share work among themselves.

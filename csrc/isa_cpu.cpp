@@ -32,7 +32,37 @@ CpuKernels choose() {
   return SPECNORM_KERNELS(baseline);
 }
 
+struct KeptBuffer {
+  void* memory = nullptr;
+  int64_t size = 0;
+  bool in_use = false;
+  ~KeptBuffer() { std::free(memory); }
+};
+
+constexpr int64_t kKeepAtMost = 8 << 20;
+thread_local KeptBuffer kept;
+
 }  // namespace
+
+void* acquire_workspace(int64_t bytes) {
+  const int64_t size = (bytes + 4095) / 4096 * 4096;
+  if (kept.in_use || size > kKeepAtMost) return std::aligned_alloc(64, size_t(size));
+  if (size > kept.size) {
+    std::free(kept.memory);
+    kept.memory = std::aligned_alloc(64, size_t(size));
+    kept.size = kept.memory == nullptr ? 0 : size;
+    if (kept.memory == nullptr) return nullptr;
+  }
+  kept.in_use = true;
+  return kept.memory;
+}
+
+void release_workspace(void* workspace) {
+  if (workspace != nullptr && workspace == kept.memory)
+    kept.in_use = false;
+  else
+    std::free(workspace);
+}
 
 const CpuKernels& cpu_kernels() {
   static const CpuKernels kernels = choose();

@@ -8,9 +8,10 @@
 
 namespace specnorm {
 
-std::vector<Tensor> normalize_cpu_op(std::vector<Tensor> weights, std::vector<Tensor> u,
-                                     std::vector<Tensor> v, Tensor sigma) {
-  check_normalize(weights, u, v, sigma);
+std::vector<Tensor> normalize_cpu_op(const std::vector<Tensor>& weights, const std::vector<Tensor>& u,
+                                     const std::vector<Tensor>& v, const Tensor& sigma) {
+  const Operands w = operands(weights);
+  check_normalize(w, operands(u), operands(v), Operand(sigma));
   std::vector<Tensor> out;
   out.reserve(weights.size());
   if (weights.empty()) return out;
@@ -18,17 +19,19 @@ std::vector<Tensor> normalize_cpu_op(std::vector<Tensor> weights, std::vector<Te
   std::vector<NormalizeItem> items(weights.size());
   for (size_t i = 0; i < weights.size(); ++i) {
     out.push_back(torch::stable::empty_like(weights[i]));
-    items[i] = {matrix_ref(weights[i]), out[i].data_ptr(), out[i].stride(0), out[i].stride(1), {}, {}, {}};
+    const Operand y(out[i]);
+    items[i] = {w[i].matrix(), y.data, y.strides[0], y.strides[1], {}, {}, {}};
   }
-  const NormalizeParams params{*kernel_dtype(weights[0].scalar_type()), int64_t(items.size()), items.data(),
+  const NormalizeParams params{*kernel_dtype(w[0].dtype), int64_t(items.size()), items.data(),
                                values.data_ptr()};
   check_status("normalize", cpu_kernels().normalize(params, torch_pool()));
   return out;
 }
 
-std::vector<Tensor> normalize_backward_cpu_op(std::vector<Tensor> grads, std::vector<Tensor> weights,
-                                              std::vector<Tensor> u, std::vector<Tensor> v, Tensor sigma) {
-  check_normalize_backward(grads, weights, u, v, sigma);
+std::vector<Tensor> normalize_backward_cpu_op(const std::vector<Tensor>& grads, const std::vector<Tensor>& weights,
+                                              const std::vector<Tensor>& u, const std::vector<Tensor>& v, const Tensor& sigma) {
+  const Operands g = operands(grads), w = operands(weights), us = operands(u), vs = operands(v);
+  check_normalize_backward(g, w, us, vs, Operand(sigma));
   std::vector<Tensor> out;
   out.reserve(weights.size());
   if (weights.empty()) return out;
@@ -36,10 +39,10 @@ std::vector<Tensor> normalize_backward_cpu_op(std::vector<Tensor> grads, std::ve
   std::vector<NormalizeItem> items(weights.size());
   for (size_t i = 0; i < weights.size(); ++i) {
     out.push_back(torch::stable::empty_like(weights[i]));
-    items[i] = {matrix_ref(weights[i]), out[i].data_ptr(),  out[i].stride(0),
-                out[i].stride(1),       matrix_ref(grads[i]), vector_ref(u[i]), vector_ref(v[i])};
+    const Operand y(out[i]);
+    items[i] = {w[i].matrix(), y.data, y.strides[0], y.strides[1], g[i].matrix(), us[i].vector(), vs[i].vector()};
   }
-  const NormalizeParams params{*kernel_dtype(weights[0].scalar_type()), int64_t(items.size()), items.data(),
+  const NormalizeParams params{*kernel_dtype(w[0].dtype), int64_t(items.size()), items.data(),
                                values.data_ptr()};
   check_status("normalize_backward", cpu_kernels().normalize_backward(params, torch_pool()));
   return out;

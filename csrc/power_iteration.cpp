@@ -8,14 +8,15 @@
 
 namespace specnorm {
 
-Tensor power_iteration_cpu_op(std::vector<Tensor> weights, std::vector<Tensor> u, std::vector<Tensor> v,
+Tensor power_iteration_cpu_op(const std::vector<Tensor>& weights, const std::vector<Tensor>& u, const std::vector<Tensor>& v,
                               int64_t n_iterations, double eps) {
-  check_power_iteration(weights, u, v, n_iterations, eps);
-  if (weights.empty()) return empty_sigma();
-  std::vector<PowerIterationItem> items(weights.size());
-  for (size_t i = 0; i < weights.size(); ++i)
-    items[i] = {matrix_ref(weights[i]), vector_ref(u[i]), vector_ref(v[i]), columns_of(u[i])};
-  const ScalarType dtype = weights[0].scalar_type();
+  const Operands w = operands(weights), us = operands(u), vs = operands(v);
+  check_power_iteration(w, us, vs, n_iterations, eps);
+  if (w.empty()) return empty_sigma();
+  std::vector<PowerIterationItem> items(w.size());
+  for (size_t i = 0; i < w.size(); ++i)
+    items[i] = {w[i].matrix(), us[i].vector(), vs[i].vector(), us[i].columns()};
+  const ScalarType dtype = w[0].dtype;
   Tensor sigma = torch::stable::new_empty(weights[0], {int64_t(weights.size())}, state_dtype(dtype));
   const PowerIterationParams params{*kernel_dtype(dtype), int64_t(items.size()), items.data(),
                                     n_iterations,         eps,                   sigma.data_ptr()};

@@ -45,13 +45,14 @@ enum class Phase {
   kDone
 };
 
-// A stationary pseudo-random sign pattern, independent for each column.
-SPECNORM_INLINE uint32_t hash(uint64_t index, uint32_t column) {
-  uint64_t x = index * 0x9E3779B97F4A7C15ull + column * 0xD1B54A32D192ED03ull + 0x632BE59BD9B4E019ull;
-  x ^= x >> 32;
-  x *= 0xD6E8FEB86659FD93ull;
-  x ^= x >> 32;
-  return uint32_t(x);
+// A stationary pseudo-random pattern, independent for each column. 32-bit, so that loops over it vectorize.
+SPECNORM_INLINE uint32_t hash(uint32_t index, uint32_t column) {
+  uint32_t x = index * 0x9E3779B1u + column * 0x85EBCA77u + 0x632BE5ABu;
+  x ^= x >> 15;
+  x *= 0x2C1B3C6Du;
+  x ^= x >> 12;
+  x *= 0x297A2D39u;
+  return x ^ (x >> 15);
 }
 
 template <class S>
@@ -77,7 +78,7 @@ struct State {
   C* start;      // [b, n] v as given, cleaned: a restart begins here
 
   int64_t pending, iterations, iterations_left;
-  int shift;     // W is worked on as 2^shift W
+  double unit;   // W is worked on as unit W, a power of two
   int restarts;
   bool rescaled;
   Phase phase;
@@ -113,7 +114,7 @@ void gram_matrix(const C* x, int64_t stride, int64_t n, int b, Small& g) {
 template <class C>
 void seed(C* x, int64_t n, uint32_t which) {
   for (int64_t i = 0; i < n; ++i)
-    x[i] = C((double(hash(uint64_t(i), which)) / 2147483648.0 - 1.0) * std::sqrt(3.0 / double(n)));
+    x[i] = C((double(hash(uint32_t(i), which)) / 2147483648.0 - 1.0) * std::sqrt(3.0 / double(n)));
 }
 
 // x_i for i in [from, b) made unit and orthogonal to those before, columns that vanish drawn anew. Twice is
@@ -195,14 +196,14 @@ void load_start(State<S>& s) {
     // a fixed pattern lets it grow, and moves a healthy trajectory by no more than rounding does.
     const C amount = C(Range<C>::epsilon / std::sqrt(double(s.n)));
     for (int64_t j = 0; j < s.n; ++j)
-      to[j] += (hash(uint64_t(j), uint32_t(100 + i)) & 1) ? amount : -amount;
+      to[j] += amount * C(int32_t(hash(uint32_t(j), uint32_t(100 + i)) & 2u) - 1);
   }
 }
 
 template <class S>
 void begin(State<S>& s) {
   using C = typename Elem<S>::C;
-  const C scale = C(std::ldexp(1.0, s.shift));
+  const C scale = C(s.unit);
   C* to = s.by_columns ? s.t : s.a;
   const int64_t stride = s.by_columns ? s.rows_stride : s.length_stride;
   for (int i = 0; i < s.b; ++i) {
@@ -221,7 +222,7 @@ void run_chunk(State<S>& s, int64_t chunk) {
   const int64_t r0 = chunk * s.chunk_rows;
   const int64_t r1 = r0 + s.chunk_rows < s.rows ? r0 + s.chunk_rows : s.rows;
   const PassMode mode = s.phase == Phase::kStart ? kAxpy : s.phase == Phase::kLast ? kDot : kBoth;
-  const C scale = C(std::ldexp(1.0, s.shift));
+  const C scale = C(s.unit);
   C* z = s.z + chunk * s.b * s.length_stride;
   if (!s.packed) {
     RowPass<S>{s.w + r0 * s.ld, s.ld, r1 - r0, s.length, s.a, s.length_stride, s.t + r0, s.rows_stride,
@@ -293,7 +294,7 @@ void recover(State<S>& s) {
     int exponent;
     std::frexp(top, &exponent);
     const int limit = Range<C>::max_shift;
-    s.shift = -exponent > limit ? limit : -exponent < -limit ? -limit : -exponent;
+    s.unit = std::ldexp(1.0, -exponent > limit ? limit : -exponent < -limit ? -limit : -exponent);
     s.rescaled = true;
   } else if (s.restarts < 3) {  // W v is the null vector: another v
     ++s.restarts;
@@ -356,12 +357,12 @@ void polish(C* x, int64_t stride, int64_t n, int b, const double* sigma) {
   if (b > 1 && sigma[b - 1] < 0.05 * sigma[0]) orthonormalize(x, stride, n, 1, b);
 }
 
-// Stored by rows: t = W V (scaled by 2^shift), z = W^T T (by 2^(2 shift)).
+// Stored by rows: t = W V (scaled by unit), z = W^T T (by unit^2).
 template <class S>
 void after_pass_by_rows(State<S>& s, double eps) {
   using C = typename Elem<S>::C;
   const int b = s.b;
-  const double unit = std::ldexp(1.0, s.shift);
+  const double unit = s.unit;
   Small gt{}, gz{}, whiten{}, x{}, rotate{};
   for (int i = 0; i < b; ++i)
     for (int j = 0; j < b; ++j) {
@@ -407,8 +408,8 @@ void after_pass_by_rows(State<S>& s, double eps) {
     polish(s.t, s.rows_stride, s.m, b, sigma);
     polish(s.z, s.length_stride, s.n, b, sigma);
   }
-  // sigma[0] is |W^T u| times 2^shift: T whitened has unit columns whatever its scale, Z carries 2^(2 shift)
-  // against T's 2^shift.
+  // sigma[0] is |W^T u| times unit: T whitened has unit columns whatever its scale, Z carries unit^2
+  // against T's unit.
   if (--s.iterations_left == 0) {
     commit(s, s.t, s.rows_stride, s.z, s.length_stride);
     return finish(s, sigma[0] / unit);
@@ -433,7 +434,7 @@ void orthonormal_u(State<S>& s, double eps) {
   const int rank = whitening<C>(g, b, whiten);
   combine(s.z, s.length_stride, s.m, b, whiten, rank);
   if (rank < b) orthonormalize(s.z, s.length_stride, s.m, rank, b);
-  const double unit = std::ldexp(1.0, s.shift);
+  const double unit = s.unit;
   for (int i = 0; i < b; ++i)
     for (int64_t k = 0; k < s.m; ++k)
       s.a[i * s.length_stride + k] = C(double(s.z[i * s.length_stride + k]) * unit);
@@ -444,14 +445,14 @@ template <class S>
 void after_pass_by_columns(State<S>& s, double eps) {
   using C = typename Elem<S>::C;
   const int b = s.b;
-  const double unit = std::ldexp(1.0, s.shift);
+  const double unit = s.unit;
   if (s.phase != Phase::kLast)
     for (int64_t c = 1; c < s.chunks; ++c) {
       const C* part = s.z + c * b * s.length_stride;
       for (int64_t k = 0; k < b * s.length_stride; ++k) s.z[k] += part[k];
     }
   if (s.phase == Phase::kStart) {
-    // T carries no 2^shift yet (v was not scaled, so that axpy's t_scale could be): t_scale applied it.
+    // T carries no unit yet (v was not scaled, so that axpy's t_scale could be): t_scale applied it.
     return orthonormal_u(s, eps);
   }
   Small g{}, x{};
@@ -512,6 +513,7 @@ void plan(const PowerIterationItem& item, int64_t n_iterations, State<S>& s) {
   const MatrixRef& w = item.weight;
   s = State<S>{};
   s.item = &item;
+  s.unit = 1;
   s.m = w.m;
   s.n = w.n;
   s.b = int(item.columns);

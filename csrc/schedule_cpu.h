@@ -13,7 +13,6 @@ namespace SPECNORM_ISA {
 struct Arena {
   char* base;
   int64_t used, size;
-  void* memory;
 
   template <class T>
   T* take(int64_t count) {
@@ -24,12 +23,10 @@ struct Arena {
   bool allocate() {
     size = used;
     used = 0;
-    memory = std::malloc(size_t(size) + 128);
-    if (memory == nullptr) return false;
-    base = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
-    return true;
+    base = static_cast<char*>(acquire_workspace(size + 64));
+    return base != nullptr;
   }
-  void release() { std::free(memory); }
+  void release() { release_workspace(base); }
 };
 
 // Chunks by shape only. Each costs a partial sum of one row's length, so a chunk has at least 32 rows (8 in

@@ -51,13 +51,30 @@ SPECNORM_INLINE typename Simd<C>::V splat(C x) {
   return x - typename Simd<C>::V{};
 }
 
+// Adds the upper half of the lanes to the lower until one is left; the order depends on the width alone.
 template <class C>
 SPECNORM_INLINE C horizontal_sum(typename Simd<C>::V x) {
+#if defined(__AVX512F__)
   C lane[Simd<C>::width];
   std::memcpy(lane, &x, sizeof(x));
   for (int step = Simd<C>::width / 2; step > 0; step /= 2)
     for (int i = 0; i < step; ++i) lane[i] += lane[i + step];
   return lane[0];
+#else
+  typedef C Pair __attribute__((vector_size(16), may_alias));
+#if defined(__AVX2__)
+  Pair low, high;
+  std::memcpy(&low, &x, 16);
+  std::memcpy(&high, reinterpret_cast<const char*>(&x) + 16, 16);
+  Pair p = low + high;
+#else
+  Pair p = x;
+#endif
+  if constexpr (sizeof(C) == 4)
+    return (p[0] + p[2]) + (p[1] + p[3]);
+  else
+    return p[0] + p[1];
+#endif
 }
 
 SPECNORM_INLINE float bits_to_float(uint32_t b) {

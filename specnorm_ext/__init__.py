@@ -18,6 +18,7 @@ if hasattr(torch.ops.specnorm_ext, "power_iteration_") and "specnorm_ext._C" not
     )
 
 from . import _C, _ops, functional, reference
+from .parametrizations import spectral_norm
 
 
 def build_info() -> dict[str, object]:
@@ -42,4 +43,5 @@ __all__ = [
     "build_info",
     "functional",
     "reference",
+    "spectral_norm",
 ]

@@ -1,0 +1,527 @@
+"""spectral_norm(): the drop-in for torch.nn.utils.parametrizations.spectral_norm, and the reading of its checkpoints."""
+
+from __future__ import annotations
+
+import gc
+import math
+import sys
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ._checks import DTYPES, MAX_COLUMNS, state_dtype
+
+WARM_UP_ITERATIONS = 15  # torch's, at registration
+
+# u and v of a healthy layer give at least 0.84 of what one more iteration gives (one iteration from a random
+# start, square Gaussian; anything longer is closer to 1). u and v of other weights give next to nothing.
+STALE_BELOW = 0.75
+
+
+def _plain(x: Tensor) -> bool:
+    """A tensor whose values Python may look at now: not traced, not fake, not inside a torch.func transform."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in (Tensor, nn.Parameter)
+        and x.device.type != "meta"
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+class SpectralNorm(nn.Module):
+    """The parametrization that :func:`spectral_norm` registers; see there."""
+
+    _u: Tensor
+    _v: Tensor
+
+    def __init__(
+        self,
+        weight: Tensor,
+        n_power_iterations: int = 1,
+        dim: int = 0,
+        eps: float = 1e-12,
+        n_vectors: int = 1,
+        bound: float | None = None,
+        learnable_scale: bool = False,
+        detach_sigma: bool = False,
+    ) -> None:
+        super().__init__()
+        ndim = weight.dim()
+        if dim >= ndim or dim < -ndim:
+            raise IndexError(
+                f"spectral_norm: expected dim in the range [-{ndim}, {ndim - 1}], got {dim}"
+            )
+        if isinstance(n_power_iterations, bool) or n_power_iterations <= 0:
+            raise ValueError(
+                f"spectral_norm: expected n_power_iterations to be positive, got {n_power_iterations}"
+            )
+        if not eps >= 0 or not math.isfinite(eps):
+            raise ValueError(f"spectral_norm: expected eps to be finite and >= 0, got {eps}")
+        if not 1 <= n_vectors <= MAX_COLUMNS:
+            raise ValueError(
+                f"spectral_norm: expected n_vectors between 1 and {MAX_COLUMNS}, got {n_vectors}"
+            )
+        if bound is not None and not (bound > 0 and math.isfinite(bound)):
+            raise ValueError(
+                f"spectral_norm: expected bound to be positive and finite, got {bound}"
+            )
+        if bound is not None and learnable_scale:
+            raise ValueError(
+                "spectral_norm: expected bound or learnable_scale, got both; a learned scale has no bound"
+            )
+        if weight.dtype not in DTYPES:
+            raise TypeError(
+                "spectral_norm: expected a weight of torch.float32, torch.float64, torch.bfloat16 or "
+                f"torch.float16, got {weight.dtype}"
+            )
+        self.dim = dim if dim >= 0 else dim + ndim
+        self.n_power_iterations = n_power_iterations
+        self.eps = eps
+        self.bound = bound
+        self.detach_sigma = detach_sigma
+        self._ndim = ndim
+        # u, v not yet drawn (a meta weight), or not yet seen beside this weight (just loaded)
+        self._registered = False
+        self._unseeded = False
+        self._unverified = False
+        self._seen: tuple[Any, ...] | None = None  # what the last verification in eval looked at
+        self._pending = 0  # training iterations that a recomputation in backward might ask for
+        self._pending_version = -1
+        dtype = state_dtype(weight.dtype)
+        # A layer made under inference_mode must still train later: none of its state may be an inference tensor.
+        with torch.inference_mode(False), torch.no_grad():
+            if learnable_scale:
+                self.scale = nn.Parameter(torch.ones((), dtype=dtype, device=weight.device))
+            else:
+                self.register_parameter("scale", None)
+            if ndim > 1:
+                matrix = self._matrix(weight.detach())
+                b = min(n_vectors, max(1, min(matrix.shape)))
+                columns = () if n_vectors == 1 else (b,)
+                u, v = (
+                    torch.empty((n, *columns), dtype=dtype, device=weight.device).normal_(0, 1)
+                    for n in matrix.shape
+                )
+                self.register_buffer("_u", nn.functional.normalize(u, dim=0))
+                self.register_buffer("_v", nn.functional.normalize(v, dim=0))
+                self._unseeded = weight.is_meta
+                if not weight.is_meta:
+                    self._iterate(matrix, WARM_UP_ITERATIONS)
+
+    def extra_repr(self) -> str:
+        parts = [f"n_power_iterations={self.n_power_iterations}", f"dim={self.dim}"]
+        if self._ndim > 1 and self._u.dim() == 2:
+            parts.append(f"n_vectors={self._u.shape[1]}")
+        if self.bound is not None:
+            parts.append(f"bound={self.bound:g}")
+        if self.scale is not None:
+            parts.append("learnable_scale=True")
+        if self.detach_sigma:
+            parts.append("detach_sigma=True")
+        return ", ".join(parts)
+
+    # ---- the weight as a matrix, and back -----------------------------------------------------------------------
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        """[m, n]: `dim` first, the rest flattened; a view wherever strides allow one."""
+        if self.dim != 0:
+            weight = weight.movedim(self.dim, 0)
+        return weight if weight.dim() == 2 else weight.flatten(1)
+
+    def _tensor(self, matrix: Tensor, weight: Tensor) -> Tensor:
+        """The inverse of _matrix, in `weight`'s shape."""
+        if weight.dim() == 2:
+            return matrix if self.dim == 0 else matrix.mT
+        if self.dim == 0:
+            return matrix.view(weight.shape)
+        moved = matrix.view(weight.movedim(self.dim, 0).shape)
+        # torch hands out W / sigma in W's own layout, and callers may view() it
+        return moved.movedim(0, self.dim).contiguous()
+
+    # ---- state --------------------------------------------------------------------------------------------------
+
+    def _iterate(self, matrix: Tensor, n_iterations: int) -> Tensor:
+        return torch.ops.specnorm_ext.power_iteration_(
+            [matrix], [self._u], [self._v], n_iterations, self.eps
+        )
+
+    def _seed(self) -> None:
+        for x in (self._u, self._v):
+            x.normal_(0, 1)
+            x.copy_(nn.functional.normalize(x, dim=0))
+
+    def _place_state(self, weight: Tensor) -> None:
+        """u and v follow the weight: its device, and the state dtype of its dtype."""
+        dtype = state_dtype(weight.dtype)
+        if self._u.dtype != dtype or self._u.device != weight.device:
+            self._u = self._u.to(weight.device, dtype)
+            self._v = self._v.to(weight.device, dtype)
+
+    @torch.no_grad()
+    def _verify(self, matrix: Tensor) -> None:
+        """Make u and v fit this weight before they are used; warn once of what had to be mended."""
+        if self._unseeded:
+            self._unseeded = self._unverified = False
+            self._seed()
+            self._iterate(matrix, WARM_UP_ITERATIONS)
+            return
+        self._unverified = False
+        if 0 in matrix.shape:
+            return
+        lengths = torch.cat(
+            [torch.linalg.vector_norm(x, dim=0).reshape(-1) for x in (self._u, self._v)]
+        )
+        shortest, longest = lengths.min().item(), lengths.max().item()
+        if not (shortest > 0 and math.isfinite(longest)):
+            warnings.warn(
+                "specnorm_ext: u or v of a spectrally normalized weight held NaN, Inf or zeros; drawn anew",
+                stacklevel=2,
+            )
+            self._seed()
+            self._iterate(matrix, WARM_UP_ITERATIONS)
+            return
+        if shortest < 0.98 or longest > 1.02:
+            warnings.warn(
+                f"specnorm_ext: u and v of a spectrally normalized weight were not normalized (lengths "
+                f"{shortest:.3g} to {longest:.3g}); normalized",
+                stacklevel=2,
+            )
+        if max(1 - shortest, longest - 1) > 64 * torch.finfo(self._u.dtype).eps:
+            for x in (self._u, self._v):
+                x.copy_(nn.functional.normalize(x, dim=0))
+        u, v = self._u.clone(), self._v.clone()
+        better = torch.ops.specnorm_ext.power_iteration_([matrix], [u], [v], 1, self.eps)
+        stored = torch.ops.specnorm_ext.sigma([matrix], [self._u], [self._v])
+        after, before = better.item(), abs(stored.item())
+        if not math.isfinite(after):  # a bad weight says nothing about u and v: look again
+            self._unverified = True
+        elif before < STALE_BELOW * after:
+            warnings.warn(
+                "specnorm_ext: u and v of a spectrally normalized weight do not belong to it (loaded without "
+                "them, or the weight was replaced); recomputed",
+                stacklevel=2,
+            )
+            self._iterate(matrix, WARM_UP_ITERATIONS)
+
+    def _verify_once(self, weight: Tensor, matrix: Tensor) -> None:
+        """Outside training nothing iterates, so whatever has changed since the last look must be looked at."""
+        if not _plain(weight):
+            return
+        if self._unseeded or self._unverified:
+            self._verify(matrix)
+        if not self.training:
+            now = (weight.data_ptr(), _version(weight), _version(self._u), _version(self._v))
+            if now != self._seen:
+                self._verify(matrix)
+                self._seen = (
+                    weight.data_ptr(),
+                    _version(weight),
+                    _version(self._u),
+                    _version(self._v),
+                )
+
+    def _recomputing(self, weight: Tensor) -> bool:
+        """True when this forward is activation checkpointing's second one, which must not iterate again."""
+        if not _plain(weight):
+            return False
+        version = _version(weight)
+        inside_backward = torch._C._current_graph_task_id() != -1
+        if inside_backward and self._pending > 1 and self._pending_version == version:
+            raise RuntimeError(
+                "spectral_norm: expected at most one training forward of this layer before activation "
+                f"checkpointing recomputes it, got {self._pending}: which u and v the recomputation needs is "
+                "unknown, and the gradient would be wrong. Run the forwards under "
+                "torch.nn.utils.parametrize.cached(), or call backward after each."
+            )
+        if inside_backward:
+            self._pending = 0
+            return True
+        self._pending = self._pending + 1 if self._pending_version == version else 1
+        self._pending_version = version
+        return False
+
+    # ---- forward ------------------------------------------------------------------------------------------------
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if weight.dim() == 1:
+            return self._vector(weight)
+        matrix = self._matrix(weight)
+        self._place_state(weight)
+        self._verify_once(weight, matrix)
+        if self.training and not self._recomputing(weight):
+            sigma = self._iterate(matrix, self.n_power_iterations)
+            u, v = self._leading()
+            if torch.is_grad_enabled():
+                # The next forward overwrites the buffers, perhaps before this one's backward.
+                u, v = u.clone(), v.clone()
+        else:
+            u, v = self._leading()
+            with torch.no_grad():
+                signed = torch.ops.specnorm_ext.sigma([matrix], [u], [v])
+                # A weight whose sign was flipped since: sigma is a norm, and u turns with it.
+                u = u.clone() * torch.where(signed < 0, -1.0, 1.0).to(u.dtype)
+                v = v.clone()
+                sigma = signed.abs()
+        return self._scaled(self._tensor(self._divide(matrix, u, v, sigma), weight))
+
+    def _leading(self) -> tuple[Tensor, Tensor]:
+        return (self._u, self._v) if self._u.dim() == 1 else (self._u[:, 0], self._v[:, 0])
+
+    def _divide(self, matrix: Tensor, u: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
+        if self.bound is not None:
+            # d = max(1, sigma / bound) depends on W through sigma only above the bound: du v^T / bound there.
+            # "not <=" so that a NaN counts as above and comes out as NaN.
+            within = sigma <= self.bound
+            u = u * torch.where(within, 0.0, 1 / self.bound).to(u.dtype)
+            sigma = torch.where(within, torch.ones_like(sigma), sigma / self.bound)
+        if self.detach_sigma:
+            u = torch.zeros_like(u)
+        return torch.ops.specnorm_ext.normalize([matrix], [u], [v], sigma)[0]
+
+    def _scaled(self, weight: Tensor) -> Tensor:
+        return weight if self.scale is None else weight * self.scale.to(weight.dtype)
+
+    def _vector(self, weight: Tensor) -> Tensor:
+        """w / |w| for a 1-D weight (torch's rule), without under- or overflow on the way."""
+        x = weight.to(state_dtype(weight.dtype))
+        with torch.no_grad():
+            top = x.abs().amax() if x.numel() else x.new_zeros(())
+            safe = torch.where(torch.isfinite(top) & (top > 0), top, torch.ones_like(top))
+        length = torch.linalg.vector_norm(x / safe)
+        if self.detach_sigma:
+            length = length.detach()
+        if self.bound is not None:
+            out = x / (length * safe / self.bound).clamp_min(1)
+        else:
+            zero = length == 0
+            out = torch.where(
+                zero, torch.zeros_like(x), x / safe / torch.where(zero, torch.ones_like(length), length)
+            )
+        return self._scaled(out.to(weight.dtype))
+
+    def right_inverse(self, value: Tensor) -> Tensor:
+        # Assigning a weight keeps it as it is (torch's rule): u and v may no longer belong to it.
+        self._unverified = self._registered and self._ndim > 1
+        return value
+
+    # ---- moving and loading -------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SpectralNorm:
+        before = {k: x for k, x in self._buffers.items() if x is not None}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            assert new is not None
+            if old.is_meta and not new.is_meta:
+                self._unseeded = True  # to_empty(): whatever lay in that memory
+            elif new.dtype in (torch.float16, torch.bfloat16):
+                # half() and bfloat16() round weights; u and v stay float32, unrounded
+                self._buffers[name] = old.to(new.device, torch.float32)
+        self._seen = None
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        if self._ndim > 1:
+            for name in ("_u", "_v"):
+                loaded = state_dict.get(prefix + name)
+                own = self._buffers[name]
+                if isinstance(loaded, Tensor) and own is not None:
+                    state_dict[prefix + name] = _fit_columns(loaded, own)
+            if prefix + "_u" in state_dict and prefix + "_v" in state_dict:
+                self._unseeded = False
+            self._unverified = True
+            self._seen = None
+            self._pending = 0
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _fit_columns(loaded: Tensor, own: Tensor) -> Tensor:
+    """A checkpoint's u or v with another number of columns: the leading ones kept, missing ones drawn."""
+    if loaded.shape == own.shape or loaded.dim() > 2 or loaded.shape[:1] != own.shape[:1]:
+        return loaded
+    columns = loaded if loaded.dim() == 2 else loaded.unsqueeze(1)
+    if own.dim() == 1:
+        return columns[:, 0]
+    missing = own.shape[1] - columns.shape[1]
+    if missing > 0:
+        fresh = torch.randn(own.shape[0], missing, dtype=columns.dtype, device=columns.device)
+        columns = torch.cat([columns, nn.functional.normalize(fresh, dim=0)], 1)
+    return columns[:, : own.shape[1]]
+
+
+def _parametrizations(module: nn.Module) -> list[tuple[str, Any, SpectralNorm]]:
+    """(name, parametrization list, our entry) for every spectrally normalized tensor of this very module."""
+    if not parametrize.is_parametrized(module):
+        return []
+    lists: Any = module.parametrizations
+    return [(n, p, x) for n, p in lists.items() for x in p if isinstance(x, SpectralNorm)]
+
+
+def _read_old_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """`weight_orig`, `weight_u`, `weight_v` of torch.nn.utils.spectral_norm under the parametrization's keys."""
+    for name, _list, _own in _parametrizations(module):
+        new = f"{prefix}parametrizations.{name}."
+        for old_key, new_key in (("orig", "original"), ("u", "0._u"), ("v", "0._v")):
+            old = f"{prefix}{name}_{old_key}"
+            if old in state_dict and new + new_key not in state_dict:
+                state_dict[new + new_key] = state_dict.pop(old)
+
+
+def _verify_loaded(module: nn.Module, _incompatible: Any) -> None:
+    """After loading, while nothing depends on it yet: do u and v belong to the weight?"""
+    for _name, plist, own in _parametrizations(module):
+        weight = plist.original
+        if own._unverified and _plain(weight):
+            own._place_state(weight)
+            own._verify(own._matrix(weight.detach()))
+
+
+def _shared_with(weight: Tensor, module: nn.Module) -> nn.Module | None:
+    """Another module that holds this very Parameter, if any.
+
+    Normalizing one of two tied weights would leave the other raw in silence. The garbage collector knows who refers
+    to the Parameter; it is asked only when someone else does at all.
+    """
+    if sys.getrefcount(weight) <= 4:  # the module's dict, two frames, and the argument of getrefcount
+        return None
+    for holder in gc.get_referrers(weight):
+        if not isinstance(holder, dict) or holder is module._parameters:
+            continue
+        for owner in gc.get_referrers(holder):
+            found = owner if isinstance(owner, nn.Module) else None
+            if isinstance(owner, dict) and owner.get("_parameters") is holder:
+                found = next(
+                    (x for x in gc.get_referrers(owner) if isinstance(x, nn.Module)), None
+                )
+            if found is not None and found is not module and found._parameters is holder:
+                return found
+    return None
+
+
+def spectral_norm(
+    module: nn.Module,
+    name: str = "weight",
+    n_power_iterations: int = 1,
+    eps: float = 1e-12,
+    dim: int | None = None,
+    *,
+    n_vectors: int = 1,
+    bound: float | None = None,
+    learnable_scale: bool = False,
+    detach_sigma: bool = False,
+) -> nn.Module:
+    r"""Normalize a weight by its spectral norm: the drop-in for ``torch.nn.utils.parametrizations.spectral_norm``.
+
+    .. math:: \hat W = W / \sigma(W),\qquad \sigma(W) = u^T W v
+
+    with W seen as [m, n] (dimension ``dim`` first, the rest flattened) and u, v tracked by ``n_power_iterations`` of
+    power iteration in every training forward. Same trajectory, keys and gradients as torch's, one read of W for each
+    iteration, and without its faults: no finite weight gives NaN (a zero weight gives 0), a NaN step leaves u and
+    v alone, u and v that were loaded wrong or not at all are mended with one warning.
+
+    Args:
+        module: the module to change, in place.
+        name: its parameter; 1-D parameters become w / |w|.
+        n_power_iterations: in each training forward; none in eval. 15 run at registration.
+        eps: W v counts as the null vector when :math:`|W v| \le eps \max|W|`. (torch's eps is absolute, which makes
+            small weights come out wrong.)
+        dim: the output dimension. Default 0, and 1 for ConvTranspose1d/2d/3d.
+        n_vectors: columns of u and v, at most 8 (and at most min(m, n), to which it is cut). More than one is
+            subspace iteration (Saad, "Numerical Methods for Large Eigenvalue Problems", ch. 5): the same one read of W a
+            step and a far smaller under-estimate of sigma. u and v are then [m, b] and [n, b] in the state dict.
+        bound: :math:`\hat W = W / \max(1, \sigma / bound)`, so that the norm is at most ``bound`` and smaller weights
+            are left alone. Source: Gouk et al., "Regularisation of neural networks by enforcing Lipschitz
+            continuity", 2021; SNGP (Liu et al., 2020, eq. 10) uses 0.95 for dense layers.
+        learnable_scale: :math:`\hat W = \gamma W / \sigma` with a trained scalar :math:`\gamma`, 1 at first, under the
+            key ``parametrizations.<name>.0.scale``. Source: sigmaReparam, Zhai et al., "Stabilizing Transformer
+            Training by Preventing Attention Entropy Collapse", ICML 2023, eq. 3.
+        detach_sigma: treat sigma as a constant in the backward pass: dW = G / sigma, without the term
+            :math:`\langle G, \hat W \rangle u v^T` of Miyato et al. 2018, eq. 12, by which the gradient leaves
+            the direction of W alone.
+
+    Returns:
+        ``module``. ``torch.nn.utils.parametrize.remove_parametrizations`` takes it off again.
+
+    Shapes and dtypes: weights of float32, float64, bfloat16, float16 of any rank >= 1; u [m], v [n] are float32
+    for 16-bit weights, else the weight's dtype. Complex weights are handed to torch's own parametrization.
+
+    Differentiable in W to any order, with u and v constant (torch's convention). An in-place change of W between
+    forward and backward raises; one through ``.data`` cannot be seen and must not be made. Under activation
+    checkpointing the recomputation does not iterate again; two checkpointed forwards before one backward raise.
+
+    Raises:
+        ValueError: no such tensor, registered twice, tied to another module's parameter, n_power_iterations < 1, eps
+            negative or not finite, n_vectors outside 1..8, bound <= 0 or beside learnable_scale.
+        IndexError: dim out of range.
+        TypeError: integer weights, or options of ours on a complex weight.
+
+    Loads checkpoints of torch's parametrization and of the old ``torch.nn.utils.spectral_norm`` (``weight_orig``,
+    ``weight_u``, ``weight_v``).
+
+    Source: Miyato et al., "Spectral Normalization for Generative Adversarial Networks", ICLR 2018, arXiv 1802.05957.
+
+    Example:
+        >>> import torch, specnorm_ext
+        >>> layer = specnorm_ext.spectral_norm(torch.nn.Linear(20, 40), n_vectors=4)
+        >>> for _ in range(10):
+        ...     y = layer(torch.randn(2, 20))
+        >>> bool(abs(torch.linalg.matrix_norm(layer.weight, 2) - 1) < 1e-2)
+        True
+    """
+    weight = getattr(module, name, None)
+    if not isinstance(weight, Tensor):
+        raise ValueError(
+            f"spectral_norm: expected {type(module).__name__} to have a parameter or buffer named {name!r}, "
+            f"got {type(weight).__name__}"
+        )
+    if parametrize.is_parametrized(module, name):
+        lists: Any = module.parametrizations
+        kinds = (SpectralNorm, torch.nn.utils.parametrizations._SpectralNorm)
+        if any(isinstance(p, kinds) for p in lists[name]):
+            raise ValueError(
+                f"spectral_norm: expected {name!r} of {type(module).__name__} without spectral norm, got one that has "
+                "it; call torch.nn.utils.parametrize.remove_parametrizations first"
+            )
+    elif isinstance(weight, nn.Parameter):
+        other = _shared_with(weight, module)
+        if other is not None:
+            raise ValueError(
+                f"spectral_norm: expected {name!r} of {type(module).__name__} to be this module's own, got a parameter "
+                f"tied to a {type(other).__name__}, which would keep the raw weight; untie them "
+                "(clone the parameter), or use one module in both places"
+            )
+    if dim is None:
+        transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+        dim = 1 if isinstance(module, transposed) else 0
+    if weight.is_complex():
+        if n_vectors != 1 or bound is not None or learnable_scale or detach_sigma:
+            raise TypeError(
+                "spectral_norm: expected a real weight for n_vectors, bound, learnable_scale or detach_sigma, "
+                f"got {weight.dtype}"
+            )
+        return torch.nn.utils.parametrizations.spectral_norm(
+            module, name, n_power_iterations, eps, dim
+        )
+    parametrization = SpectralNorm(
+        weight, n_power_iterations, dim, eps, n_vectors, bound, learnable_scale, detach_sigma
+    )
+    with torch.inference_mode(weight.is_inference()):
+        parametrize.register_parametrization(module, name, parametrization)
+    parametrization._registered = True
+    if _verify_loaded not in module._load_state_dict_post_hooks.values():
+        module.register_load_state_dict_post_hook(_verify_loaded)
+        module.register_load_state_dict_pre_hook(_read_old_keys)
+    return module
+
+
+__all__ = ["SpectralNorm", "spectral_norm"]
