@@ -18,6 +18,7 @@ if hasattr(torch.ops.specnorm_ext, "power_iteration_") and "specnorm_ext._C" not
     )
 
 from . import _C, _ops, functional, reference
+from .estimate import Estimate, spectral_norms
 from .parametrizations import spectral_norm
 
 
@@ -40,8 +41,10 @@ def build_info() -> dict[str, object]:
 __version__: str = _C.build_info()["version"]
 
 __all__ = [
+    "Estimate",
     "build_info",
     "functional",
     "reference",
     "spectral_norm",
+    "spectral_norms",
 ]

@@ -211,6 +211,48 @@ _impl.impl("normalize", _normalize_autograd, "Autograd", with_keyset=True)
 _impl.impl("normalize_backward", _normalize_backward_autograd, "Autograd", with_keyset=True)
 
 
+# ---- short cuts for the layers ----------------------------------------------------------------------------------
+
+_cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
+
+def is_plain(x: Tensor) -> bool:
+    """A tensor whose values Python may look at now: not traced, not fake, not inside a torch.func transform."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and not x.is_meta
+    )
+
+
+def power_iteration_direct(
+    weights: list[Tensor], u: list[Tensor], v: list[Tensor], n_iterations: int, eps: float
+) -> Tensor:
+    """power_iteration_ straight to the CPU kernel, for tensors that are `is_plain` and on the CPU.
+
+    The Python kernel on the ADInplaceOrView key costs half of the op's time for one small matrix; here its one
+    effect, the version counters, is had without it.
+    """
+    sigma = _ops.power_iteration_.default.redispatch(_cpu, weights, u, v, n_iterations, eps)
+    increment_version(u)
+    increment_version(v)
+    return sigma
+
+
+def normalize_direct(
+    weights: list[Tensor], u: list[Tensor], v: list[Tensor], sigma: Tensor
+) -> list[Tensor]:
+    """normalize straight to the CPU kernel: as above, and with gradients off."""
+    return _ops.normalize.default.redispatch(_cpu, weights, u, v, sigma)
+
+
+def sigma_direct(weights: list[Tensor], u: list[Tensor], v: list[Tensor]) -> Tensor:
+    """sigma straight to the CPU kernel: as above, and with gradients off."""
+    return _ops.sigma.default.redispatch(_cpu, weights, u, v)
+
+
 # ---- vmap: a batch of matrices is a longer list -----------------------------------------------------------------
 
 

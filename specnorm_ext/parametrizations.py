@@ -6,13 +6,16 @@ import gc
 import math
 import sys
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from . import _ops
 from ._checks import DTYPES, MAX_COLUMNS, state_dtype
+from ._ops import is_plain
 
 WARM_UP_ITERATIONS = 15  # torch's, at registration
 
@@ -21,19 +24,23 @@ WARM_UP_ITERATIONS = 15  # torch's, at registration
 STALE_BELOW = 0.75
 
 
-def _plain(x: Tensor) -> bool:
-    """A tensor whose values Python may look at now: not traced, not fake, not inside a torch.func transform."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(x) in (Tensor, nn.Parameter)
-        and x.device.type != "meta"
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
-
-
 def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
+    try:
+        return x._version
+    except RuntimeError:  # an inference tensor keeps none
+        return 0
+
+
+@dataclass
+class _Book:
+    """What a layer remembers between calls. Apart from the module: its attributes are slow to write."""
+
+    registered: bool = False
+    unseeded: bool = False  # u, v not yet drawn (a meta weight)
+    unverified: bool = False  # u, v not yet seen beside this weight (just loaded, or assigned to)
+    seen: tuple[int, ...] | None = None  # what the last verification in eval looked at
+    pending: int = 0  # training iterations that a recomputation in backward might ask for
+    pending_version: int = -1
 
 
 class SpectralNorm(nn.Module):
@@ -88,13 +95,7 @@ class SpectralNorm(nn.Module):
         self.bound = bound
         self.detach_sigma = detach_sigma
         self._ndim = ndim
-        # u, v not yet drawn (a meta weight), or not yet seen beside this weight (just loaded)
-        self._registered = False
-        self._unseeded = False
-        self._unverified = False
-        self._seen: tuple[Any, ...] | None = None  # what the last verification in eval looked at
-        self._pending = 0  # training iterations that a recomputation in backward might ask for
-        self._pending_version = -1
+        self._book = _Book()
         dtype = state_dtype(weight.dtype)
         # A layer made under inference_mode must still train later: none of its state may be an inference tensor.
         with torch.inference_mode(False), torch.no_grad():
@@ -112,7 +113,7 @@ class SpectralNorm(nn.Module):
                 )
                 self.register_buffer("_u", nn.functional.normalize(u, dim=0))
                 self.register_buffer("_v", nn.functional.normalize(v, dim=0))
-                self._unseeded = weight.is_meta
+                self._book.unseeded = weight.is_meta
                 if not weight.is_meta:
                     self._iterate(matrix, WARM_UP_ITERATIONS)
 
@@ -158,22 +159,22 @@ class SpectralNorm(nn.Module):
             x.normal_(0, 1)
             x.copy_(nn.functional.normalize(x, dim=0))
 
-    def _place_state(self, weight: Tensor) -> None:
+    def _place_state(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """u and v follow the weight: its device, and the state dtype of its dtype."""
         dtype = state_dtype(weight.dtype)
-        if self._u.dtype != dtype or self._u.device != weight.device:
-            self._u = self._u.to(weight.device, dtype)
-            self._v = self._v.to(weight.device, dtype)
+        self._u = self._u.to(weight.device, dtype)
+        self._v = self._v.to(weight.device, dtype)
+        return self._u, self._v
 
     @torch.no_grad()
     def _verify(self, matrix: Tensor) -> None:
         """Make u and v fit this weight before they are used; warn once of what had to be mended."""
-        if self._unseeded:
-            self._unseeded = self._unverified = False
+        if self._book.unseeded:
+            self._book.unseeded = self._book.unverified = False
             self._seed()
             self._iterate(matrix, WARM_UP_ITERATIONS)
             return
-        self._unverified = False
+        self._book.unverified = False
         if 0 in matrix.shape:
             return
         lengths = torch.cat(
@@ -202,7 +203,7 @@ class SpectralNorm(nn.Module):
         stored = torch.ops.specnorm_ext.sigma([matrix], [self._u], [self._v])
         after, before = better.item(), abs(stored.item())
         if not math.isfinite(after):  # a bad weight says nothing about u and v: look again
-            self._unverified = True
+            self._book.unverified = True
         elif before < STALE_BELOW * after:
             warnings.warn(
                 "specnorm_ext: u and v of a spectrally normalized weight do not belong to it (loaded without "
@@ -211,80 +212,84 @@ class SpectralNorm(nn.Module):
             )
             self._iterate(matrix, WARM_UP_ITERATIONS)
 
-    def _verify_once(self, weight: Tensor, matrix: Tensor) -> None:
-        """Outside training nothing iterates, so whatever has changed since the last look must be looked at."""
-        if not _plain(weight):
-            return
-        if self._unseeded or self._unverified:
+    def _verify_in_eval(self, weight: Tensor, matrix: Tensor, u: Tensor, v: Tensor) -> None:
+        """Outside training nothing iterates, so whatever has changed since the last look is looked at."""
+        if self._book.seen != (weight.data_ptr(), _version(weight), _version(u), _version(v)):
             self._verify(matrix)
-        if not self.training:
-            now = (weight.data_ptr(), _version(weight), _version(self._u), _version(self._v))
-            if now != self._seen:
-                self._verify(matrix)
-                self._seen = (
-                    weight.data_ptr(),
-                    _version(weight),
-                    _version(self._u),
-                    _version(self._v),
-                )
+            self._book.seen = (weight.data_ptr(), _version(weight), _version(u), _version(v))
 
     def _recomputing(self, weight: Tensor) -> bool:
         """True when this forward is activation checkpointing's second one, which must not iterate again."""
-        if not _plain(weight):
+        book, version = self._book, _version(weight)
+        if torch._C._current_graph_task_id() == -1:  # not inside a backward pass
+            book.pending = book.pending + 1 if book.pending_version == version else 1
+            book.pending_version = version
             return False
-        version = _version(weight)
-        inside_backward = torch._C._current_graph_task_id() != -1
-        if inside_backward and self._pending > 1 and self._pending_version == version:
+        if book.pending > 1 and book.pending_version == version:
             raise RuntimeError(
                 "spectral_norm: expected at most one training forward of this layer before activation "
-                f"checkpointing recomputes it, got {self._pending}: which u and v the recomputation needs is "
+                f"checkpointing recomputes it, got {book.pending}: which u and v the recomputation needs is "
                 "unknown, and the gradient would be wrong. Run the forwards under "
                 "torch.nn.utils.parametrize.cached(), or call backward after each."
             )
-        if inside_backward:
-            self._pending = 0
-            return True
-        self._pending = self._pending + 1 if self._pending_version == version else 1
-        self._pending_version = version
-        return False
+        book.pending = 0
+        return True
 
     # ---- forward ------------------------------------------------------------------------------------------------
 
     def forward(self, weight: Tensor) -> Tensor:
-        if weight.dim() == 1:
+        if self._ndim == 1:
             return self._vector(weight)
-        matrix = self._matrix(weight)
-        self._place_state(weight)
-        self._verify_once(weight, matrix)
-        if self.training and not self._recomputing(weight):
-            sigma = self._iterate(matrix, self.n_power_iterations)
-            u, v = self._leading()
+        matrix = weight if self.dim == 0 and self._ndim == 2 else self._matrix(weight)
+        plain = is_plain(weight)
+        direct = plain and weight.is_cpu  # straight to the kernels wherever gradients are not recorded
+        u, v = self._buffers["_u"], self._buffers["_v"]
+        assert u is not None and v is not None
+        if u.dtype != state_dtype(weight.dtype) or u.device != weight.device:
+            u, v = self._place_state(weight)
+        if plain and (self._book.unseeded or self._book.unverified):
+            self._verify(matrix)
+        if self.training and not (plain and self._recomputing(weight)):
+            iterate = _ops.power_iteration_direct if direct else torch.ops.specnorm_ext.power_iteration_
+            sigma = iterate([matrix], [u], [v], self.n_power_iterations, self.eps)
             if torch.is_grad_enabled():
                 # The next forward overwrites the buffers, perhaps before this one's backward.
                 u, v = u.clone(), v.clone()
         else:
-            u, v = self._leading()
+            if plain and not self.training:
+                self._verify_in_eval(weight, matrix, u, v)
             with torch.no_grad():
-                signed = torch.ops.specnorm_ext.sigma([matrix], [u], [v])
+                bilinear = _ops.sigma_direct if direct else torch.ops.specnorm_ext.sigma
+                sigma = bilinear([matrix], [u], [v])
                 # A weight whose sign was flipped since: sigma is a norm, and u turns with it.
-                u = u.clone() * torch.where(signed < 0, -1.0, 1.0).to(u.dtype)
-                v = v.clone()
-                sigma = signed.abs()
-        return self._scaled(self._tensor(self._divide(matrix, u, v, sigma), weight))
+                if direct:
+                    if sigma.item() < 0:
+                        u, sigma = -u, -sigma
+                else:
+                    u = u * torch.where(sigma < 0, -1.0, 1.0).to(u.dtype)
+                    sigma = sigma.abs()
+            if torch.is_grad_enabled():
+                u, v = u.clone(), v.clone()
+        if self.bound is not None or self.detach_sigma:
+            u, sigma = self._dependence(u, sigma)
+        if direct and not torch.is_grad_enabled():
+            out = _ops.normalize_direct([matrix], [u], [v], sigma)[0]
+        else:
+            out = torch.ops.specnorm_ext.normalize([matrix], [u], [v], sigma)[0]
+        if matrix is not weight:
+            out = self._tensor(out, weight)
+        return out if self._parameters["scale"] is None else self._scaled(out)
 
-    def _leading(self) -> tuple[Tensor, Tensor]:
-        return (self._u, self._v) if self._u.dim() == 1 else (self._u[:, 0], self._v[:, 0])
-
-    def _divide(self, matrix: Tensor, u: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
+    def _dependence(self, u: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """What W is divided by, d, and u scaled so that u v^T is the derivative of d."""
         if self.bound is not None:
-            # d = max(1, sigma / bound) depends on W through sigma only above the bound: du v^T / bound there.
-            # "not <=" so that a NaN counts as above and comes out as NaN.
+            # d = max(1, sigma / bound). "not <=" so that a NaN counts as above and comes out as NaN.
             within = sigma <= self.bound
             u = u * torch.where(within, 0.0, 1 / self.bound).to(u.dtype)
             sigma = torch.where(within, torch.ones_like(sigma), sigma / self.bound)
         if self.detach_sigma:
             u = torch.zeros_like(u)
-        return torch.ops.specnorm_ext.normalize([matrix], [u], [v], sigma)[0]
+        return u, sigma
 
     def _scaled(self, weight: Tensor) -> Tensor:
         return weight if self.scale is None else weight * self.scale.to(weight.dtype)
@@ -309,7 +314,7 @@ class SpectralNorm(nn.Module):
 
     def right_inverse(self, value: Tensor) -> Tensor:
         # Assigning a weight keeps it as it is (torch's rule): u and v may no longer belong to it.
-        self._unverified = self._registered and self._ndim > 1
+        self._book.unverified = self._book.registered and self._ndim > 1
         return value
 
     # ---- moving and loading -------------------------------------------------------------------------------------
@@ -321,11 +326,11 @@ class SpectralNorm(nn.Module):
             new = self._buffers[name]
             assert new is not None
             if old.is_meta and not new.is_meta:
-                self._unseeded = True  # to_empty(): whatever lay in that memory
+                self._book.unseeded = True  # to_empty(): whatever lay in that memory
             elif new.dtype in (torch.float16, torch.bfloat16):
                 # half() and bfloat16() round weights; u and v stay float32, unrounded
                 self._buffers[name] = old.to(new.device, torch.float32)
-        self._seen = None
+        self._book.seen = None
         return self
 
     def _load_from_state_dict(
@@ -338,10 +343,10 @@ class SpectralNorm(nn.Module):
                 if isinstance(loaded, Tensor) and own is not None:
                     state_dict[prefix + name] = _fit_columns(loaded, own)
             if prefix + "_u" in state_dict and prefix + "_v" in state_dict:
-                self._unseeded = False
-            self._unverified = True
-            self._seen = None
-            self._pending = 0
+                self._book.unseeded = False
+            self._book.unverified = True
+            self._book.seen = None
+            self._book.pending = 0
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -381,7 +386,7 @@ def _verify_loaded(module: nn.Module, _incompatible: Any) -> None:
     """After loading, while nothing depends on it yet: do u and v belong to the weight?"""
     for _name, plist, own in _parametrizations(module):
         weight = plist.original
-        if own._unverified and _plain(weight):
+        if own._book.unverified and is_plain(weight):
             own._place_state(weight)
             own._verify(own._matrix(weight.detach()))
 
@@ -517,7 +522,7 @@ def spectral_norm(
     )
     with torch.inference_mode(weight.is_inference()):
         parametrize.register_parametrization(module, name, parametrization)
-    parametrization._registered = True
+    parametrization._book.registered = True
     if _verify_loaded not in module._load_state_dict_post_hooks.values():
         module.register_load_state_dict_post_hook(_verify_loaded)
         module.register_load_state_dict_pre_hook(_read_old_keys)

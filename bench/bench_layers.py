@@ -1,0 +1,263 @@
+"""Spectrally normalized layers, in times of the plain layer: python bench/bench_layers.py [--quick]
+
+All variants of a group start from the same weights, u and v; their first step is compared with torch's
+parametrization in float64, output and every gradient, before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import harness
+import torch
+from harness import Group, Target, Variant, require_close
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+import specnorm_ext
+
+NAME = "layers"
+
+PLAIN = "plain, no normalization"
+TORCH, TORCH_COMPILED = "torch spectral_norm", "torch spectral_norm, compiled"
+OURS, OURS_COMPILED = "specnorm_ext.spectral_norm", "specnorm_ext.spectral_norm, compiled"
+
+# float32 against float64 through up to 11 layers. A ReLU that rounding pushes over its kink moves a gradient by
+# more than rounding does.
+OUTPUT_RTOL, GRADIENT_RTOL = 1e-5, 1e-3
+
+
+# ---- the networks -------------------------------------------------------------------------------------------
+
+
+def mlp(widths: Sequence[int]) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for a, b in zip(widths, widths[1:], strict=False):
+        layers += [nn.Linear(a, b), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class Block(nn.Module):
+    """Residual block of the SN-GAN discriminator; the first one takes the image and has no ReLU before it."""
+
+    def __init__(self, inputs: int, outputs: int, down: bool, first: bool = False) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1) if down else None
+        self.first = first
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(x if self.first else F.relu(x))
+        y = self.conv2(F.relu(y))
+        if self.shortcut is None:
+            return x + y
+        return F.avg_pool2d(y, 2) + self.shortcut(F.avg_pool2d(x, 2))
+
+
+class Discriminator(nn.Module):
+    """SN-GAN's ResNet discriminator for 32 x 32 images (Miyato et al., ICLR 2018, table 4b): 11 weights."""
+
+    def __init__(self, channels: int = 128) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(
+            Block(3, channels, down=True, first=True),
+            Block(channels, channels, down=True),
+            Block(channels, channels, down=False),
+            Block(channels, channels, down=False),
+        )
+        self.linear = nn.Linear(channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(F.relu(self.blocks(x)).sum((2, 3)))
+
+
+def normalize_all(model: nn.Module, spectral_norm: Callable[..., nn.Module]) -> nn.Module:
+    for module in list(model.modules()):
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            spectral_norm(module)
+    return model
+
+
+# ---- a group ------------------------------------------------------------------------------------------------
+
+
+def build_models(make: Callable[[], nn.Module], compiled: bool) -> dict[str, nn.Module]:
+    """The plain model and its normalized versions, all with the same weights, u and v; never compiled here."""
+    torch.manual_seed(0)
+    plain = make()
+    theirs = normalize_all(copy.deepcopy(plain), parametrizations.spectral_norm)
+    state = theirs.state_dict()
+    models = {PLAIN: plain, TORCH: theirs}
+    for name, how in (
+        (TORCH_COMPILED, parametrizations.spectral_norm),
+        (OURS, specnorm_ext.spectral_norm),
+        (OURS_COMPILED, specnorm_ext.spectral_norm),
+    ):
+        if compiled or name == OURS:
+            models[name] = normalize_all(copy.deepcopy(plain), how)
+            models[name].load_state_dict(state)
+    return models
+
+
+def one_step(model: nn.Module, x: Tensor, g: Tensor | None) -> Callable[[], Tensor]:
+    """The timed work: a forward, and with g the backward of <g, y> into gradients made anew, as after zero_grad."""
+    if g is None:
+        return lambda: model(x)
+    leaves = [x, *model.parameters()]
+
+    def step() -> Tensor:
+        for leaf in leaves:
+            leaf.grad = None
+        y = model(x)
+        y.backward(g)
+        return y
+
+    return step
+
+
+def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    found = {name: p.grad for name, p in model.named_parameters()}
+    if x.requires_grad:
+        found["input"] = x.grad
+    return {name: grad for name, grad in found.items() if grad is not None}
+
+
+def layer_group(
+    title: str,
+    make: Callable[[], nn.Module],
+    x_shape: Sequence[int],
+    options: argparse.Namespace,
+    *,
+    mode: str,
+    with_compile: bool = True,
+    input_gradient: bool = False,
+    targets: tuple[Target, ...] = (),
+) -> Group:
+    """mode: "train" and "eval" are one forward under no_grad, "backward" is a training forward and backward."""
+    compiled = with_compile and not options.no_compile
+    torch._dynamo.reset()  # its limit of compiled versions counts across groups
+    models = build_models(make, compiled)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(x_shape, generator=generator)
+    backward = mode == "backward"
+    y_shape = models[PLAIN](x).shape
+    g = torch.randn(y_shape, generator=generator) if backward else None
+    twin = copy.deepcopy(models[TORCH]).double()
+    inputs, steps = {}, {}
+    for name, model in models.items():
+        model.train(mode != "eval")
+        inputs[name] = x.clone().requires_grad_(backward and input_gradient)
+        runs = torch.compile(model, dynamic=False) if name.endswith("compiled") else model
+        steps[name] = one_step(runs, inputs[name], g)
+
+    def check() -> dict[str, Any]:
+        twin.train(mode != "eval")
+        x64 = x.double().requires_grad_(backward and input_gradient)
+        expected = one_step(twin, x64, None if g is None else g.double())()
+        expected_gradients = gradients(twin, x64)
+        largest = 0.0
+        for name, step in steps.items():
+            y = step()
+            if name == PLAIN:
+                continue
+            error = require_close(f"output of {name}", y, expected, OUTPUT_RTOL)
+            got = gradients(models[name], inputs[name])
+            if got.keys() != expected_gradients.keys():
+                raise harness.WrongResult(
+                    f"{name}: gradients of {sorted(got)}, expected {sorted(expected_gradients)}"
+                )
+            for key, value in expected_gradients.items():
+                what = f"gradient of {key}, {name}"
+                error = max(error, require_close(what, got[key], value, GRADIENT_RTOL))
+            if name in (OURS, OURS_COMPILED):
+                largest = max(largest, error)
+        return {"largest error": largest}
+
+    # Targets name variants that --no-compile leaves out.
+    kept = tuple(t for t in targets if not t.than or t.than in steps)
+
+    def variant(name: str, step: Callable[[], Tensor]) -> Variant:
+        ours = name in (OURS, OURS_COMPILED)
+        return Variant(name, lambda _: step(), kept if name == OURS else (), ours=ours)
+
+    return Group(
+        name=title,
+        unit=PLAIN,
+        unit_label="x plain",
+        variants=[variant(name, step) for name, step in steps.items()],
+        check=check,
+        data_bytes=sum(p.numel() * 4 for p in models[PLAIN].parameters()),
+        context=contextlib.nullcontext if backward else torch.no_grad,
+    )
+
+
+# ---- the list -----------------------------------------------------------------------------------------------
+
+WIDTHS = (256, 512, 1024, 1024, 1024, 512, 256)
+
+
+def groups() -> list[tuple[str, harness.Builder]]:
+    found: list[tuple[str, harness.Builder]] = []
+
+    def add(title: str, make: Callable[[int], nn.Module], x_shape: Sequence[int], **how: Any) -> None:
+        """`make` and the features of x are divided by the shrink factor: 1, or 8 with --quick."""
+
+        def build(options: argparse.Namespace) -> Group:
+            shrink = 8 if options.quick else 1
+            # (batch, features), or an image, which keeps its 3 channels
+            features = x_shape[1] // shrink if len(x_shape) == 2 else x_shape[1]
+            shape = (x_shape[0], features, *(s // shrink for s in x_shape[2:]))
+            return layer_group(title, lambda: make(shrink), shape, options, **how)
+
+        found.append((title, build))
+
+    def linear(n_in: int, n_out: int) -> Callable[[int], nn.Module]:
+        return lambda shrink: nn.Linear(n_in // shrink, n_out // shrink)
+
+    add(
+        "Linear 32 x 32, batch 64, training forward, no_grad",
+        linear(32, 32),
+        (64, 32),
+        mode="train",
+        targets=(Target(0.5, TORCH),),
+    )
+    add("Linear 32 x 32, batch 64, eval forward, no_grad", linear(32, 32), (64, 32), mode="eval")
+    add(
+        "MLP of 6 layers 256..1024, batch 64, forward + backward",
+        lambda shrink: mlp([w // shrink for w in WIDTHS]),
+        (64, WIDTHS[0]),
+        mode="backward",
+        targets=(Target(1, TORCH, faster=True), Target(1, TORCH_COMPILED, faster=True)),
+    )
+    for m, n in ((1024, 4096), (4096, 4096)):
+        add(
+            f"Linear {m} x {n}, batch 64, forward + backward",
+            linear(n, m),
+            (64, n),
+            mode="backward",
+            input_gradient=True,
+        )
+    add(
+        "SN-GAN CIFAR discriminator, batch 4, forward + backward",
+        lambda shrink: Discriminator(128 // shrink),
+        (4, 3, 32, 32),
+        mode="backward",
+        with_compile=False,  # a minute of compilation, for a step that convolutions rule
+    )
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    description = "Spectrally normalized layers against torch's and the plain layer."
+    return harness.run(NAME, groups(), harness.parser(description), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

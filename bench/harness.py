@@ -1,0 +1,657 @@
+"""How the benchmarks measure: correctness first, then interleaved rounds, ratios to a unit, medians.
+
+A script describes `Group`s. A group is a few `Variant`s that do the same work; one of them is the unit (one
+read of W, or the plain layer) that the others are divided by. `run` does the rest: it checks every group against
+float64 before it times it, prints a table and writes JSON and a picture. README.md beside this file says what
+the figures mean and why they are taken this way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import gc
+import json
+import math
+import os
+import platform
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import specnorm_ext
+
+SCHEMA = 1
+MIB = 1 << 20
+# Where /sys does not tell: larger than the last-level cache of most desktop CPUs.
+FALLBACK_LLC = 32 * MIB
+POOL_OVER_LLC = 4
+ALIGNMENT = 64  # bytes: a cache line, and the widest vector load
+
+EXIT_WRONG, EXIT_MISSED = 1, 3  # 2 is argparse's, and what cannot run for want of a file
+
+
+class WrongResult(Exception):
+    """A variant does not compute what it should, so that its time means nothing."""
+
+
+class Unavailable(Exception):
+    """The benchmark needs something that is not installed; the message says how to get it."""
+
+
+# ---- what is measured ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a variant must reach beside the variant `than`, the group's unit where that is empty.
+
+    `faster` False: its time is at most `limit` times the other's. True: the other takes at least `limit` times its.
+    """
+
+    limit: float
+    than: str = ""
+    faster: bool = False
+
+    def text(self, unit_label: str) -> str:
+        if self.faster:
+            by = "" if self.limit == 1 else f"{self.limit:g} x "
+            return f"{by}faster than {self.than or unit_label}"
+        return f"<= {self.limit:g}" + (f" x {self.than}" if self.than else "")
+
+    def met(self, measured: float) -> bool:
+        return measured >= self.limit if self.faster else measured <= self.limit
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to do the group's work. `call(i)` does it once, on entry i of the group's pool."""
+
+    name: str
+    call: Callable[[int], object]
+    targets: tuple[Target, ...] = ()
+    ours: bool = False
+
+
+@dataclass
+class Group:
+    """Variants that are timed side by side, and the check that they are right.
+
+    Attributes:
+        name: the heading.
+        unit: name of the variant that is 1.
+        unit_label: what a ratio counts, such as "reads".
+        variants: in the order of the table.
+        check: raises WrongResult; returns facts for the table and the JSON (largest error and the like).
+        entries: how many copies of the data the calls go round; 1 keeps it in the cache.
+        data_bytes: of one copy.
+        context: entered around check and timing, such as torch.no_grad.
+    """
+
+    name: str
+    unit: str
+    unit_label: str
+    variants: list[Variant]
+    check: Callable[[], dict[str, Any]]
+    entries: int = 1
+    data_bytes: int = 0
+    context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Spread:
+        if len(values) == 1:
+            return Spread(values[0], values[0], values[0])
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return Spread(median, low, high)
+
+    def as_dict(self) -> dict[str, float]:
+        return {"median": self.median, "q1": self.low, "q3": self.high}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    text: str
+    measured: float
+    limit: float
+    met: bool | None  # None: not judged, because sizes or rounds are those of --quick
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a variant's time in seconds and its ratio to the unit."""
+
+    what: str
+    time: Spread
+    ratio: Spread
+    samples: int
+    calls_per_sample: int
+    verdicts: tuple[Verdict, ...] = ()
+    ours: bool = False
+
+
+@dataclass
+class Result:
+    group: Group
+    rows: list[Row]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def require_close(what: str, got: Any, expected: Any, rtol: float) -> float:
+    """|got - expected| / |expected| in the 2-norm, in float64; WrongResult if over rtol or not a number."""
+    a, b = (torch.as_tensor(x).detach().double() for x in (got, expected))
+    if a.shape != b.shape:
+        raise WrongResult(f"{what}: shape {tuple(a.shape)}, expected {tuple(b.shape)}")
+    error = float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b).clamp_min(1e-300))
+    if not error <= rtol:
+        raise WrongResult(f"{what}: relative error {error:.2e}, at most {rtol:.0e} allowed")
+    return error
+
+
+# ---- memory -------------------------------------------------------------------------------------------------
+
+
+def last_level_cache() -> int | None:
+    """Bytes of the largest cache of the first CPU, or None where the system does not tell."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        with contextlib.suppress(OSError, ValueError):
+            text = path.read_text().strip()
+            unit = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:], 1)
+            sizes.append(int(text.rstrip("KMG")) * unit)
+    return max(sizes, default=None)
+
+
+def entries_for(data_bytes: int, quick: bool = False) -> int:
+    """How many copies make a pool of 4 last-level caches: each copy has left the cache when its turn comes again."""
+    if quick:
+        return 2
+    pool = POOL_OVER_LLC * (last_level_cache() or FALLBACK_LLC)
+    with contextlib.suppress(ValueError, OSError, AttributeError):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        pool = min(pool, memory // 4)
+    return max(2, math.ceil(pool / data_bytes))
+
+
+def make_pool(
+    shapes: Sequence[tuple[int, int]], dtype: torch.dtype, entries: int, seed: int = 0
+) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """`entries` copies of Gaussian matrices of the given shapes (entries of variance 1 / columns).
+
+    A copy is one float32 buffer with the matrices as aligned views of it, so that one read of all of them is one
+    torch.sum, with one call's overhead. Two bfloat16 numbers are read as one float32: the same bytes, and always
+    ordinary numbers, for the upper one has the exponent.
+
+    Returns:
+        the buffers, and for each of them its matrices.
+    """
+    size = torch.empty(0, dtype=dtype).element_size()
+    spans = [math.ceil(m * n * size / ALIGNMENT) * ALIGNMENT for m, n in shapes]
+    buffers, pool = [], []
+    for i in range(entries):
+        # A buffer of its own each, from the same allocator as a model's parameters.
+        buffer = torch.zeros(sum(spans) // 4, dtype=torch.float32)
+        cells = buffer.view(dtype)
+        matrices, at = [], 0
+        for (m, n), span in zip(shapes, spans, strict=True):
+            matrices.append(cells[at // size : at // size + m * n].view(m, n))
+            at += span
+        if i == 0:
+            generator = torch.Generator().manual_seed(seed)
+            for matrix in matrices:
+                values = torch.randn(matrix.shape, generator=generator)
+                matrix.copy_(values / matrix.shape[1] ** 0.5)
+        else:
+            buffer.copy_(buffers[0])
+        buffers.append(buffer)
+        pool.append(matrices)
+    return buffers, pool
+
+
+# ---- time ---------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+class _Clock:
+    """Times calls of a group's variants; the calls of all variants go round the pool together.
+
+    Were each variant to start at entry 0, it would find what the one before has just read still in the cache.
+    """
+
+    def __init__(self, entries: int) -> None:
+        self.entries = entries
+        self.cursor = 0
+
+    def seconds(self, call: Callable[[int], object], count: int) -> float:
+        first, n = self.cursor, self.entries
+        self.cursor += count
+        start = time.perf_counter()
+        for i in range(first, first + count):
+            call(i % n)
+        return time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Seconds per call, round by round; None in the rounds that the variant sat out."""
+
+    calls: int  # averaged in a sample
+    seconds: list[float | None]
+
+    def taken(self) -> list[float]:
+        return [t for t in self.seconds if t is not None]
+
+    def over(self, other: Samples) -> list[float]:
+        """Ratios round by round, so that what slowed both cancels."""
+        pairs = zip(self.seconds, other.seconds, strict=True)
+        return [a / b for a, b in pairs if a is not None and b is not None]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    calls: int  # in a sample
+    every: int  # a sample each so many rounds
+
+
+def _plan(
+    clock: _Clock, variant: Variant, rounds: int, min_sample: float, budget: float
+) -> _Plan:
+    """Calls per sample so that the timer does not matter; slow variants sit out rounds to stay in the budget."""
+    # The second call shows the time: the first may still allocate, or wake threads.
+    clock.seconds(variant.call, 1)
+    calls, elapsed = 1, clock.seconds(variant.call, 1)
+    while elapsed < min_sample:
+        calls = max(calls + 1, math.ceil(1.1 * calls * min_sample / max(elapsed, 1e-9)))
+        elapsed = clock.seconds(variant.call, calls)
+    every = math.ceil(rounds * elapsed / budget)
+    # A median wants at least 5 samples.
+    return _Plan(calls, max(1, min(every, rounds // 5)))
+
+
+def measure(group: Group, *, rounds: int, min_sample: float, budget: float) -> dict[str, Samples]:
+    """Times all variants of the group, by name.
+
+    A round times each variant once, in an order that moves on by one from round to round: what slows the machine
+    for a while slows all of them, and none always follows the same other.
+    """
+    clock = _Clock(group.entries)
+    variants = group.variants
+    plans = {v.name: _plan(clock, v, rounds, min_sample, budget) for v in variants}
+    plans[group.unit] = _Plan(plans[group.unit].calls, 1)  # every ratio needs it
+    found = {v.name: Samples(plans[v.name].calls, []) for v in variants}
+    for r in range(rounds):
+        shift = r % len(variants)
+        for v in variants[shift:] + variants[:shift]:
+            plan, samples = plans[v.name], found[v.name]
+            if r % plan.every:
+                samples.seconds.append(None)
+                continue
+            if plan.calls > 1:
+                clock.seconds(v.call, 1)  # after another variant: code and threads warm again
+            samples.seconds.append(clock.seconds(v.call, plan.calls) / plan.calls)
+    return found
+
+
+def summarize(group: Group, measured: dict[str, Samples], judge: bool = True) -> list[Row]:
+    """Medians and quartiles of times and of ratios, and the verdict on each target."""
+    unit = measured[group.unit]
+    rows = []
+    for v in group.variants:
+        mine = measured[v.name]
+        verdicts = []
+        for target in v.targets:
+            than = measured[target.than or group.unit]
+            value = statistics.median(than.over(mine) if target.faster else mine.over(than))
+            met = target.met(value) if judge else None
+            verdicts.append(Verdict(target.text(group.unit_label), value, target.limit, met))
+        rows.append(
+            Row(
+                what=v.name,
+                time=Spread.of(mine.taken()),
+                ratio=Spread.of(mine.over(unit)),
+                samples=len(mine.taken()),
+                calls_per_sample=mine.calls,
+                verdicts=tuple(verdicts),
+                ours=v.ours,
+            )
+        )
+    return rows
+
+
+# ---- what is reported ---------------------------------------------------------------------------------------
+
+
+def machine(thread_count: int) -> dict[str, Any]:
+    """What the figures depend on. No host name, user or path, so that the JSON can be published."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+        cpu = found[1] if found else cpu
+    return {
+        "cpu": cpu,
+        "architecture": platform.machine(),
+        "cpus": _cpus(),
+        "threads": thread_count,
+        "last_level_cache_bytes": last_level_cache(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "specnorm_ext": specnorm_ext.build_info(),
+    }
+
+
+def _cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def seconds_text(seconds: float) -> str:
+    for scale, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
+
+
+def bytes_text(count: int) -> str:
+    for scale, unit in ((MIB, "MiB"), (1 << 10, "KiB")):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count} bytes"
+
+
+def _ratio_text(row: Row) -> str:
+    return f"{row.ratio.median:.2f} [{row.ratio.low:.2f}, {row.ratio.high:.2f}]"
+
+
+def _target_cells(row: Row) -> tuple[str, str]:
+    said = {True: "yes", False: "NO", None: "-"}
+    targets, met = [], []
+    for verdict in row.verdicts:
+        targets.append(f"{verdict.text} ({verdict.measured:.2f})")
+        met.append(said[verdict.met])
+    return "\n".join(targets), "\n".join(met)
+
+
+def _heading(result: Result) -> str:
+    group = result.group
+    data = bytes_text(group.data_bytes) if group.data_bytes else ""
+    if group.entries > 1:
+        data += f" x {group.entries} in turn"
+    facts = [f"{key} {value:.2g}" for key, value in result.facts.items()]
+    return "; ".join(x for x in (group.name, data, *facts, group.note) if x)
+
+
+def print_table(results: Sequence[Result], file: Any = None) -> None:
+    """With rich where it is installed, else plain text of the same columns."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ImportError:
+        _print_plain(results, file)
+        return
+    console = Console(file=file)
+    if not console.is_terminal:
+        console = Console(file=file, width=118)
+    for result in results:
+        table = Table(title=_heading(result), title_justify="left", title_style="bold", box=None)
+        table.add_column("what", min_width=34)
+        for name in ("time", f"{result.group.unit_label} [quartiles]"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("target (measured)")
+        table.add_column("met", no_wrap=True)
+        for row in result.rows:
+            target, met = _target_cells(row)
+            style = "bold" if row.ours else ""
+            verdict = Text(met, style="red" if "NO" in met else "green")
+            cells = (row.what, seconds_text(row.time.median), _ratio_text(row), target)
+            table.add_row(*(Text(cell, style=style) for cell in cells), verdict)
+        console.print(table)
+        console.print()
+
+
+def _print_plain(results: Sequence[Result], file: Any = None) -> None:
+    for result in results:
+        print(_heading(result), file=file)
+        header = ("what", "time", result.group.unit_label, "target (measured)", "met")
+        lines = [header]
+        for row in result.rows:
+            target, met = (cell.replace("\n", ", ") for cell in _target_cells(row))
+            lines.append((row.what, seconds_text(row.time.median), _ratio_text(row), target, met))
+        widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+        for line in lines:
+            cells = zip(line, widths, strict=True)
+            print("  " + "  ".join(cell.ljust(width) for cell, width in cells).rstrip(), file=file)
+        print(file=file)
+
+
+def to_json(name: str, results: Sequence[Result], options: argparse.Namespace) -> dict[str, Any]:
+    """Everything that the table shows, in seconds and ratios, and what is needed to judge it."""
+    return {
+        "schema": SCHEMA,
+        "bench": name,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine(options.threads),
+        "quick": options.quick,
+        "rounds": options.rounds,
+        "groups": [
+            {
+                "name": result.group.name,
+                "unit": result.group.unit,
+                "unit_label": result.group.unit_label,
+                "data_bytes": result.group.data_bytes,
+                "entries": result.group.entries,
+                "note": result.group.note,
+                "facts": result.facts,
+                "rows": [
+                    {
+                        "what": row.what,
+                        "ours": row.ours,
+                        "seconds": row.time.as_dict(),
+                        "ratio": row.ratio.as_dict(),
+                        "samples": row.samples,
+                        "calls_per_sample": row.calls_per_sample,
+                        "targets": [vars(verdict) for verdict in row.verdicts],
+                    }
+                    for row in result.rows
+                ],
+            }
+            for result in results
+        ],
+    }
+
+
+def plot(name: str, results: Sequence[Result], path: Path, subtitle: str) -> None:
+    """Ratios as bars on one logarithmic axis a group, quartiles as whiskers, targets in units as black marks."""
+    from matplotlib.figure import Figure
+
+    heights = [len(result.rows) + 1.6 for result in results]
+    figure = Figure(figsize=(10, 0.9 + 0.27 * sum(heights)), layout="constrained")
+    axes = figure.subplots(len(results), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axis, result in zip(axes, results, strict=True):
+        rows = result.rows
+        values = [row.ratio.median for row in rows]
+        whiskers = [
+            [row.ratio.median - row.ratio.low for row in rows],
+            [row.ratio.high - row.ratio.median for row in rows],
+        ]
+        colours = ["#0072B2" if row.ours else "#B4BCC4" for row in rows]
+        floor = min(0.5, min(values) / 2)
+        axis.barh(
+            range(len(rows)),
+            [value - floor for value in values],
+            left=floor,
+            xerr=whiskers,
+            color=colours,
+            height=0.68,
+            error_kw={"elinewidth": 0.8, "ecolor": "#555555"},
+        )
+        for i, row in enumerate(rows):
+            text = f"{row.ratio.median:.3g}   {seconds_text(row.time.median)}"
+            axis.annotate(
+                text,
+                (row.ratio.high, i),
+                xytext=(5, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7.5,
+            )
+            for target, verdict in zip(
+                result.group.variants[i].targets, row.verdicts, strict=True
+            ):
+                if not target.than and not target.faster:
+                    axis.plot([verdict.limit] * 2, [i - 0.45, i + 0.45], color="black", lw=1.6)
+        axis.set_xscale("log")
+        axis.set_xlim(floor, max(row.ratio.high for row in rows) * 6)
+        axis.axvline(1, color="#888888", lw=0.7, zorder=0)
+        axis.set_yticks(range(len(rows)), [row.what for row in rows], fontsize=8)
+        axis.set_ylim(len(rows) - 0.4, -0.6)
+        axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        axis.tick_params(axis="x", labelsize=7.5)
+        axis.set_title(result.group.name, loc="left", fontsize=9, weight="bold")
+        axis.set_xlabel(result.group.unit_label, fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{name}: {subtitle}", x=0.01, ha="left", fontsize=9)
+    figure.savefig(path, dpi=130, facecolor="white")
+
+
+# ---- the command line ---------------------------------------------------------------------------------------
+
+Builder = Callable[[argparse.Namespace], Group]
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=description)
+    default = min(2, _cpus())
+    found.add_argument("--threads", type=int, default=default, help="of torch (default %(default)s)")
+    found.add_argument("--rounds", type=int, help="samples of each variant (default 31, quick 5)")
+    found.add_argument("--out", type=Path, default=Path("bench/out"), help="default %(default)s")
+    found.add_argument("--only", default="", metavar="TEXT", help="groups with TEXT in their name")
+    found.add_argument("--quick", action="store_true", help="tiny sizes: does it run, nothing else")
+    found.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    found.add_argument(
+        "--require-targets", action="store_true", help=f"exit code {EXIT_MISSED} if one is missed"
+    )
+    return found
+
+
+def run(
+    name: str,
+    groups: Iterable[tuple[str, Builder]],
+    arguments: argparse.ArgumentParser,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Checks, times and reports the groups; the exit code of the script.
+
+    0: done; 1: a wrong result (nothing is written); 2: something is not installed; 3: a target missed, with
+    --require-targets.
+    """
+    options = arguments.parse_args(argv)
+    if options.threads < 1:
+        arguments.error("--threads: expected at least 1")
+    if options.rounds is None:
+        options.rounds = 5 if options.quick else 31
+    if options.rounds < 1:
+        arguments.error("--rounds: expected at least 1")
+    options.no_compile |= options.quick  # a compilation takes longer than all the rest of --quick
+    wanted = [(title, build) for title, build in groups if options.only in title]
+    if not wanted:
+        arguments.error(f"--only: no group has {options.only!r} in its name")
+    results = []
+    with threads(options.threads):
+        _warn_if_busy()
+        for i, (title, build) in enumerate(wanted, 1):
+            start = time.perf_counter()
+            print(f"[{i}/{len(wanted)}] {title} ...", end="", flush=True, file=sys.stderr)
+            try:
+                results.append(_run_group(build, options))
+            except WrongResult as error:
+                print(f"\nwrong result, not timed: {title}: {error}", file=sys.stderr)
+                return EXIT_WRONG
+            except Unavailable as error:
+                print(f"\n{error}", file=sys.stderr)
+                return 2
+            print(f" {time.perf_counter() - start:.1f} s", flush=True, file=sys.stderr)
+    print_table(results)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"{name}.json"
+    path.write_text(json.dumps(to_json(name, results, options), indent=1) + "\n")
+    written = [path.name]
+    described = machine(options.threads)
+    subtitle = f"{described['cpu']}, {options.threads} threads, torch {described['torch']}"
+    with contextlib.suppress(ImportError):
+        plot(name, results, path.with_suffix(".png"), subtitle)
+        written.append(path.with_suffix(".png").name)
+    verdicts = [v for result in results for row in result.rows for v in row.verdicts]
+    if options.quick:
+        print("--quick: sizes are not those of the targets; no figure here means anything")
+    else:
+        print(f"{sum(v.met is True for v in verdicts)} of {len(verdicts)} targets met; {subtitle}")
+    print(f"{' and '.join(written)} in {options.out}")
+    missed = any(v.met is False for v in verdicts)
+    return EXIT_MISSED if missed and options.require_targets else 0
+
+
+def _run_group(build: Builder, options: argparse.Namespace) -> Result:
+    group = build(options)
+    quick = options.quick
+    with group.context(), _no_garbage_collection():
+        facts = group.check()
+        times = measure(
+            group,
+            rounds=options.rounds,
+            min_sample=2e-4 if quick else 2e-3,
+            budget=0.1 if quick else 2.0,
+        )
+    return Result(group, summarize(group, times, judge=not quick), facts)
+
+
+def _warn_if_busy() -> None:
+    with contextlib.suppress(OSError, AttributeError):
+        load = os.getloadavg()[0]
+        if load > 0.5 * _cpus():
+            print(
+                f"the machine is busy (load {load:.1f} on {_cpus()} CPUs): expect wide quartiles",
+                file=sys.stderr,
+            )

@@ -1,0 +1,864 @@
+"""power_iteration_: against float64 formulas, reference.py, known spectra, and everything DESIGN.md section 5 lists."""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    BF16,
+    DTYPES,
+    F16,
+    F32,
+    F64,
+    LAYOUTS,
+    SPECTRA,
+    bits,
+    check_pair,
+    check_step,
+    eps_of,
+    exact_step,
+    iterations_to,
+    matrix_with_spectrum,
+    random_weight,
+    same_bits,
+    start,
+    state_dtype,
+    tolerance,
+    true_norm,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specnorm_ext import functional as F
+from specnorm_ext import reference
+
+COLUMNS = (None, 1, 2, 3, 4, 5, 8)
+SHAPES = (
+    (1, 1), (1, 7), (7, 1), (1, 1000), (1000, 1), (2, 2), (31, 33), (33, 31), (97, 31), (64, 64), (5, 1000),
+    (1000, 5), (97, 1000), (128, 4), (130, 257),
+)  # fmt: skip
+
+
+def run(w, u, v, n_iterations=1, **kwargs):
+    return torch.ops.specnorm_ext.power_iteration_([w], [u], [v], n_iterations, **kwargs)[0]
+
+
+def fits(shape, b):
+    return b is None or b <= min(shape)
+
+
+# ---- one step, any dtype, layout, shape and number of columns ---------------------------------------------------
+
+
+@pytest.mark.parametrize("b", COLUMNS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_step(dtype, layout, b):
+    for shape in SHAPES:
+        if not fits(shape, b):
+            continue
+        w = LAYOUTS[layout](random_weight(*shape, dtype))
+        u, v = start(w, b)
+        v0 = v.clone()
+        sigma = run(w, u, v)
+        assert sigma.dtype == state_dtype(dtype)
+        check_step(w, v0, u, v, sigma, true_norm(w))
+
+
+@pytest.mark.parametrize("b", COLUMNS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_step_of_a_trajectory(dtype, b):
+    """Each step from where the last one ended, so that no error is magnified on the way."""
+    w = random_weight(48, 40, dtype)
+    norm = true_norm(w)
+    u, v = start(w, b)
+    for _ in range(12):
+        v0 = v.clone()
+        check_step(w, v0, u, v, run(w, u, v), norm)
+
+
+@pytest.mark.parametrize("b", COLUMNS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_step_as_reference(dtype, b):
+    for shape in ((1, 9), (9, 1), (33, 31), (64, 100)):
+        if not fits(shape, b):
+            continue
+        w = random_weight(*shape, dtype)
+        norm, n = true_norm(w), max(shape)
+        u, v = start(w, b)
+        u64, v64 = u.to(F64, copy=True), v.to(F64, copy=True)
+        of_u = (tolerance("product", dtype, n) + tolerance("jitter", dtype)) * exact_step(w, v).condition
+        expected = reference.power_iteration_([w.double()], [u64], [v64])[0].item()
+        sigma = run(w, u, v).item()
+        assert abs(sigma - expected) <= (of_u + tolerance("product", dtype, n)) * norm
+        x, x64 = (y.double().reshape(shape[0], -1) for y in (u, u64))
+        assert torch.linalg.matrix_norm(x - x64 @ (x64.mT @ x), 2) <= of_u
+
+
+def torch_trajectory(w, v, n_iterations, eps=1e-12):
+    """torch.nn.utils.parametrizations.spectral_norm's operations in its order, in float64."""
+    w, v = w.double(), v.double()
+    for _ in range(n_iterations):
+        u = torch.nn.functional.normalize(torch.mv(w, v), dim=0, eps=eps)
+        v = torch.nn.functional.normalize(torch.mv(w.mT, u), dim=0, eps=eps)
+    return u, v, torch.vdot(u, torch.mv(w, v))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("n_iterations", [1, 2, 7, 100])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_k_iterations_in_one_call_or_in_k_follow_torch(dtype, n_iterations, layout):
+    """An error d of v_j turns the final v by at most d / |<v_j, v_1>|, and |<v_j, v_1>| only grows: k steps of two
+    products and one jitter, over the start's overlap with the leading vector. Once converged it is forgotten, so
+    that k is capped where (s_2 / s_1)^(2 k) is below 1/2."""
+    w = LAYOUTS[layout](matrix_with_spectrum(40, 56, SPECTRA["gap 0.5"](40), dtype))
+    u, v = start(w)
+    _, _, right = torch.linalg.svd(w.double(), full_matrices=False)
+    overlap = abs((right[0] @ v.double()).item())
+    per_step = 2 * tolerance("product", dtype, 56) + tolerance("jitter", dtype)
+    steps = min(n_iterations, 1 + math.ceil(math.log(2) / (2 * math.log(2))))
+    # errors of the steps after which half of them is forgotten form a geometric series, of sum 2
+    bound = 2 * steps * per_step / overlap
+    u_expected, v_expected, sigma_expected = torch_trajectory(w, v, n_iterations)
+    one_call = (u.clone(), v.clone())
+    sigma_one = run(w, *one_call, n_iterations)
+    many = (u.clone(), v.clone())
+    for _ in range(n_iterations):
+        sigma_many = run(w, *many)
+    for (a, b), sigma in ((one_call, sigma_one), (many, sigma_many)):
+        assert torch.linalg.vector_norm(a.double() - u_expected) <= bound
+        assert torch.linalg.vector_norm(b.double() - v_expected) <= bound
+        assert abs(sigma.double() - sigma_expected) <= 2 * bound
+    assert torch.linalg.vector_norm(one_call[0].double() - many[0].double()) <= bound
+    check_pair(w, *one_call, sigma_one, true_norm(w))
+
+
+@pytest.mark.parametrize("b", [2, 4])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "2nd_row_3rd_column"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_k_iterations_of_a_block_span_what_k_calls_span(dtype, layout, b):
+    """The spans converge to the leading b singular vectors at (s_(b+1) / s_b)^2 = 1/16 a step: after the 1/16s have
+    gone below one product's error, both are that close to them, times the gap's inverse."""
+    s = torch.cat([torch.linspace(1, 0.8, b, dtype=F64), 0.2 * torch.ones(30 - b, dtype=F64)])
+    w = LAYOUTS[layout](matrix_with_spectrum(30, 44, s, dtype))
+    n_iterations = 20
+    left, values, _ = torch.linalg.svd(w.double(), full_matrices=False)
+    gap = (values[b - 1] - values[b]).item()
+    bound = 4 * tolerance("product", dtype, 44) / gap
+    u, v = start(w, b)
+    one_call = (u.clone(), v.clone())
+    sigma_one = run(w, *one_call, n_iterations)
+    for _ in range(n_iterations):
+        sigma_many = run(w, u, v)
+    for x, sigma in ((one_call[0], sigma_one), (u, sigma_many)):
+        x = x.double()
+        assert torch.linalg.matrix_norm(x - left[:, :b] @ (left[:, :b].mT @ x), 2) <= bound
+        assert abs(sigma.item() - values[0].item()) <= tolerance("sigma", dtype, 44)
+    check_pair(w, *one_call, sigma_one, true_norm(w))
+    check_pair(w, u, v, sigma_many, true_norm(w))
+
+
+# ---- known spectra ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("b", COLUMNS)
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_converges_on_known_spectra(dtype, spectrum, b):
+    k = 24
+    s = SPECTRA[spectrum](k)
+    w = matrix_with_spectrum(k, 40, s, dtype)
+    norm, tol = true_norm(w), tolerance("sigma", dtype, 40)
+    if dtype in (F32, F64):
+        assert abs(norm - 1) <= tolerance("product", dtype, 40)  # the matrix is what it says
+    _, values, right = torch.linalg.svd(w.double(), full_matrices=False)
+    u, v = start(w, b)
+    # A multiple top value is split by the rounding of W. A single vector need only end up somewhere in that group, a
+    # block at least as wide as the group finds its largest value.
+    top, columns = int((s == 1).sum()), b or 1
+    lead = max(top, columns)
+    ratio = (values[lead] / values[top - 1]).item() if lead < k else 0.0
+    overlap = torch.linalg.svdvals(right[:lead] @ v.double().reshape(40, -1))[-1].item()
+    steps = iterations_to(ratio, overlap, tol)
+    assert steps < 1500
+    sigma = run(w, u, v, steps)
+    floor = values[0 if columns >= top else top - 1].item()
+    assert sigma.item() >= floor - 2 * tol  # tol from the iteration, tol from rounding
+    check_pair(w, u, v, sigma, norm)
+
+
+@pytest.mark.parametrize("b", COLUMNS)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "2nd_row_3rd_column"])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_orthonormal_and_lower_bound_after_every_call(dtype, spectrum, layout, b):
+    w = LAYOUTS[layout](matrix_with_spectrum(30, 24, SPECTRA[spectrum](24), dtype))
+    u, v = start(w, b)
+    norm, last = true_norm(w), 0.0
+    for n_iterations in (1, 1, 2, 7):
+        sigma = run(w, u, v, n_iterations)
+        check_pair(w, u, v, sigma, norm)
+        assert sigma.item() >= last - tolerance("sigma", dtype, 30) * norm  # Ritz values only grow
+        last = sigma.item()
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("d", [1e-1, 1e-2, 1e-4, 1e-6, 1e-8, 1e-10, 0.0])
+def test_nearly_dependent_start_columns(dtype, d):
+    """Columns that differ by d: the block may lose a direction, never orthonormality or the lower bound."""
+    for w in (torch.eye(9, dtype=dtype), random_weight(20, 9, dtype)):
+        u, v = start(w, 3)
+        v[:, 1] = v[:, 0] + d * v[:, 1]
+        v[:, 2] = v[:, 0] - d * v[:, 2]
+        check_pair(w, u, v, run(w, u, v), true_norm(w), related=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_square_block_finds_the_norm_at_once(dtype):
+    """b = min(m, n) columns span everything: Rayleigh-Ritz is exact after one iteration."""
+    for m, n in ((8, 8), (5, 60), (60, 5), (2, 3), (1, 6)):
+        w = random_weight(m, n, dtype)
+        u, v = start(w, min(m, n), orthonormal=True)
+        sigma = run(w, u, v)
+        if m <= n:
+            # span(W V) is all of R^m only when V's n > m columns are enough: needs a second look at W
+            sigma = run(w, u, v, 1)
+        norm = true_norm(w)
+        check_pair(w, u, v, sigma, norm)
+        condition = exact_step(w, start(w, min(m, n), orthonormal=True)[1]).condition
+        tol = tolerance("sigma", dtype, max(m, n)) * condition
+        assert abs(sigma.item() - norm) <= tol * norm
+
+
+# ---- a list -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_iterations", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ragged_list_gives_the_bits_of_single_calls(dtype, n_iterations):
+    ws, us, vs = [], [], []
+    layouts = list(LAYOUTS.values())
+    for i, (shape, b) in enumerate((s, b) for s in (*SHAPES, (0, 5), (5, 0), (300, 500)) for b in (None, 2, 5)):
+        if not fits(shape, b) and min(shape) > 0:
+            continue
+        if min(shape) == 0 and b is not None:
+            continue
+        w = layouts[i % len(layouts)](random_weight(*shape, dtype, seed=i)) if min(shape) else torch.empty(shape, dtype=dtype)
+        u, v = start(w, b, seed=i)
+        ws, us, vs = [*ws, w], [*us, u], [*vs, v]
+    alone = [(u.clone(), v.clone()) for u, v in zip(us, vs, strict=True)]
+    sigma = torch.ops.specnorm_ext.power_iteration_(ws, us, vs, n_iterations)
+    assert sigma.shape == (len(ws),)
+    for i, (w, (u, v)) in enumerate(zip(ws, alone, strict=True)):
+        assert same_bits(run(w, u, v, n_iterations), sigma[i])
+        assert same_bits(u, us[i])
+        assert same_bits(v, vs[i])
+
+
+def test_empty_list():
+    sigma = torch.ops.specnorm_ext.power_iteration_([], [], [])
+    assert sigma.shape == (0,)
+    assert sigma.dtype == F32
+    assert F.power_iteration([], [], []).shape == (0,)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_empty_matrices_have_norm_0_and_leave_u_and_v(dtype, shape):
+    w = torch.empty(shape, dtype=dtype)
+    u, v = start(w)
+    before = (u.clone(), v.clone())
+    other = random_weight(6, 5, dtype)
+    u2, v2 = start(other)
+    sigma = torch.ops.specnorm_ext.power_iteration_([w, other, w.clone()], [u, u2, u.clone()], [v, v2, v.clone()])
+    assert sigma[0] == 0
+    assert sigma[2] == 0
+    assert sigma[1] > 0
+    assert same_bits(u, before[0])
+    assert same_bits(v, before[1])
+
+
+@pytest.mark.parametrize("b", [None, 4])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "2nd_row_3rd_column"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_run_to_run_and_for_any_number_of_threads(dtype, layout, b):
+    shapes = [(700, 900), (20, 30), (900, 700), (64, 4096)]
+    ws = [LAYOUTS[layout](random_weight(*s, dtype, seed=i)) for i, s in enumerate(shapes)]
+    results = []
+    for threads in (1, 2, 2, 2):
+        torch.set_num_threads(threads)
+        us, vs = (list(x) for x in zip(*(start(w, b) for w in ws), strict=True))
+        sigma = torch.ops.specnorm_ext.power_iteration_(ws, us, vs, 2)
+        results.append([sigma, *us, *vs])
+    for other in results[1:]:
+        assert all(same_bits(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("b", [None, 4])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "row_strided"])
+def test_more_than_64_chunks_worth_of_rows(layout, b):
+    w = LAYOUTS[layout](random_weight(2500, 1400, F32))
+    u, v = start(w, b)
+    v0 = v.clone()
+    sigma = run(w, u, v)
+    norm = math.sqrt(torch.linalg.eigvalsh(w.double().mT @ w.double())[-1].item())
+    x = v0.double().reshape(1400, -1)
+    x = x / x.norm(dim=0)
+    t = w.double() @ x
+    z = w.double().mT @ torch.linalg.qr(t).Q
+    expected = torch.linalg.svdvals(z)[0].item()
+    condition = norm / torch.linalg.svdvals(t)[-1].item()
+    product = tolerance("product", F32, 2500)
+    assert abs(sigma.item() - expected) <= ((product + eps_of(F32)) * condition + product) * norm
+    check_pair(w, u, v, sigma, norm)
+
+
+# ---- views ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_expanded_weights(dtype):
+    """Rank-1 by construction: |1 c^T| = sqrt(m) |c|."""
+    c = random_weight(1, 50, dtype)
+    one = torch.full((1, 1), -1.5, dtype=dtype)
+    for w in (c.expand(30, 50), c.expand(30, 50).mT, c.mT.expand(50, 30), one.expand(30, 50), one.expand(7, 1)):
+        assert 0 in w.stride()
+        norm = w.double().pow(2).sum().sqrt().item()
+        for b in (None, 1, 2):
+            if not fits(w.shape, b):
+                continue
+            u, v = start(w, b)
+            sigma = run(w, u, v)
+            check_pair(w, u, v, sigma, norm)
+            # W v is exactly along u_1: only the start's overlap, which normalization removes, can err
+            x = v.double().reshape(w.shape[1], -1)[:, 0]
+            row = w.double()[0]
+            assert abs(abs(x @ row) / row.norm() - 1) <= tolerance("sigma", dtype, 50)
+            assert abs(sigma.item() - norm) <= tolerance("sigma", dtype, 50) * norm
+
+
+def test_overlapping_rows():
+    """A Hankel matrix as a view: rows share memory."""
+    x = torch.randn(40, dtype=F64)
+    w = x.as_strided((20, 21), (1, 1))
+    u, v = start(w)
+    v0 = v.clone()
+    check_step(w, v0, u, v, run(w, u, v), true_norm(w))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_channels_last_convolution_weight(dtype):
+    x = random_weight(12, 5 * 9, dtype).view(12, 5, 3, 3).to(memory_format=torch.channels_last)
+    for w in (x.flatten(1), x.permute(0, 2, 3, 1).flatten(1), x.transpose(0, 1).flatten(1)):
+        u, v = start(w)
+        v0 = v.clone()
+        check_step(w, v0, u, v, run(w, u, v), true_norm(w))
+    assert x.permute(0, 2, 3, 1).flatten(1).data_ptr() == x.data_ptr()  # a view, so the columns move, not the norm
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_are_only_read(layout):
+    w = LAYOUTS[layout](random_weight(33, 35))
+    base = w if w._base is None else w._base
+    before = base.clone()
+    u, v = start(w, 2)
+    run(w, u, v, 3)
+    assert same_bits(base, before)
+
+
+@pytest.mark.parametrize("b", [None, 1, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_u_and_v_as_views_of_bigger_buffers(dtype, b):
+    """Nothing but the elements of the views is written, and the values are those of plain tensors."""
+    w = random_weight(33, 35, dtype)
+    plain = start(w, b)
+    state = plain[0].dtype
+
+    def every_third(x):
+        buffer = torch.full((3 * x.shape[0] + 2, *x.shape[1:]), torch.nan, dtype=state)
+        return buffer, buffer[1 : 1 + 3 * x.shape[0] : 3]
+
+    def columns_apart(x):
+        if x.dim() == 1:
+            buffer = torch.full((x.shape[0], 4), torch.nan, dtype=state)
+            return buffer, buffer[:, 2]
+        buffer = torch.full((x.shape[0], 2 * x.shape[1] + 1), torch.nan, dtype=state)
+        return buffer, buffer[:, 1::2]
+
+    def transposed(x):
+        buffer = torch.full((*x.shape[1:], x.shape[0] + 4), torch.nan, dtype=state)
+        return buffer, buffer[..., 2:-2].mT if x.dim() == 2 else buffer[2:-2]
+
+    expected = tuple(x.clone() for x in plain)
+    sigma = run(w, *expected, 2)
+    for make in (every_third, columns_apart, transposed):
+        (u_buffer, u), (v_buffer, v) = (make(x) for x in plain)
+        u.copy_(plain[0])
+        v.copy_(plain[1])
+        assert same_bits(run(w, u, v, 2), sigma)
+        for buffer, view, value in ((u_buffer, u, expected[0]), (v_buffer, v, expected[1])):
+            assert same_bits(view, value)
+            view.fill_(torch.nan)
+            assert same_bits(buffer, torch.full_like(buffer, torch.nan))
+
+
+@pytest.mark.parametrize("order", ["row", "column"])
+def test_more_than_2_to_the_31_elements_apart(order):
+    """Offsets past 2^31 and 2^32 elements, in memory that is reserved but mostly never touched."""
+    distance = (1 << 30) + 12345
+    try:
+        memory = torch.from_numpy(np.zeros(4 * distance + 64, dtype=np.float16))
+    except MemoryError:
+        pytest.skip("the machine does not reserve 8.6 GB")
+    w = memory.as_strided((5, 40), (distance, 1))
+    w.copy_(random_weight(5, 40, F16))
+    w = w if order == "row" else w.mT
+    u, v = start(w, 2)
+    v0 = v.clone()
+    check_step(w.clone(), v0, u, v, run(w, u, v), true_norm(w))
+
+
+def test_more_than_2_to_the_31_elements():
+    """ones(m, n) has norm sqrt(m n); expanded, so that 2.2e9 elements fit into one row."""
+    m, n = 36000, 60000
+    assert m * n > 1 << 31
+    w = torch.ones(1, n).expand(m, n)
+    u, v = start(w)
+    sigma = run(w, u, v)
+    assert abs(sigma.item() / math.sqrt(m * n) - 1) <= tolerance("sigma", F32, n)
+    assert (u.abs() - 1 / math.sqrt(m)).abs().max() <= tolerance("sigma", F32, n)
+
+
+# ---- scale ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("b", [None, 1, 3])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "2nd_row_3rd_column"])
+@pytest.mark.parametrize(
+    ("dtype", "exponents"),
+    [
+        (F32, (-120, -100, -60, -40, -20, -1, 1, 20, 40, 60, 100)),
+        (BF16, (-100, -40, -20, 20, 40, 100)),
+        (F64, (-990, -500, -300, -100, 100, 300, 500, 900)),
+        (F16, (-8, -4, 4, 12)),
+    ],
+    ids=str,
+)
+def test_powers_of_two_change_sigma_and_nothing_else(dtype, exponents, layout, b):
+    """Multiplying W by 2^k without rounding multiplies every intermediate by a power of two without rounding. (Past
+    2^100 the kernel's 2^-k v has denormal elements; test_any_scale goes on from there.)"""
+    w = random_weight(33, 35, dtype)
+    w = torch.where(w.abs() < 0.05, torch.zeros_like(w), w)  # so that no element of 2^k W is rounded
+    u1, v1 = start(w, b)
+    sigma1 = run(LAYOUTS[layout](w), u1, v1, 3)
+    for k in exponents:
+        scaled = (w.double() * 2.0**k).to(dtype)
+        assert torch.equal(scaled.double(), w.double() * 2.0**k)
+        u, v = start(w, b)
+        sigma = run(LAYOUTS[layout](scaled), u, v, 3)
+        assert sigma.double().item() == sigma1.double().item() * 2.0**k
+        assert same_bits(u, u1)
+        assert same_bits(v, v1)
+
+
+SCALES = {
+    F32: (1e-45, 1e-44, 1e-40, 1e-38, 1e-30, 1e-20, 1e-13, 1e-7, 1.0, 1e7, 1e14, 1e20, 1e30, 1e36),
+    BF16: (1e-38, 1e-30, 1e-13, 1.0, 1e13, 1e30, 1e36),
+    F64: (1e-308, 1e-300, 1e-200, 1e-100, 1.0, 1e100, 1e200, 1e300, 1e305),
+    F16: (6e-8, 1e-6, 1e-4, 1.0, 100.0, 10000.0),
+}
+
+
+@pytest.mark.parametrize("b", [None, 2])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "2nd_row_3rd_column"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_scale(dtype, layout, b):
+    """Denormals, and sums of squares that float32 and float64 cannot hold. The truth is the SVD of W as rounded."""
+    base = random_weight(20, 30, F64).clamp(-3, 3)
+    for scale in SCALES[dtype]:
+        w = LAYOUTS[layout]((base * scale).to(dtype))
+        norm = true_norm(w)
+        assert norm > 0
+        u, v = start(w, b)
+        v0 = v.clone()
+        sigma = run(w, u, v)
+        unit = 2.0 ** min(1000, -math.frexp(norm)[1])
+        exact = exact_step(w.double() * unit, v0)
+        n_tol = tolerance("product", dtype, 30)
+        tol = ((n_tol + eps_of(state_dtype(dtype))) * exact.condition + n_tol) * norm
+        tol += torch.finfo(state_dtype(dtype)).tiny * eps_of(state_dtype(dtype))  # sigma's own last bit
+        assert abs(sigma.double().item() - exact.sigma / unit) <= tol
+        # the vectors know nothing of the scale: check them beside W brought back to 1
+        check_pair_unit(w, u, v, unit, norm, dtype)
+
+
+@pytest.mark.parametrize("b", [None, 2])
+def test_float64_denormals(b):
+    """Below 2^-1000 the last of float64 may count as zero (DESIGN.md, 2: all-underflowing), but never as more."""
+    for scale in (5e-324, 1e-323, 1e-318, 1e-313):
+        w = random_weight(20, 30, F64).clamp(-3, 3) * scale
+        u, v = start(w, b)
+        before = u.clone()
+        sigma = run(w, u, v).item()
+        assert 0 <= sigma <= true_norm(w) + 5e-324
+        assert sigma > 0 or same_bits(u, before)
+
+
+def check_pair_unit(w, u, v, unit, norm, dtype):
+    w1 = w.double() * unit
+    s1 = torch.linalg.vector_norm(w1.mT @ u.double().reshape(len(u), -1)[:, 0])
+    product = tolerance("product", dtype, max(w.shape))
+    for x in (u, v):
+        x = x.double().reshape(len(x), -1)
+        error = (x.mT @ x - torch.eye(x.shape[1], dtype=F64)).abs().max()
+        assert error <= tolerance("orthonormal", dtype, max(w.shape))
+    residual = w1.mT @ u.double().reshape(len(u), -1)[:, 0] - s1 * v.double().reshape(len(v), -1)[:, 0]
+    assert torch.linalg.vector_norm(residual) <= 2 * product * norm * unit
+
+
+def test_norm_past_the_largest_float():
+    """Where the norm itself has no float32, the largest one stands for it: W / sigma stays finite."""
+    w = torch.full((64, 64), 3e38)
+    u, v = start(w)
+    sigma = run(w, u, v)
+    assert sigma == torch.finfo(F32).max
+    assert (u.abs() - 1 / 8).abs().max() <= tolerance("product", F32, 64)
+    w = torch.full((64, 64), 60000.0, dtype=F16)  # past 65504, but sigma is float32
+    u, v = start(w)
+    assert abs(run(w, u, v).item() / (64 * w[0, 0].item()) - 1) <= tolerance("sigma", F16, 64)
+
+
+def test_rows_of_very_different_scale():
+    """Whether to rescale is decided by |W v|: one tiny row must not make a large one overflow, nor be lost itself."""
+    for scales in ((1e-30, 1e30), (1e-38, 1.0), (1.0, 1e37)):
+        w = torch.diag(torch.tensor(scales))
+        u, v = torch.zeros(2), torch.tensor([1.0, 0.0])  # start on the small one
+        sigma = run(w, u, v, 20)
+        assert abs(sigma.item() / max(scales) - 1) <= tolerance("sigma", F32, 2)
+        assert u[1].abs() == 1
+        u, v = torch.zeros(2, 2), torch.eye(2)
+        sigma = run(w, u, v)
+        assert abs(sigma.item() / max(scales) - 1) <= tolerance("sigma", F32, 2)
+
+
+def test_negated_weight_keeps_sigma_positive():
+    w = random_weight(20, 30)
+    u, v = start(w)
+    sigma = run(w, u, v, 3)
+    u2, v2 = start(w)
+    assert same_bits(run(-w, u2, v2, 3), sigma)
+    assert same_bits(u2, -u)
+    assert same_bits(v2, v)
+    assert run(-w, u, v).item() > 0  # u, v stale by a sign
+
+
+# ---- zero and not finite ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("b", [None, 1, 4])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zero_weight(dtype, layout, b):
+    w = LAYOUTS[layout](torch.zeros(9, 8, dtype=dtype))
+    u, v = start(w, b)
+    u[0] = torch.nan
+    v[1] = 1e30
+    before = (u.clone(), v.clone())
+    sigma = run(w, u, v, 5)
+    assert sigma == 0
+    assert same_bits(u, before[0])
+    assert same_bits(v, before[1])
+    w.fill_(1.0)  # and it recovers
+    assert abs(run(w, u, v, 2).item() - math.sqrt(72)) <= tolerance("sigma", dtype, 9) * math.sqrt(72)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("b", [None, 3])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_not_finite_weight(dtype, layout, b, bad):
+    """NaN out, u and v as they were, wherever the element is; the rest of the list does not notice."""
+    m, n = 35, 37  # with a partial vector at the end for every vector width
+    good = [LAYOUTS[layout](random_weight(m, n, dtype, seed=i)) for i in range(2)]
+    starts = [start(good[0], b, seed=i) for i in range(2)]
+    alone = [(u.clone(), v.clone()) for u, v in starts]
+    sigma_alone = [run(w, *uv, 2) for w, uv in zip(good, alone, strict=True)]
+    for row, column in ((0, 0), (m - 1, n - 1), (m - 1, 0), (0, n - 2), (17, 5)):
+        w = LAYOUTS[layout](random_weight(m, n, dtype))
+        w[row, column] = bad
+        us, vs = (list(x) for x in zip(*((u.clone(), v.clone()) for u, v in starts), strict=True))
+        u, v = start(w, b, seed=7)
+        before = (u.clone(), v.clone())
+        sigma = torch.ops.specnorm_ext.power_iteration_([good[0], w, good[1]], [us[0], u, us[1]], [vs[0], v, vs[1]], 2)
+        assert sigma[1].isnan()
+        assert same_bits(u, before[0])
+        assert same_bits(v, before[1])
+        for i, j in ((0, 0), (1, 2)):
+            assert same_bits(sigma[j], sigma_alone[i])
+            assert same_bits(us[i], alone[i][0])
+            assert same_bits(vs[i], alone[i][1])
+
+
+def test_not_finite_where_v_is_zero():
+    """0 x Inf is NaN: an Inf in a column that v does not see is seen all the same."""
+    for bad in (math.nan, math.inf):
+        for layout in LAYOUTS.values():
+            w = torch.eye(6)
+            w[3, 4] = bad
+            w = layout(w)
+            u, v = torch.ones(6), torch.tensor([1.0, 0, 0, 0, 0, 0])
+            before = v.clone()
+            assert run(w, u, v).isnan()
+            assert same_bits(v, before)
+
+
+def test_not_finite_in_a_large_weight():
+    w = random_weight(1500, 1100)
+    for row, column in ((0, 0), (1499, 1099), (700, 1098)):
+        for view in (w, w.mT):
+            kept = w[row, column].item()
+            w[row, column] = math.inf
+            u, v = start(view, 2)
+            before = (u.clone(), v.clone())
+            assert run(view, u, v).isnan()
+            assert same_bits(u, before[0])
+            assert same_bits(v, before[1])
+            w[row, column] = kept
+
+
+# ---- bad u and v ------------------------------------------------------------------------------------------------
+
+
+def bad_starts(v):
+    yield "zero", torch.zeros_like(v)
+    yield "nan", torch.full_like(v, torch.nan)
+    yield "inf", torch.full_like(v, torch.inf)
+    one = v.clone()
+    one[-1] = torch.nan
+    yield "one nan", one
+    one = v.clone()
+    one[0] = -torch.inf
+    yield "one inf", one
+    yield "largest", torch.full_like(v, torch.finfo(v.dtype).max)
+    yield "denormal", torch.full_like(v, torch.finfo(v.dtype).tiny * eps_of(v.dtype))
+
+
+@pytest.mark.parametrize("b", [None, 3])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "2nd_row_3rd_column"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_bad_v_is_replaced(dtype, layout, b):
+    w = LAYOUTS[layout](matrix_with_spectrum(20, 30, SPECTRA["gap 0.5"](20), dtype))
+    norm, tol = true_norm(w), tolerance("sigma", dtype, 30)
+    for name, bad in bad_starts(start(w, b)[1]):
+        u = torch.full_like(start(w, b)[0], torch.nan)
+        sigma = run(w, u, bad)
+        check_pair(w, u, bad, sigma, norm)
+        # a pseudo-random start has an overlap of about 1 / sqrt(n); 1e-3 of that is generous to bad luck
+        steps = iterations_to(0.5, 1e-3 / math.sqrt(30), tol)
+        sigma = run(w, u, bad, steps)
+        assert abs(sigma.item() - norm) <= 2 * tol, name
+
+
+@pytest.mark.parametrize("scale", [0.9, 0.3, 3.0, 1e-30, 1e30, 1e-150, 1e150, 1e-200, 1e200, 1e-300, 1e300])
+@pytest.mark.parametrize("b", [None, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_v_need_not_be_normalized(dtype, b, scale):
+    """Any finite, non-zero length: the direction counts."""
+    w = random_weight(20, 30, dtype)
+    u, v = start(w, b)
+    state = v.dtype
+    if not 1e-35 < scale < 1e35 and state == F32:
+        return  # float32 cannot hold such a v
+    scaled = (v.double() * scale).to(state)
+    before = scaled.clone()
+    sigma = run(w, u, scaled)
+    check_step(w, before / scale, u, scaled, sigma, true_norm(w))
+
+
+def test_columns_of_different_lengths():
+    w = random_weight(20, 30, F64)
+    u, v = start(w, 4)
+    v0 = v * torch.tensor([1e30, 1e-30, 1.0, 7.0], dtype=F64)
+    v = v0.clone()
+    check_step(w, v0, u, v, run(w, u, v), true_norm(w))
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_start_orthogonal_to_the_leading_vector(dtype):
+    """Exactly orthogonal, on diagonal matrices, where no rounding error would ever help: the jitter of
+    eps / sqrt(n) in the leading direction has to grow by (3 / 2)^2 an iteration."""
+    n = 16
+    w = torch.diag(torch.cat([torch.tensor([3.0, 2.0]), torch.linspace(1.5, 0.1, n - 2)]).to(dtype))
+    tol = tolerance("sigma", dtype, n)
+    for columns in (None, 1):
+        v = torch.zeros(n, dtype=dtype)
+        v[1] = 1.0
+        u = torch.zeros_like(v)
+        if columns:
+            u, v = u.unsqueeze(1), v.unsqueeze(1)
+        steps = iterations_to(2 / 3, eps_of(dtype) / math.sqrt(n), tol)
+        assert steps < 120
+        assert abs(run(w, u, v, steps).item() - 3) <= 3 * 2 * tol
+    # a block that misses e_1: the smallest jitter overlap grows at 1.5 / 3 an iteration
+    v = torch.zeros(n, 2, dtype=dtype)
+    v[1, 0] = v[2, 1] = 1.0
+    u = torch.zeros_like(v)
+    steps = iterations_to(2 / 3, eps_of(dtype) / math.sqrt(n), tol)
+    assert abs(run(w, u, v, steps).item() - 3) <= 3 * 2 * tol
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_start_in_the_null_space(dtype):
+    """W v = 0 exactly, and for some the jitter is in the null space, too: v is drawn anew."""
+    for row in ([1.0, -1.0], [1.0, 1.0], [1.0, -1.0, 0, 0], [0, 0, 1.0, 1.0], [0, 1.0, -1.0, 0, 0, 0]):
+        for scale in (1.0, 2.0**-60, 2.0**60):
+            w = torch.tensor([row, [2 * x for x in row]], dtype=dtype) * scale
+            norm = true_norm(w)
+            null = torch.tensor([abs(x) for x in row], dtype=dtype)
+            if row.count(1.0) == 2:
+                null = null * torch.tensor([1.0 if i % 2 else -1.0 for i in range(len(row))], dtype=dtype)
+            assert (w @ null == 0).all()
+            for view in (w, w.mT.contiguous().mT):
+                v = null / null.norm()
+                u = torch.zeros(2, dtype=dtype)
+                sigma = run(view, u, v)
+                assert abs(sigma.item() / norm - 1) <= tolerance("sigma", dtype, len(row))  # rank 1: one step
+                check_pair_unit(view, u, v, 1 / norm, norm, dtype)
+
+
+@pytest.mark.parametrize("b", [None, 1, 3])
+def test_u_is_never_read(b):
+    w = random_weight(20, 30)
+    u, v = start(w, b)
+    u2, v2 = torch.full_like(u, torch.nan), v.clone()
+    assert same_bits(run(w, u, v, 2), run(w, u2, v2, 2))
+    assert same_bits(u, u2)
+
+
+# ---- torch's bookkeeping ----------------------------------------------------------------------------------------
+
+
+def test_version_counters_of_u_and_v_alone():
+    w = random_weight(6, 7)
+    u, v = start(w)
+    versions = w._version, u._version, v._version
+    run(w, u, v)
+    assert w._version == versions[0]
+    assert u._version > versions[1]
+    assert v._version > versions[2]
+
+
+def test_weights_that_require_grad_need_no_detach():
+    w = random_weight(6, 7).requires_grad_()
+    u, v = start(w)
+    sigma = run(w, u, v)
+    assert not sigma.requires_grad
+    assert not u.requires_grad
+    assert u.grad_fn is None
+
+
+def test_many_calls_from_many_threads():
+    ws = [random_weight(200, 300, seed=i) for i in range(4)]
+    expected = []
+    for w in ws:
+        u, v = start(w)
+        expected.append((run(w, u, v, 5), u, v))
+    failures = []
+
+    def work(i):
+        for _ in range(20):
+            u, v = start(ws[i])
+            sigma = run(ws[i], u, v, 5)
+            if not all(same_bits(x, y) for x, y in zip((sigma, u, v), expected[i], strict=True)):
+                failures.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not failures
+
+
+# ---- random shapes ----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(
+    m=st.integers(1, 70),
+    n=st.integers(1, 70),
+    b=st.sampled_from(COLUMNS),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(list(LAYOUTS)),
+    n_iterations=st.integers(1, 4),
+    exponent=st.integers(-3, 3),
+    seed=st.integers(0, 1000),
+)
+def test_random_cases(m, n, b, dtype, layout, n_iterations, exponent, seed):
+    if not fits((m, n), b):
+        b = None
+    w = LAYOUTS[layout](random_weight(m, n, dtype, seed) * 2.0**exponent)
+    u, v = start(w, b, seed)
+    norm = true_norm(w)
+    for _ in range(n_iterations - 1):
+        run(w, u, v)
+    v0 = v.clone()
+    check_step(w, v0, u, v, run(w, u, v), norm)
+    u1, v1 = start(w, b, seed)
+    check_pair(w, u1, v1, run(w, u1, v1, n_iterations), norm)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_random_lists(data):
+    dtype = data.draw(st.sampled_from(DTYPES))
+    shapes = data.draw(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=12))
+    ws, us, vs = [], [], []
+    for i, shape in enumerate(shapes):
+        w = random_weight(*shape, dtype, seed=i)
+        b = data.draw(st.sampled_from([None, *(k for k in (1, 2, 4) if k <= min(shape))]))
+        u, v = start(w, b, seed=i)
+        ws, us, vs = [*ws, w], [*us, u], [*vs, v]
+    alone = [(u.clone(), v.clone()) for u, v in zip(us, vs, strict=True)]
+    sigma = torch.ops.specnorm_ext.power_iteration_(ws, us, vs)
+    for i, (w, (u, v)) in enumerate(zip(ws, alone, strict=True)):
+        assert same_bits(run(w, u, v), sigma[i])
+        assert same_bits(u, us[i])
+        assert same_bits(v, vs[i])
+
+
+# ---- functional -------------------------------------------------------------------------------------------------
+
+
+def test_functional_takes_one_or_a_list():
+    w = random_weight(6, 7)
+    u, v = start(w)
+    u2, v2 = u.clone(), v.clone()
+    one = F.power_iteration(w, u, v, n_iterations=3)
+    many = F.power_iteration((w,), (u2,), (v2,), n_iterations=3)
+    assert one.shape == ()
+    assert many.shape == (1,)
+    assert same_bits(one, many[0])
+    assert same_bits(u, u2)
+
+
+@pytest.mark.parametrize("b", [None, 1, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_init_uv(dtype, b):
+    w = random_weight(6, 7, dtype)
+    u, v = F.init_uv(w, b, generator=torch.Generator().manual_seed(3))
+    u2, v2 = F.init_uv(w, b, generator=torch.Generator().manual_seed(3))
+    assert same_bits(u, u2)
+    assert same_bits(v, v2)
+    assert u.shape == (6,) if b is None else (6, b)
+    assert u.dtype == v.dtype == state_dtype(dtype)
+    for x in (u, v):
+        assert (x.double().norm(dim=0) - 1).abs().max() <= tolerance("product", dtype, 7)
+    u, v = F.init_uv(w, b, n_iterations=20, generator=torch.Generator().manual_seed(3))
+    sigma = F.sigma(w, u, v)
+    assert abs(sigma.item() / true_norm(w) - 1) <= 0.2  # iterated: near the norm, where random vectors give about 0
+    assert bits(u).numel() == u.numel()
