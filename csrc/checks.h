@@ -1,6 +1,7 @@
-// One check per op, run before anything is written, for CPU and CUDA alike; and every message a user can see from
-// C++. A message names the op, what was expected and what came. Its first word is the Python exception it
-// should become (torch turns every C++ exception into RuntimeError; specnorm_ext/_ops.py turns it back).
+// One check per op, run before anything is written, for CPU and CUDA alike; and every message a
+// user can see from C++. A message names the op, what was expected and what came. Its first word is
+// the Python exception it should become (torch turns every C++ exception into RuntimeError;
+// specnorm_ext/_ops.py turns it back).
 #pragma once
 
 #include <algorithm>
@@ -33,12 +34,14 @@ inline std::string shape_text(const Operand& t) {
 
 inline void check_status(const char* op, Status status) {
   if (status == kOutOfMemory)
-    fail("RuntimeError", op, ": expected to allocate the workspace, got out of memory; pass fewer weights a call");
+    fail("RuntimeError", op,
+         ": expected to allocate the workspace, got out of memory; pass fewer weights a call");
 }
 
 inline void check_lengths(const char* op, size_t weights, const char* name, size_t got) {
   if (weights != got)
-    fail("ValueError", op, ": expected ", weights, " tensors in ", name, ", as in weights, got ", got);
+    fail("ValueError", op, ": expected ", weights, " tensors in ", name, ", as in weights, got ",
+         got);
 }
 
 inline void check_weights(const char* op, const Operands& weights) {
@@ -52,15 +55,17 @@ inline void check_weights(const char* op, const Operands& weights) {
       fail("TypeError", op, ": expected one dtype a call, weights[0] is ",
            dtype_name(weights[0].dtype), ", got ", dtype_name(w.dtype), " in weights[", i, "]");
     if (!w.same_device(weights[0]))
-      fail("TypeError", op, ": expected one device a call, weights[", i, "] is on another device than weights[0]");
+      fail("TypeError", op, ": expected one device a call, weights[", i,
+           "] is on another device than weights[0]");
     if (w.dim != 2)
-      fail("ValueError", op, ": expected weights[", i, "] to be a matrix [m, n], got shape ", shape_text(w));
+      fail("ValueError", op, ": expected weights[", i, "] to be a matrix [m, n], got shape ",
+           shape_text(w));
   }
 }
 
 // x (named u or v) must be [length] or [length, columns] beside weights[i].
-inline void check_state(const char* op, const char* name, size_t i, const Operand& weight, const Operand& x,
-                        int64_t length) {
+inline void check_state(const char* op, const char* name, size_t i, const Operand& weight,
+                        const Operand& x, int64_t length) {
   if (x.dtype != state_dtype(weight.dtype))
     fail("TypeError", op, ": expected ", name, "[", i, "] to be ",
          dtype_name(state_dtype(weight.dtype)), " beside a ", dtype_name(weight.dtype),
@@ -68,8 +73,8 @@ inline void check_state(const char* op, const char* name, size_t i, const Operan
   if (!x.same_device(weight))
     fail("TypeError", op, ": expected ", name, "[", i, "] on the device of weights[", i, "]");
   if (x.dim < 1 || x.dim > 2 || x.sizes[0] != length)
-    fail("ValueError", op, ": expected ", name, "[", i, "] to have shape [", length, "] or [", length,
-         ", b], got ", shape_text(x));
+    fail("ValueError", op, ": expected ", name, "[", i, "] to have shape [", length, "] or [",
+         length, ", b], got ", shape_text(x));
 }
 
 inline void check_pairs(const char* op, const Operands& weights, const Operands& u,
@@ -84,13 +89,15 @@ inline void check_pairs(const char* op, const Operands& weights, const Operands&
       fail("ValueError", op, ": expected u[", i, "] and v[", i, "] to have the same columns, got ",
            shape_text(u[i]), " and ", shape_text(v[i]));
     if (u[i].columns() < 1)
-      fail("ValueError", op, ": expected u[", i, "] to have at least 1 column, got ", shape_text(u[i]));
+      fail("ValueError", op, ": expected u[", i, "] to have at least 1 column, got ",
+           shape_text(u[i]));
   }
 }
 
 inline void check_sigma_values(const char* op, const Operands& weights, const Operand& sigma) {
   if (sigma.dim != 1 || size_t(sigma.sizes[0]) != weights.size())
-    fail("ValueError", op, ": expected sigma to have shape [", weights.size(), "], got ", shape_text(sigma));
+    fail("ValueError", op, ": expected sigma to have shape [", weights.size(), "], got ",
+         shape_text(sigma));
   if (weights.empty()) return;
   if (sigma.dtype != state_dtype(weights[0].dtype))
     fail("TypeError", op, ": expected sigma to be ", dtype_name(state_dtype(weights[0].dtype)),
@@ -111,24 +118,29 @@ inline void check_no_overlap(const char* op, const Operands& u, const Operands& 
       empty = empty || t.sizes[d] == 0;
       last += (t.sizes[d] - 1) * t.strides[d];
     }
-    if (!empty) spans.emplace_back(begin, begin + (last + 1) * (t.dtype == ScalarType::Double ? 8 : 4));
+    if (!empty)
+      spans.emplace_back(begin, begin + (last + 1) * (t.dtype == ScalarType::Double ? 8 : 4));
   };
   for (const Operand& t : u) add(t);
   for (const Operand& t : v) add(t);
   if (!std::is_sorted(spans.begin(), spans.end())) std::sort(spans.begin(), spans.end());
   bool overlap = false;
-  for (size_t i = 1; i < spans.size(); ++i) overlap = overlap || spans[i].first < spans[i - 1].second;
+  for (size_t i = 1; i < spans.size(); ++i)
+    overlap = overlap || spans[i].first < spans[i - 1].second;
   if (overlap) {
-    // Interleaved views (columns of one buffer) have spans that cross without sharing an element; only equal
-    // starts are certain to collide, and those are what a list built by mistake contains.
+    // Interleaved views (columns of one buffer) have spans that cross without sharing an element;
+    // only equal starts are certain to collide, and those are what a list built by mistake
+    // contains.
     for (size_t i = 1; i < spans.size(); ++i)
       if (spans[i].first == spans[i - 1].first)
-        fail("ValueError", op, ": expected every tensor in u and v to have memory of its own, got the same tensor twice");
+        fail("ValueError", op,
+             ": expected every tensor in u and v to have memory of its own, got the same tensor "
+             "twice");
   }
 }
 
-inline void check_power_iteration(const Operands& weights, const Operands& u,
-                                  const Operands& v, int64_t n_iterations, double eps) {
+inline void check_power_iteration(const Operands& weights, const Operands& u, const Operands& v,
+                                  int64_t n_iterations, double eps) {
   const char* op = "power_iteration_";
   check_pairs(op, weights, u, v);
   for (size_t i = 0; i < weights.size(); ++i) {
@@ -136,7 +148,8 @@ inline void check_power_iteration(const Operands& weights, const Operands& u,
     if (b > kMaxColumns)
       fail("ValueError", op, ": expected at most ", kMaxColumns, " columns in u[", i, "], got ", b);
     if (b > 1 && b > std::min(m, n))
-      fail("ValueError", op, ": expected at most min(m, n) = ", std::min(m, n), " columns in u[", i, "], got ", b);
+      fail("ValueError", op, ": expected at most min(m, n) = ", std::min(m, n), " columns in u[", i,
+           "], got ", b);
     for (const Operand* x : {&u[i], &v[i]})
       for (int64_t d = 0; d < x->dim; ++d)
         if (x->sizes[d] > 1 && x->strides[d] == 0)
@@ -149,20 +162,18 @@ inline void check_power_iteration(const Operands& weights, const Operands& u,
     fail("ValueError", op, ": expected eps to be finite and >= 0, got ", eps);
 }
 
-inline void check_sigma(const Operands& weights, const Operands& u,
-                        const Operands& v) {
+inline void check_sigma(const Operands& weights, const Operands& u, const Operands& v) {
   check_pairs("sigma", weights, u, v);
 }
 
-inline void check_normalize(const Operands& weights, const Operands& u,
-                            const Operands& v, const Operand& sigma) {
+inline void check_normalize(const Operands& weights, const Operands& u, const Operands& v,
+                            const Operand& sigma) {
   check_pairs("normalize", weights, u, v);
   check_sigma_values("normalize", weights, sigma);
 }
 
 inline void check_normalize_backward(const Operands& grads, const Operands& weights,
-                                     const Operands& u, const Operands& v,
-                                     const Operand& sigma) {
+                                     const Operands& u, const Operands& v, const Operand& sigma) {
   const char* op = "normalize_backward";
   check_pairs(op, weights, u, v);
   check_sigma_values(op, weights, sigma);
@@ -173,7 +184,8 @@ inline void check_normalize_backward(const Operands& grads, const Operands& weig
       fail("TypeError", op, ": expected grads[", i, "] to be ", dtype_name(w.dtype), ", got ",
            dtype_name(g.dtype));
     if (g.dim != 2 || g.sizes[0] != w.sizes[0] || g.sizes[1] != w.sizes[1])
-      fail("ValueError", op, ": expected grads[", i, "] to have shape ", shape_text(w), ", got ", shape_text(g));
+      fail("ValueError", op, ": expected grads[", i, "] to have shape ", shape_text(w), ", got ",
+           shape_text(g));
   }
 }
 

@@ -1,5 +1,6 @@
-// What every op's torch-free half shares: dtypes, matrix views, the thread pool's face, instruction sets.
-// Nothing here includes torch, so kernels compile in a second and run under any torch version.
+// What every op's torch-free half shares: dtypes, matrix views, the thread pool's face, instruction
+// sets. Nothing here includes torch, so kernels compile in a second and run under any torch
+// version.
 #pragma once
 
 #include <cstdint>
@@ -21,21 +22,23 @@ struct VectorRef {
   int64_t row_stride, col_stride;
 };
 
-// The host's thread pool. run() calls body(ctx) once on each of `slots` threads and returns when all
-// have finished; bodies fetch their work from a shared counter.
+// The host's thread pool. run() calls body(ctx) once on each of `slots` threads and returns when
+// all have finished; bodies fetch their work from a shared counter.
 struct Parallel {
   int threads;
   void (*run)(int slots, void (*body)(void*), void* ctx);
 };
 
-// Scratch memory of at least `bytes`, aligned to 64, or null. The calling thread keeps a buffer of a few megabytes
-// between calls: fresh memory costs a page fault per 4 KB, which small calls feel more than their arithmetic.
+// Scratch memory of at least `bytes`, aligned to 64, or null. The calling thread keeps a buffer of
+// a few megabytes between calls: fresh memory costs a page fault per 4 KB, which small calls feel
+// more than their arithmetic.
 void* acquire_workspace(int64_t bytes);
 void release_workspace(void* workspace);
 
 enum Status : int { kOk = 0, kOutOfMemory = 1 };
 
-constexpr int kMaxColumns = 8;  // columns of a subspace iteration: small dense work stays in registers
+constexpr int kMaxColumns =
+    8;  // columns of a subspace iteration: small dense work stays in registers
 
 }  // namespace specnorm
 

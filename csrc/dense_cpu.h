@@ -12,8 +12,8 @@ struct Small {
   double a[kMaxColumns][kMaxColumns];
 };
 
-// a = q diag(values) q^T, values descending. Cyclic Jacobi: for these sizes it converges in a few sweeps and
-// finds small eigenvalues of a scaled matrix to high relative accuracy. a is destroyed.
+// a = q diag(values) q^T, values descending. Cyclic Jacobi: for these sizes it converges in a few
+// sweeps and finds small eigenvalues of a scaled matrix to high relative accuracy. a is destroyed.
 inline void jacobi_eigen(Small& s, int n, Small& q, double* values) {
   for (int i = 0; i < n; ++i)
     for (int j = 0; j < n; ++j) q.a[i][j] = i == j;
@@ -25,7 +25,8 @@ inline void jacobi_eigen(Small& s, int n, Small& q, double* values) {
         if (std::fabs(x) <= 1e-17 * std::sqrt(std::fabs(s.a[i][i] * s.a[j][j]))) continue;
         off += x * x;
         const double theta = (s.a[j][j] - s.a[i][i]) / (2 * x);
-        const double t = (theta >= 0 ? 1.0 : -1.0) / (std::fabs(theta) + std::sqrt(theta * theta + 1));
+        const double t =
+            (theta >= 0 ? 1.0 : -1.0) / (std::fabs(theta) + std::sqrt(theta * theta + 1));
         const double c = 1 / std::sqrt(t * t + 1), sn = t * c;
         for (int k = 0; k < n; ++k) {
           const double ki = s.a[k][i], kj = s.a[k][j];

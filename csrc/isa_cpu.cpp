@@ -6,10 +6,9 @@
 namespace specnorm {
 namespace {
 
-#define SPECNORM_KERNELS(ns)                                                   \
-  CpuKernels {                                                                 \
-    #ns, &ns::power_iteration_cpu, &ns::sigma_cpu, &ns::normalize_cpu,         \
-        &ns::normalize_backward_cpu                                            \
+#define SPECNORM_KERNELS(ns)                                                                       \
+  CpuKernels {                                                                                     \
+    #ns, &ns::power_iteration_cpu, &ns::sigma_cpu, &ns::normalize_cpu, &ns::normalize_backward_cpu \
   }
 
 CpuKernels choose() {
@@ -24,8 +23,8 @@ CpuKernels choose() {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                         __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
-                          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                          __builtin_cpu_supports("avx512vl");
+                          __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (has_avx512 && allowed("avx512")) return SPECNORM_KERNELS(avx512);
   if (has_avx2 && allowed("avx2")) return SPECNORM_KERNELS(avx2);
 #endif

@@ -15,8 +15,8 @@ struct CpuKernels {
   Status (*normalize_backward)(const NormalizeParams&, const Parallel&);
 };
 
-// Chosen once: the widest instruction set that the processor, the operating system and this build have. The
-// environment variable SPECNORM_EXT_ISA (baseline, avx2, avx512) can only lower it.
+// Chosen once: the widest instruction set that the processor, the operating system and this build
+// have. The environment variable SPECNORM_EXT_ISA (baseline, avx2, avx512) can only lower it.
 const CpuKernels& cpu_kernels();
 
 }  // namespace specnorm

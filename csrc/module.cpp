@@ -1,4 +1,5 @@
-// The pybind11 module specnorm_ext._C. Importing it registers the ops (ops.cpp's static initializers).
+// The pybind11 module specnorm_ext._C. Importing it registers the ops (ops.cpp's static
+// initializers).
 #include <pybind11/pybind11.h>
 
 #include <torch/headeronly/version.h>

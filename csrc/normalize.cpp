@@ -8,8 +8,9 @@
 
 namespace specnorm {
 
-std::vector<Tensor> normalize_cpu_op(const std::vector<Tensor>& weights, const std::vector<Tensor>& u,
-                                     const std::vector<Tensor>& v, const Tensor& sigma) {
+std::vector<Tensor> normalize_cpu_op(const std::vector<Tensor>& weights,
+                                     const std::vector<Tensor>& u, const std::vector<Tensor>& v,
+                                     const Tensor& sigma) {
   const Operands w = operands(weights);
   check_normalize(w, operands(u), operands(v), Operand(sigma));
   std::vector<Tensor> out;
@@ -28,8 +29,10 @@ std::vector<Tensor> normalize_cpu_op(const std::vector<Tensor>& weights, const s
   return out;
 }
 
-std::vector<Tensor> normalize_backward_cpu_op(const std::vector<Tensor>& grads, const std::vector<Tensor>& weights,
-                                              const std::vector<Tensor>& u, const std::vector<Tensor>& v, const Tensor& sigma) {
+std::vector<Tensor> normalize_backward_cpu_op(const std::vector<Tensor>& grads,
+                                              const std::vector<Tensor>& weights,
+                                              const std::vector<Tensor>& u,
+                                              const std::vector<Tensor>& v, const Tensor& sigma) {
   const Operands g = operands(grads), w = operands(weights), us = operands(u), vs = operands(v);
   check_normalize_backward(g, w, us, vs, Operand(sigma));
   std::vector<Tensor> out;
@@ -40,7 +43,8 @@ std::vector<Tensor> normalize_backward_cpu_op(const std::vector<Tensor>& grads, 
   for (size_t i = 0; i < weights.size(); ++i) {
     out.push_back(torch::stable::empty_like(weights[i]));
     const Operand y(out[i]);
-    items[i] = {w[i].matrix(), y.data, y.strides[0], y.strides[1], g[i].matrix(), us[i].vector(), vs[i].vector()};
+    items[i] = {w[i].matrix(), y.data,         y.strides[0],  y.strides[1],
+                g[i].matrix(), us[i].vector(), vs[i].vector()};
   }
   const NormalizeParams params{*kernel_dtype(w[0].dtype), int64_t(items.size()), items.data(),
                                values.data_ptr()};

@@ -6,11 +6,11 @@
 namespace specnorm {
 
 struct NormalizeItem {
-  MatrixRef weight;                 // [m, n]
-  void* out;                        // [m, n], weight's dtype
+  MatrixRef weight;  // [m, n]
+  void* out;         // [m, n], weight's dtype
   int64_t out_row_stride, out_col_stride;
-  MatrixRef grad;                   // backward only: gradient of the output, [m, n]
-  VectorRef u, v;                   // backward only: [m], [n], leading columns
+  MatrixRef grad;  // backward only: gradient of the output, [m, n]
+  VectorRef u, v;  // backward only: [m], [n], leading columns
 };
 
 struct NormalizeParams {
@@ -23,14 +23,14 @@ struct NormalizeParams {
 namespace baseline {
 Status normalize_cpu(const NormalizeParams&, const Parallel&);
 Status normalize_backward_cpu(const NormalizeParams&, const Parallel&);
-}
+}  // namespace baseline
 namespace avx2 {
 Status normalize_cpu(const NormalizeParams&, const Parallel&);
 Status normalize_backward_cpu(const NormalizeParams&, const Parallel&);
-}
+}  // namespace avx2
 namespace avx512 {
 Status normalize_cpu(const NormalizeParams&, const Parallel&);
 Status normalize_backward_cpu(const NormalizeParams&, const Parallel&);
-}
+}  // namespace avx512
 
 }  // namespace specnorm

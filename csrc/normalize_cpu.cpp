@@ -2,10 +2,10 @@
 //
 //     c = <G, Y>;   dW = (G - c u v^T) / sigma
 //
-// Forward is one read and one write. Backward reads G and W for c, then G once more while writing dW; there is no
-// other W-sized traffic. c sums each row in lanes and the rows in float64, in an order fixed by the shape. It is
-// taken against W times a power of two near 1 / sigma, so that neither a huge nor a tiny W over- or underflows.
-// sigma = 0 gives Y = 0 and dW = 0.
+// Forward is one read and one write. Backward reads G and W for c, then G once more while writing
+// dW; there is no other W-sized traffic. c sums each row in lanes and the rows in float64, in an
+// order fixed by the shape. It is taken against W times a power of two near 1 / sigma, so that
+// neither a huge nor a tiny W over- or underflows. sigma = 0 gives Y = 0 and dW = 0.
 #include "normalize.h"
 
 #include <cfloat>
@@ -19,8 +19,8 @@ namespace specnorm {
 namespace SPECNORM_ISA {
 namespace {
 
-// The walk over elements: `rows` runs of `length`. Roles of rows and columns are exchanged when every operand is
-// stored by columns; `plain` says that every operand has unit stride within a run.
+// The walk over elements: `rows` runs of `length`. Roles of rows and columns are exchanged when
+// every operand is stored by columns; `plain` says that every operand has unit stride within a run.
 struct Walk {
   int64_t rows, length;
   int64_t w_row, w_col, out_row, out_col, g_row, g_col;
@@ -32,17 +32,34 @@ Walk walk_of(const NormalizeItem& item, bool backward) {
   const MatrixRef& g = item.grad;
   const bool by_rows = (w.col_stride == 1 || w.n == 1) && (item.out_col_stride == 1 || w.n == 1) &&
                        (!backward || g.col_stride == 1 || w.n == 1);
-  const bool by_columns = (w.row_stride == 1 || w.m == 1) && (item.out_row_stride == 1 || w.m == 1) &&
+  const bool by_columns = (w.row_stride == 1 || w.m == 1) &&
+                          (item.out_row_stride == 1 || w.m == 1) &&
                           (!backward || g.row_stride == 1 || w.m == 1);
   Walk x{};
   x.plain = by_rows || by_columns;
   x.swapped = by_columns && !by_rows;
   if (!x.swapped) {
-    x = {w.m, w.n, w.row_stride, w.col_stride, item.out_row_stride, item.out_col_stride,
-         g.row_stride, g.col_stride, false, x.plain};
+    x = {w.m,
+         w.n,
+         w.row_stride,
+         w.col_stride,
+         item.out_row_stride,
+         item.out_col_stride,
+         g.row_stride,
+         g.col_stride,
+         false,
+         x.plain};
   } else {
-    x = {w.n, w.m, w.col_stride, w.row_stride, item.out_col_stride, item.out_row_stride,
-         g.col_stride, g.row_stride, true, true};
+    x = {w.n,
+         w.m,
+         w.col_stride,
+         w.row_stride,
+         item.out_col_stride,
+         item.out_row_stride,
+         g.col_stride,
+         g.row_stride,
+         true,
+         true};
   }
   // Rows that lie end to end are one long run, as far as nothing depends on the row.
   if (!backward && x.plain && x.w_row == x.length && x.out_row == x.length) {
@@ -63,10 +80,10 @@ struct NormalizeState {
   Walk walk;
   C sigma;
   int64_t chunks, chunk_rows, pending;
-  C* by_run;    // backward: the vector indexed by run (u, or v when swapped)
-  C* in_run;    // backward: the vector indexed within a run
+  C* by_run;  // backward: the vector indexed by run (u, or v when swapped)
+  C* in_run;  // backward: the vector indexed within a run
   double* part;
-  double c;     // <G, W> / sigma^2 once known
+  double c;  // <G, W> / sigma^2 once known
   bool have_c, done;
 };
 
@@ -91,7 +108,8 @@ void divide_rows(const NormalizeState<S>& s, int64_t r0, int64_t r1) {
         store_partial(out + j, row / divisor, x.length - j);
       }
     } else {
-      for (int64_t j = 0; j < x.length; ++j) out[j * x.out_col] = E::put(E::get(w[j * x.w_col]) / s.sigma);
+      for (int64_t j = 0; j < x.length; ++j)
+        out[j * x.out_col] = E::put(E::get(w[j * x.w_col]) / s.sigma);
     }
   }
 }
@@ -199,7 +217,8 @@ template <class S, bool backward>
 Status run_list(const NormalizeParams& p, const Parallel& pool) {
   using C = typename Elem<S>::C;
   if (p.count == 0) return kOk;
-  auto* states = static_cast<NormalizeState<S>*>(std::malloc(sizeof(NormalizeState<S>) * size_t(p.count)));
+  auto* states =
+      static_cast<NormalizeState<S>*>(std::malloc(sizeof(NormalizeState<S>) * size_t(p.count)));
   if (states == nullptr) return kOutOfMemory;
   Arena arena{};
   int64_t work = 0;
@@ -246,17 +265,23 @@ Status run_list(const NormalizeParams& p, const Parallel& pool) {
 template <bool backward>
 Status by_dtype(const NormalizeParams& p, const Parallel& pool) {
   switch (p.dtype) {
-    case DType::f32: return run_list<float, backward>(p, pool);
-    case DType::f64: return run_list<double, backward>(p, pool);
-    case DType::bf16: return run_list<bf16, backward>(p, pool);
-    case DType::f16: return run_list<f16, backward>(p, pool);
+    case DType::f32:
+      return run_list<float, backward>(p, pool);
+    case DType::f64:
+      return run_list<double, backward>(p, pool);
+    case DType::bf16:
+      return run_list<bf16, backward>(p, pool);
+    case DType::f16:
+      return run_list<f16, backward>(p, pool);
   }
   return kOk;
 }
 
 }  // namespace
 
-Status normalize_cpu(const NormalizeParams& p, const Parallel& pool) { return by_dtype<false>(p, pool); }
+Status normalize_cpu(const NormalizeParams& p, const Parallel& pool) {
+  return by_dtype<false>(p, pool);
+}
 Status normalize_backward_cpu(const NormalizeParams& p, const Parallel& pool) {
   return by_dtype<true>(p, pool);
 }

@@ -1,4 +1,5 @@
-// Every schema and every registration of specnorm_ext. Fake kernels and autograd are in specnorm_ext/_ops.py.
+// Every schema and every registration of specnorm_ext. Fake kernels and autograd are in
+// specnorm_ext/_ops.py.
 #include "ops.h"
 
 STABLE_TORCH_LIBRARY(specnorm_ext, m) {

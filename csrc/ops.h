@@ -1,5 +1,5 @@
-// The tensor-level entry of each op: check, allocate, fill the parameter struct, launch. Lists come by reference:
-// the boxing code would copy them, handle by handle, into parameters taken by value.
+// The tensor-level entry of each op: check, allocate, fill the parameter struct, launch. Lists come
+// by reference: the boxing code would copy them, handle by handle, into parameters taken by value.
 #pragma once
 
 #include <vector>
@@ -8,13 +8,17 @@
 
 namespace specnorm {
 
-Tensor power_iteration_cpu_op(const std::vector<Tensor>& weights, const std::vector<Tensor>& u, const std::vector<Tensor>& v,
-                              int64_t n_iterations, double eps);
-Tensor sigma_cpu_op(const std::vector<Tensor>& weights, const std::vector<Tensor>& u, const std::vector<Tensor>& v);
-std::vector<Tensor> normalize_cpu_op(const std::vector<Tensor>& weights, const std::vector<Tensor>& u,
-                                     const std::vector<Tensor>& v, const Tensor& sigma);
-std::vector<Tensor> normalize_backward_cpu_op(const std::vector<Tensor>& grads, const std::vector<Tensor>& weights,
-                                              const std::vector<Tensor>& u, const std::vector<Tensor>& v, const Tensor& sigma);
+Tensor power_iteration_cpu_op(const std::vector<Tensor>& weights, const std::vector<Tensor>& u,
+                              const std::vector<Tensor>& v, int64_t n_iterations, double eps);
+Tensor sigma_cpu_op(const std::vector<Tensor>& weights, const std::vector<Tensor>& u,
+                    const std::vector<Tensor>& v);
+std::vector<Tensor> normalize_cpu_op(const std::vector<Tensor>& weights,
+                                     const std::vector<Tensor>& u, const std::vector<Tensor>& v,
+                                     const Tensor& sigma);
+std::vector<Tensor> normalize_backward_cpu_op(const std::vector<Tensor>& grads,
+                                              const std::vector<Tensor>& weights,
+                                              const std::vector<Tensor>& u,
+                                              const std::vector<Tensor>& v, const Tensor& sigma);
 
 // sigma of an empty list: float32 on the CPU, since there is no weight to ask.
 inline Tensor empty_sigma() {

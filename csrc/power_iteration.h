@@ -22,8 +22,14 @@ struct PowerIterationParams {
 };
 
 using PowerIterationCpu = Status (*)(const PowerIterationParams&, const Parallel&);
-namespace baseline { Status power_iteration_cpu(const PowerIterationParams&, const Parallel&); }
-namespace avx2 { Status power_iteration_cpu(const PowerIterationParams&, const Parallel&); }
-namespace avx512 { Status power_iteration_cpu(const PowerIterationParams&, const Parallel&); }
+namespace baseline {
+Status power_iteration_cpu(const PowerIterationParams&, const Parallel&);
+}
+namespace avx2 {
+Status power_iteration_cpu(const PowerIterationParams&, const Parallel&);
+}
+namespace avx512 {
+Status power_iteration_cpu(const PowerIterationParams&, const Parallel&);
+}
 
 }  // namespace specnorm

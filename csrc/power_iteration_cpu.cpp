@@ -1,16 +1,18 @@
-// Batched power (b = 1) and subspace (b = 2..8) iteration over a ragged list of matrices, on the CPU.
+// Batched power (b = 1) and subspace (b = 2..8) iteration over a ragged list of matrices, on the
+// CPU.
 //
-//   t = W v;   u = t / |t|;   z = W^T u;   sigma = |z|;   v = z / |z|            (columns: Rayleigh-Ritz)
+//   t = W v;   u = t / |t|;   z = W^T u;   sigma = |z|;   v = z / |z|            (columns:
+//   Rayleigh-Ritz)
 //
-// Work: each matrix is cut into chunks of stored rows by its shape alone, so the bits of the result do not
-// depend on the number of threads. Threads fetch chunks of all matrices from one counter; whoever finishes a
-// matrix's last chunk reduces the partial sums in chunk order and decides the matrix's next phase. A
-// matrix of one chunk runs all its iterations in one go.
+// Work: each matrix is cut into chunks of stored rows by its shape alone, so the bits of the result
+// do not depend on the number of threads. Threads fetch chunks of all matrices from one counter;
+// whoever finishes a matrix's last chunk reduces the partial sums in chunk order and decides the
+// matrix's next phase. A matrix of one chunk runs all its iterations in one go.
 //
-// Scale: sums run on W as it is while |t| stays in a range where neither t nor z = W^T t can overflow or lose
-// bits. Outside it (or at NaN) the matrix starts again with a and t multiplied by a power of two from
-// max |W|, which also tells a zero or non-finite W from a badly scaled one. u and v are written only at
-// the end, and only when everything was finite.
+// Scale: sums run on W as it is while |t| stays in a range where neither t nor z = W^T t can
+// overflow or lose bits. Outside it (or at NaN) the matrix starts again with a and t multiplied by
+// a power of two from max |W|, which also tells a zero or non-finite W from a badly scaled one. u
+// and v are written only at the end, and only when everything was finite.
 #include "power_iteration.h"
 
 #include <cfloat>
@@ -45,7 +47,8 @@ enum class Phase {
   kDone
 };
 
-// A stationary pseudo-random pattern, independent for each column. 32-bit, so that loops over it vectorize.
+// A stationary pseudo-random pattern, independent for each column. 32-bit, so that loops over it
+// vectorize.
 SPECNORM_INLINE uint32_t hash(uint32_t index, uint32_t column) {
   uint32_t x = index * 0x9E3779B1u + column * 0x85EBCA77u + 0x632BE5ABu;
   x ^= x >> 15;
@@ -70,15 +73,18 @@ struct State {
 
   int64_t chunks, chunk_rows;
   int64_t length_stride, rows_stride;
-  C* a;          // [b, length_stride] what stored rows are dotted with: v, or u when by columns
-  C* t;          // [b, rows_stride]   one value per stored row: W v, or W^T u when by columns
-  C* z;          // [chunks, b, length_stride] partial axpy sums
-  double* gram;  // [chunks, b, b]     of t
-  C* scratch;    // [chunks, 4, length_stride] gathered rows, when no stride is 1
-  C* start;      // [b, n] v as given, cleaned: a restart begins here
+  bool paired;     // a and z are in the order of paired loads (row_pass_cpu.h)
+  int64_t extent;  // elements of a and z, the holes that pairing leaves in the last block (all 0)
+                   // included
+  C* a;            // [b, length_stride] what stored rows are dotted with: v, or u when by columns
+  C* t;            // [b, rows_stride]   one value per stored row: W v, or W^T u when by columns
+  C* z;            // [chunks, b, length_stride] partial axpy sums
+  double* gram;    // [chunks, b, b]     of t
+  C* scratch;  // [chunks, 4 + b, length_stride] gathered rows and their sums, when no stride is 1
+  C* start;    // [b, n] v as given, cleaned: a restart begins here
 
   int64_t pending, iterations, iterations_left;
-  double unit;   // W is worked on as unit W, a power of two
+  double unit;  // W is worked on as unit W, a power of two
   int restarts;
   bool rescaled;
   Phase phase;
@@ -97,6 +103,11 @@ double sum_of_squares(const C* x, int64_t n) {
 }
 
 template <class C>
+SPECNORM_INLINE void scale_into(const C* x, int64_t n, double factor, C* out) {
+  for (int64_t k = 0; k < n; ++k) out[k] = C(double(x[k]) * factor);
+}
+
+template <class C>
 double inner(const C* x, const C* y, int64_t n) {
   double sum = 0;
   for (int64_t i = 0; i < n; ++i) sum += double(x[i]) * double(y[i]);
@@ -107,8 +118,8 @@ template <class C>
 void gram_matrix(const C* x, int64_t stride, int64_t n, int b, Small& g) {
   for (int i = 0; i < b; ++i)
     for (int j = 0; j <= i; ++j)
-      g.a[i][j] = g.a[j][i] = i == j ? sum_of_squares(x + i * stride, n)
-                                     : inner(x + i * stride, x + j * stride, n);
+      g.a[i][j] = g.a[j][i] =
+          i == j ? sum_of_squares(x + i * stride, n) : inner(x + i * stride, x + j * stride, n);
 }
 
 template <class C>
@@ -117,8 +128,8 @@ void seed(C* x, int64_t n, uint32_t which) {
     x[i] = C((double(hash(uint32_t(i), which)) / 2147483648.0 - 1.0) * std::sqrt(3.0 / double(n)));
 }
 
-// x_i for i in [from, b) made unit and orthogonal to those before, columns that vanish drawn anew. Twice is
-// enough: a second sweep removes what rounding left of the first.
+// x_i for i in [from, b) made unit and orthogonal to those before, columns that vanish drawn anew.
+// Twice is enough: a second sweep removes what rounding left of the first.
 template <class C>
 void orthonormalize(C* x, int64_t stride, int64_t n, int from, int b) {
   for (int i = from; i < b; ++i) {
@@ -129,7 +140,8 @@ void orthonormalize(C* x, int64_t stride, int64_t n, int from, int b) {
         for (int sweep = 0; sweep < 2; ++sweep)
           for (int j = 0; j < i; ++j) {
             const double c = inner(x + j * stride, xi, n);
-            for (int64_t k = 0; k < n; ++k) xi[k] = C(double(xi[k]) - c * double(x[j * stride + k]));
+            for (int64_t k = 0; k < n; ++k)
+              xi[k] = C(double(xi[k]) - c * double(x[j * stride + k]));
           }
         const double after = std::sqrt(sum_of_squares(xi, n));
         if (after > 64 * Range<C>::epsilon * before) {
@@ -154,8 +166,9 @@ void combine(C* x, int64_t stride, int64_t n, int b, const Small& c, int r) {
   }
 }
 
-// With g = x^T x: the columns of x whiten are orthonormal. Returns the numerical rank. Scaling to a unit diagonal
-// first keeps columns of very different lengths (a fast-decaying spectrum) apart from truly dependent ones.
+// With g = x^T x: the columns of x whiten are orthonormal. Returns the numerical rank. Scaling to a
+// unit diagonal first keeps columns of very different lengths (a fast-decaying spectrum) apart from
+// truly dependent ones.
 template <class C>
 int whitening(const Small& g, int b, Small& whiten) {
   double inverse_length[kMaxColumns];
@@ -169,12 +182,12 @@ int whitening(const Small& g, int b, Small& whiten) {
   for (int i = 0; i < b; ++i)
     for (int j = 0; j < b; ++j) scaled.a[i][j] = g.a[i][j] * inverse_length[i] * inverse_length[j];
   jacobi_eigen(scaled, b, q, value);
-  const double threshold =
-      std::fmax(1e-14 * b, 1e4 * Range<C>::epsilon * Range<C>::epsilon);
+  const double threshold = std::fmax(1e-14 * b, 1e4 * Range<C>::epsilon * Range<C>::epsilon);
   int rank = 0;
   while (rank < b && value[rank] > threshold) ++rank;
   for (int i = 0; i < b; ++i)
-    for (int j = 0; j < rank; ++j) whiten.a[i][j] = inverse_length[i] * q.a[i][j] / std::sqrt(value[j]);
+    for (int j = 0; j < rank; ++j)
+      whiten.a[i][j] = inverse_length[i] * q.a[i][j] / std::sqrt(value[j]);
   return rank;
 }
 
@@ -192,8 +205,9 @@ void load_start(State<S>& s) {
     }
     if (length < 0.5 || length > 2)
       for (int64_t j = 0; j < s.n; ++j) to[j] = C(double(to[j]) / length);
-    // A start exactly orthogonal to the leading vector would stay so for ever. One rounding error's worth of
-    // a fixed pattern lets it grow, and moves a healthy trajectory by no more than rounding does.
+    // A start exactly orthogonal to the leading vector would stay so for ever. One rounding error's
+    // worth of a fixed pattern lets it grow, and moves a healthy trajectory by no more than
+    // rounding does.
     const C amount = C(Range<C>::epsilon / std::sqrt(double(s.n)));
     for (int64_t j = 0; j < s.n; ++j)
       to[j] += amount * C(int32_t(hash(uint32_t(j), uint32_t(100 + i)) & 2u) - 1);
@@ -203,18 +217,20 @@ void load_start(State<S>& s) {
 template <class S>
 void begin(State<S>& s) {
   using C = typename Elem<S>::C;
-  const C scale = C(s.unit);
-  C* to = s.by_columns ? s.t : s.a;
-  const int64_t stride = s.by_columns ? s.rows_stride : s.length_stride;
-  for (int i = 0; i < s.b; ++i) {
-    for (int64_t j = 0; j < s.n; ++j)
-      to[i * stride + j] = s.by_columns ? s.start[i * s.n + j] : s.start[i * s.n + j] * scale;
-    for (int64_t j = s.n; j < stride; ++j) to[i * stride + j] = 0;
+  if (s.by_columns) {  // kStart's axpy applies the unit
+    for (int i = 0; i < s.b; ++i)
+      std::memcpy(s.t + i * s.rows_stride, s.start + i * s.n, sizeof(C) * size_t(s.n));
+    s.phase = Phase::kStart;
+    return;
   }
-  s.phase = s.by_columns ? Phase::kStart : Phase::kPass;
+  for (int i = 0; i < s.b; ++i)
+    scale_into(s.start + i * s.n, s.n, s.unit, s.a + i * s.length_stride);
+  if (s.paired) to_paired_order(s.a, s.n, s.z);
+  s.phase = Phase::kPass;
 }
 
-// ---- one chunk ----------------------------------------------------------------------------------------------
+// ---- one chunk
+// ----------------------------------------------------------------------------------------------
 
 template <class S>
 void run_chunk(State<S>& s, int64_t chunk) {
@@ -225,25 +241,41 @@ void run_chunk(State<S>& s, int64_t chunk) {
   const C scale = C(s.unit);
   C* z = s.z + chunk * s.b * s.length_stride;
   if (!s.packed) {
-    RowPass<S>{s.w + r0 * s.ld, s.ld, r1 - r0, s.length, s.a, s.length_stride, s.t + r0, s.rows_stride,
-               z, scale, s.b, mode}.run();
+    RowPass<S>{s.w + r0 * s.ld, s.ld, r1 - r0, s.length, s.a,  s.length_stride, s.t + r0,
+               s.rows_stride,   z,    scale,   s.b,      mode, s.paired}
+        .run();
   } else {
-    // Neither stride is 1: gather four rows at a time and go on as with float32 or float64 rows. The
-    // partial sums of each group are added where the plain pass would have kept adding.
+    // Neither stride is 1: gather four rows at a time and go on as with float32 or float64 rows.
+    // The partial sums of each group are added where the plain pass would have kept adding.
     C* gathered = s.scratch + chunk * (4 + s.b) * s.length_stride;
     C* part = gathered + 4 * s.length_stride;
     for (int64_t r = r0; r < r1; r += 4) {
       const int64_t count = r1 - r < 4 ? r1 - r : 4;
       for (int64_t i = 0; i < count; ++i)
         for (int64_t j = 0; j < s.length; ++j)
-          gathered[i * s.length_stride + j] = Elem<S>::get(s.w[(r + i) * s.ld + j * s.inner_stride]);
-      RowPass<C>{gathered, s.length_stride, count, s.length, s.a, s.length_stride, s.t + r, s.rows_stride,
-                 r == r0 ? z : part, scale, s.b, mode}.run();
+          gathered[i * s.length_stride + j] =
+              Elem<S>::get(s.w[(r + i) * s.ld + j * s.inner_stride]);
+      RowPass<C>{gathered,
+                 s.length_stride,
+                 count,
+                 s.length,
+                 s.a,
+                 s.length_stride,
+                 s.t + r,
+                 s.rows_stride,
+                 r == r0 ? z : part,
+                 scale,
+                 s.b,
+                 mode,
+                 false}
+          .run();
       if (r != r0 && (mode & kAxpy))
         for (int64_t k = 0; k < s.b * s.length_stride; ++k) z[k] += part[k];
     }
   }
-  if (mode & kDot) {
+  if ((mode & kDot) && s.b == 1) {
+    s.gram[chunk] = sum_of_squares(s.t + r0, r1 - r0);
+  } else if (mode & kDot) {
     Small g{};
     gram_matrix(s.t + r0, s.rows_stride, r1 - r0, s.b, g);
     double* out = s.gram + chunk * s.b * s.b;
@@ -252,12 +284,14 @@ void run_chunk(State<S>& s, int64_t chunk) {
   }
 }
 
-// ---- between phases -----------------------------------------------------------------------------------------
+// ---- between phases
+// -----------------------------------------------------------------------------------------
 
 template <class S>
 void write_sigma(State<S>& s, double value) {
   using C = typename Elem<S>::C;
-  // A float32 matrix near 1e38 can have a norm past FLT_MAX; the nearest finite number keeps W / sigma finite.
+  // A float32 matrix near 1e38 can have a norm past FLT_MAX; the nearest finite number keeps W /
+  // sigma finite.
   *s.sigma = C(value > Range<C>::largest ? Range<C>::largest : value);
 }
 
@@ -283,7 +317,8 @@ double largest_element(const State<S>& s) {
   return finite ? top : NAN;
 }
 
-// |t| or |z| left the plain range (or is 0, or not finite): find out why, and start again or finish.
+// |t| or |z| left the plain range (or is 0, or not finite): find out why, and start again or
+// finish.
 template <class S>
 void recover(State<S>& s) {
   using C = typename Elem<S>::C;
@@ -298,7 +333,8 @@ void recover(State<S>& s) {
     s.rescaled = true;
   } else if (s.restarts < 3) {  // W v is the null vector: another v
     ++s.restarts;
-    for (int i = 0; i < s.b; ++i) seed(s.start + i * s.n, s.n, uint32_t(10000 + 16 * s.restarts + i));
+    for (int i = 0; i < s.b; ++i)
+      seed(s.start + i * s.n, s.n, uint32_t(10000 + 16 * s.restarts + i));
   } else {
     return finish(s, 0.0);
   }
@@ -315,9 +351,12 @@ bool acceptable(const State<S>& s, double length, double eps) {
 }
 
 template <class S>
-void commit(State<S>& s, const typename Elem<S>::C* u, int64_t u_stride, const typename Elem<S>::C* v,
+void commit(State<S>& s, typename Elem<S>::C* u, int64_t u_stride, typename Elem<S>::C* v,
             int64_t v_stride) {
   using C = typename Elem<S>::C;
+  if (s.paired) {  // one column, and a or z of it: whichever has the length of the stored rows
+    from_paired_order(s.by_columns ? u : v, s.length, s.scratch);
+  }
   for (int i = 0; i < s.b; ++i) {
     C* to_u = column<C>(s.item->u, i);
     C* to_v = column<C>(s.item->v, i);
@@ -338,7 +377,8 @@ SPECNORM_INLINE void ritz(const Small& g, int b, Small& x, double* sigma) {
   for (int i = 0; i < b; ++i) sigma[i] = sigma[i] > 0 ? std::sqrt(sigma[i]) : 0;
 }
 
-// Columns of z scaled by 1 / sigma to make v; those with sigma about 0 have no direction of their own.
+// Columns of z scaled by 1 / sigma to make v; those with sigma about 0 have no direction of their
+// own.
 template <class C>
 int invert(const double* sigma, int b, double* inverse) {
   int rank = 0;
@@ -350,93 +390,106 @@ int invert(const double* sigma, int b, double* inverse) {
   return rank;
 }
 
-// Unit columns for the caller. Where the spectrum decays fast the small columns carry the rounding errors of the
-// large ones; a Gram-Schmidt sweep in leading-first order removes them.
+// Unit columns for the caller. Where the spectrum decays fast the small columns carry the rounding
+// errors of the large ones; a Gram-Schmidt sweep in leading-first order removes them.
 template <class C>
 void polish(C* x, int64_t stride, int64_t n, int b, const double* sigma) {
   if (b > 1 && sigma[b - 1] < 0.05 * sigma[0]) orthonormalize(x, stride, n, 1, b);
 }
 
-// Stored by rows: t = W V (scaled by unit), z = W^T T (by unit^2).
+template <class S>
+void add_partial_sums(State<S>& s) {
+  const int64_t count = s.b * s.length_stride;
+  for (int64_t c = 1; c < s.chunks; ++c) {
+    const auto* part = s.z + c * count;
+    for (int64_t k = 0; k < count; ++k) s.z[k] += part[k];
+  }
+}
+
+// Stored by rows: t = W V (scaled by unit), z = W^T T (by unit^2). One column needs no small
+// matrices.
+template <class S>
+void after_vector_pass_by_rows(State<S>& s, double eps) {
+  double length_t = 0;
+  for (int64_t c = 0; c < s.chunks; ++c) length_t += s.gram[c];
+  length_t = std::sqrt(length_t);
+  if (!acceptable(s, length_t, eps)) return recover(s);
+  add_partial_sums(s);
+  const double length_z = std::sqrt(sum_of_squares(s.z, s.extent));
+  if (!std::isfinite(length_z)) return s.rescaled ? finish(s, NAN) : recover(s);
+  if (!(length_z > 0)) return recover(s);
+  if (--s.iterations_left > 0) return scale_into(s.z, s.extent, s.unit / length_z, s.a);
+  scale_into(s.t, s.m, 1 / length_t, s.t);
+  scale_into(s.z, s.extent, 1 / length_z, s.z);
+  commit(s, s.t, s.rows_stride, s.z, s.length_stride);
+  finish(s, length_z / length_t / s.unit);
+}
+
 template <class S>
 void after_pass_by_rows(State<S>& s, double eps) {
   using C = typename Elem<S>::C;
+  if (s.b == 1) return after_vector_pass_by_rows(s, eps);
   const int b = s.b;
   const double unit = s.unit;
-  Small gt{}, gz{}, whiten{}, x{}, rotate{};
+  Small gt{}, gz{}, whiten{}, x{}, rotate{}, half{}, projected{}, to_v{};
   for (int i = 0; i < b; ++i)
-    for (int j = 0; j < b; ++j) {
-      gt.a[i][j] = 0;
+    for (int j = 0; j < b; ++j)
       for (int64_t c = 0; c < s.chunks; ++c) gt.a[i][j] += s.gram[(c * b + i) * b + j];
-    }
   double longest = 0;
   for (int i = 0; i < b; ++i)
     longest = gt.a[i][i] > longest || std::isnan(gt.a[i][i]) ? gt.a[i][i] : longest;
   if (!acceptable(s, std::sqrt(longest), eps)) return recover(s);
-  for (int64_t c = 1; c < s.chunks; ++c) {
-    const C* part = s.z + c * b * s.length_stride;
-    for (int64_t k = 0; k < b * s.length_stride; ++k) s.z[k] += part[k];
-  }
+  add_partial_sums(s);
   gram_matrix(s.z, s.length_stride, s.n, b, gz);
   for (int i = 0; i < b; ++i)
     if (!std::isfinite(gz.a[i][i])) return s.rescaled ? finish(s, NAN) : recover(s);
 
+  // T whitened has unit columns whatever its scale; Z carries unit^2 against T's unit. So the Ritz
+  // values of Z whiten are sigma times unit.
   const int rank = whitening<C>(gt, b, whiten);
   double sigma[kMaxColumns] = {}, inverse[kMaxColumns];
-  if (b == 1) {
-    sigma[0] = std::sqrt(gz.a[0][0]) * whiten.a[0][0];
-    if (!(sigma[0] > 0)) return recover(s);
-    const double to_u = whiten.a[0][0], to_v = 1 / std::sqrt(gz.a[0][0]);
-    for (int64_t k = 0; k < s.m; ++k) s.t[k] = C(double(s.t[k]) * to_u);
-    for (int64_t k = 0; k < s.n; ++k) s.z[k] = C(double(s.z[k]) * to_v);
-  } else {
-    Small half{}, projected{}, to_v{};
-    multiply(gz, whiten, b, b, rank, half);
-    for (int i = 0; i < rank; ++i)
-      for (int j = 0; j < rank; ++j) {
-        projected.a[i][j] = 0;
-        for (int k = 0; k < b; ++k) projected.a[i][j] += whiten.a[k][i] * half.a[k][j];
-      }
-    ritz(projected, rank, x, sigma);
-    const int kept = invert<C>(sigma, rank, inverse);
-    multiply(whiten, x, b, rank, rank, rotate);
-    to_v = rotate;
-    for (int i = 0; i < b; ++i)
-      for (int j = 0; j < rank; ++j) to_v.a[i][j] *= inverse[j];
-    combine(s.t, s.rows_stride, s.m, b, rotate, rank);
-    combine(s.z, s.length_stride, s.n, b, to_v, kept);
-    polish(s.t, s.rows_stride, s.m, b, sigma);
-    polish(s.z, s.length_stride, s.n, b, sigma);
-  }
-  // sigma[0] is |W^T u| times unit: T whitened has unit columns whatever its scale, Z carries unit^2
-  // against T's unit.
-  if (--s.iterations_left == 0) {
-    commit(s, s.t, s.rows_stride, s.z, s.length_stride);
-    return finish(s, sigma[0] / unit);
-  }
+  multiply(gz, whiten, b, b, rank, half);
+  for (int i = 0; i < rank; ++i)
+    for (int j = 0; j < rank; ++j)
+      for (int k = 0; k < b; ++k) projected.a[i][j] += whiten.a[k][i] * half.a[k][j];
+  ritz(projected, rank, x, sigma);
+  if (!(sigma[0] > 0)) return recover(s);
+  const int kept = invert<C>(sigma, rank, inverse);
+  multiply(whiten, x, b, rank, rank, rotate);
+  to_v = rotate;
   for (int i = 0; i < b; ++i)
-    for (int64_t k = 0; k < s.n; ++k)
-      s.a[i * s.length_stride + k] = C(double(s.z[i * s.length_stride + k]) * unit);
+    for (int j = 0; j < rank; ++j) to_v.a[i][j] *= inverse[j];
+  combine(s.z, s.length_stride, s.n, b, to_v, kept);
+  polish(s.z, s.length_stride, s.n, b, sigma);
+  if (--s.iterations_left > 0) {
+    for (int i = 0; i < b; ++i)
+      scale_into(s.z + i * s.length_stride, s.n, unit, s.a + i * s.length_stride);
+    return;
+  }
+  combine(s.t, s.rows_stride, s.m, b, rotate, rank);
+  polish(s.t, s.rows_stride, s.m, b, sigma);
+  commit(s, s.t, s.rows_stride, s.z, s.length_stride);
+  finish(s, sigma[0] / unit);
 }
 
-// Stored by columns. kStart leaves T = W V in z, kPass Z in t and T' = W Z in z, kLast Z in t. The products
-// that become the next a are made orthonormal here.
+// Stored by columns. kStart leaves T = W V in z, kPass Z in t and T' = W Z in z, kLast Z in t. The
+// products that become the next a are made orthonormal here.
 template <class S>
 void orthonormal_u(State<S>& s, double eps) {
   using C = typename Elem<S>::C;
   const int b = s.b;
   Small g{}, whiten{};
-  gram_matrix(s.z, s.length_stride, s.m, b, g);
+  gram_matrix(s.z, s.length_stride, s.extent, b, g);
   double longest = 0;
   for (int i = 0; i < b; ++i)
     longest = g.a[i][i] > longest || std::isnan(g.a[i][i]) ? g.a[i][i] : longest;
   if (!acceptable(s, std::sqrt(longest), eps)) return recover(s);
   const int rank = whitening<C>(g, b, whiten);
-  combine(s.z, s.length_stride, s.m, b, whiten, rank);
+  combine(s.z, s.length_stride, s.extent, b, whiten, rank);
   if (rank < b) orthonormalize(s.z, s.length_stride, s.m, rank, b);
   const double unit = s.unit;
   for (int i = 0; i < b; ++i)
-    for (int64_t k = 0; k < s.m; ++k)
+    for (int64_t k = 0; k < s.extent; ++k)
       s.a[i * s.length_stride + k] = C(double(s.z[i * s.length_stride + k]) * unit);
   s.phase = s.iterations_left > 1 ? Phase::kPass : Phase::kLast;
 }
@@ -446,15 +499,8 @@ void after_pass_by_columns(State<S>& s, double eps) {
   using C = typename Elem<S>::C;
   const int b = s.b;
   const double unit = s.unit;
-  if (s.phase != Phase::kLast)
-    for (int64_t c = 1; c < s.chunks; ++c) {
-      const C* part = s.z + c * b * s.length_stride;
-      for (int64_t k = 0; k < b * s.length_stride; ++k) s.z[k] += part[k];
-    }
-  if (s.phase == Phase::kStart) {
-    // T carries no unit yet (v was not scaled, so that axpy's t_scale could be): t_scale applied it.
-    return orthonormal_u(s, eps);
-  }
+  if (s.phase != Phase::kLast) add_partial_sums(s);
+  if (s.phase == Phase::kStart) return orthonormal_u(s, eps);  // T = unit W V
   Small g{}, x{};
   double sigma[kMaxColumns] = {}, inverse[kMaxColumns];
   for (int i = 0; i < b; ++i)
@@ -475,17 +521,18 @@ void after_pass_by_columns(State<S>& s, double eps) {
     combine(s.t, s.rows_stride, s.n, b, to_v, kept);
     polish(s.t, s.rows_stride, s.n, b, sigma);
     for (int i = 0; i < b; ++i)
-      for (int64_t k = 0; k < s.m; ++k)
+      for (int64_t k = 0; k < s.extent; ++k)
         s.a[i * s.length_stride + k] = C(double(s.a[i * s.length_stride + k]) / unit);
-    combine(s.a, s.length_stride, s.m, b, x, b);
+    combine(s.a, s.length_stride, s.extent, b, x, b);
     commit(s, s.a, s.length_stride, s.t, s.rows_stride);
     return finish(s, sigma[0] / unit);
   }
-  combine(s.z, s.length_stride, s.m, b, to_v, kept);  // T' = W V for the Ritz vectors V
+  combine(s.z, s.length_stride, s.extent, b, to_v, kept);  // T' = W V for the Ritz vectors V
   orthonormal_u(s, eps);
 }
 
-// ---- the list -----------------------------------------------------------------------------------------------
+// ---- the list
+// -----------------------------------------------------------------------------------------------
 
 template <class S>
 struct Job {
@@ -529,6 +576,8 @@ void plan(const PowerIterationItem& item, int64_t n_iterations, State<S>& s) {
   s.iterations = s.iterations_left = n_iterations;
   s.length_stride = padded_length<typename Elem<S>::C>(s.length);
   s.rows_stride = padded_length<typename Elem<S>::C>(s.rows);
+  s.paired = Elem<S>::kPairs && s.b == 1 && !s.packed;
+  s.extent = s.paired ? paired_length<typename Elem<S>::C>(s.length) : s.length;
   chunk_plan(s.rows, s.length, &s.chunks, &s.chunk_rows);
   s.pending = s.chunks;
 }
@@ -541,7 +590,9 @@ void lay_out(Arena& arena, State<S>& s) {
   s.z = arena.take<C>(s.chunks * s.b * s.length_stride);
   s.gram = arena.take<double>(s.chunks * s.b * s.b);
   s.start = arena.take<C>(s.b * s.n);
-  s.scratch = s.packed ? arena.take<C>(s.chunks * (4 + s.b) * s.length_stride) : nullptr;
+  s.scratch = arena.take<C>(s.packed   ? s.chunks * (4 + s.b) * s.length_stride
+                            : s.paired ? s.length_stride
+                                       : 0);
 }
 
 template <class S>
@@ -586,10 +637,14 @@ Status run_list(const PowerIterationParams& p, const Parallel& pool) {
 
 Status power_iteration_cpu(const PowerIterationParams& p, const Parallel& pool) {
   switch (p.dtype) {
-    case DType::f32: return run_list<float>(p, pool);
-    case DType::f64: return run_list<double>(p, pool);
-    case DType::bf16: return run_list<bf16>(p, pool);
-    case DType::f16: return run_list<f16>(p, pool);
+    case DType::f32:
+      return run_list<float>(p, pool);
+    case DType::f64:
+      return run_list<double>(p, pool);
+    case DType::bf16:
+      return run_list<bf16>(p, pool);
+    case DType::f16:
+      return run_list<f16>(p, pool);
   }
   return kOk;
 }

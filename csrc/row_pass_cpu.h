@@ -3,9 +3,10 @@
 //     t_r = w_r . a            (dot:  rows against the vectors a)
 //     z  += t_scale t_r w_r    (axpy: the same rows, still in cache, against the t just found)
 //
-// so W^T W v costs one read of W from memory. With W stored by rows, a = v, t = W v, z = W^T t; with W stored by
-// columns (a transposed view) the stored rows are W's columns and the roles of u and v change places.
-// Sums run over vector lanes in an order that depends on the shape alone: same input, same bits.
+// so W^T W v costs one read of W from memory. With W stored by rows, a = v, t = W v, z = W^T t;
+// with W stored by columns (a transposed view) the stored rows are W's columns and the roles of u
+// and v change places. Sums run over vector lanes in an order that depends on the shape alone: same
+// input, same bits.
 #pragma once
 
 #include "simd_cpu.h"
@@ -18,7 +19,8 @@ enum PassMode : int { kDot = 1, kAxpy = 2, kBoth = 3 };
 // A group of rows is read from memory once and must still be in L2 for the axpy.
 constexpr int64_t kGroupBytes = 256 << 10;
 
-// t[r][b] = w_r . a_b for R rows and B columns. Several independent sums hide the latency of the multiply-add.
+// t[r][b] = w_r . a_b for R rows and B columns. Several independent sums hide the latency of the
+// multiply-add.
 template <class S, int R, int B>
 SPECNORM_INLINE void dot_block(const S* w, int64_t ld, int64_t n, const typename Elem<S>::C* a,
                                int64_t a_stride, typename Elem<S>::C* t, int64_t t_stride) {
@@ -49,7 +51,8 @@ SPECNORM_INLINE void dot_block(const S* w, int64_t ld, int64_t n, const typename
     const int64_t lanes = n - j < L ? n - j : L;
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const V row = lanes == L ? Elem<S>::load(w + r * ld + j) : load_partial(w + r * ld + j, lanes);
+      const V row =
+          lanes == L ? Elem<S>::load(w + r * ld + j) : load_partial(w + r * ld + j, lanes);
 #pragma GCC unroll 8
       for (int b = 0; b < B; ++b) sum[0][r][b] += row * Elem<C>::load(a + b * a_stride + j);
     }
@@ -62,8 +65,9 @@ SPECNORM_INLINE void dot_block(const S* w, int64_t ld, int64_t n, const typename
     }
 }
 
-// z_b += sum_r c[r][b] w_r (or = when first). While it works from cache it asks for the rows that the next
-// dot will need, so that memory is never idle; `ahead` is their distance in rows, 0 for none.
+// z_b += sum_r c[r][b] w_r (or = when first). While it works from cache it asks for the rows that
+// the next dot will need, so that memory is never idle; `ahead` is their distance in rows, 0 for
+// none.
 template <class S, int R, int B>
 SPECNORM_INLINE void axpy_block(const S* w, int64_t ld, int64_t n, const typename Elem<S>::C* t,
                                 int64_t t_stride, typename Elem<S>::C scale, typename Elem<S>::C* z,
@@ -102,7 +106,68 @@ SPECNORM_INLINE void axpy_block(const S* w, int64_t ld, int64_t n, const typenam
   }
 }
 
-// Row counts and column counts to template arguments: at most 8 sums are live, which 16 registers hold.
+// The same for one column of an element type that loads in pairs; a and z are in paired order.
+template <class S>
+SPECNORM_INLINE void load_pair_at(const S* p, int64_t j, int64_t n, typename Elem<S>::V& even,
+                                  typename Elem<S>::V& odd) {
+  constexpr int64_t block = 2 * Simd<typename Elem<S>::C>::width;
+  if (j + block <= n) return Elem<S>::load_pair(p + j, even, odd);
+  S padded[block];
+  std::memset(padded, 0, sizeof(padded));
+  std::memcpy(padded, p + j, size_t(n - j) * sizeof(S));
+  Elem<S>::load_pair(padded, even, odd);
+}
+
+template <class S, int R>
+SPECNORM_INLINE void dot_pairs(const S* w, int64_t ld, int64_t n, const typename Elem<S>::C* a,
+                               typename Elem<S>::C* t) {
+  using C = typename Elem<S>::C;
+  using V = typename Simd<C>::V;
+  constexpr int L = Simd<C>::width;
+  V sum[R][2];
+  for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = V{};
+  for (int64_t j = 0; j < n; j += 2 * L) {
+    const V x0 = Elem<C>::load(a + j), x1 = Elem<C>::load(a + j + L);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      V even, odd;
+      load_pair_at(w + r * ld, j, n, even, odd);
+      sum[r][0] += even * x0;
+      sum[r][1] += odd * x1;
+    }
+  }
+  for (int r = 0; r < R; ++r) t[r] = horizontal_sum<C>(sum[r][0] + sum[r][1]);
+}
+
+template <class S, int R>
+SPECNORM_INLINE void axpy_pairs(const S* w, int64_t ld, int64_t n, const typename Elem<S>::C* t,
+                                typename Elem<S>::C scale, typename Elem<S>::C* z, bool first,
+                                int64_t ahead) {
+  using C = typename Elem<S>::C;
+  using V = typename Simd<C>::V;
+  constexpr int L = Simd<C>::width;
+  V c[R];
+  for (int r = 0; r < R; ++r) c[r] = splat<C>(t[r] * scale);
+  for (int64_t j = 0; j < n; j += 2 * L) {
+    V z0 = first ? V{} : Elem<C>::load(z + j), z1 = first ? V{} : Elem<C>::load(z + j + L);
+    if (ahead != 0 && (j * int64_t(sizeof(S))) % 64 == 0) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) __builtin_prefetch(w + (ahead + r) * ld + j, 0, 2);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      V even, odd;
+      load_pair_at(w + r * ld, j, n, even, odd);
+      z0 += c[r] * even;
+      z1 += c[r] * odd;
+    }
+    Elem<C>::store(z + j, z0);
+    Elem<C>::store(z + j + L, z1);
+  }
+}
+
+// Row counts and column counts to template arguments: at most 8 sums are live, which 16 registers
+// hold.
 template <class S, int B>
 SPECNORM_INLINE void dot_rows(const S* w, int64_t ld, int64_t rows, int64_t n,
                               const typename Elem<S>::C* a, int64_t a_stride,
@@ -121,7 +186,8 @@ SPECNORM_INLINE void axpy_rows(const S* w, int64_t ld, int64_t rows, int64_t n,
   constexpr int R = B <= 2 ? 4 : 2;
   int64_t r = 0;
   for (; r + R <= rows; r += R)
-    axpy_block<S, R, B>(w + r * ld, ld, n, t + r, t_stride, scale, z, z_stride, first && r == 0, ahead);
+    axpy_block<S, R, B>(w + r * ld, ld, n, t + r, t_stride, scale, z, z_stride, first && r == 0,
+                        ahead);
   for (; r < rows; ++r)
     axpy_block<S, 1, B>(w + r * ld, ld, n, t + r, t_stride, scale, z, z_stride, first && r == 0, 0);
 }
@@ -138,16 +204,17 @@ SPECNORM_INLINE void for_column_groups(int64_t columns, F body) {
 template <class S>
 struct RowPass {
   using C = typename Elem<S>::C;
-  const S* w;         // [rows, n], row stride ld
+  const S* w;  // [rows, n], row stride ld
   int64_t ld, rows, n;
-  const C* a;         // [columns, a_stride]
+  const C* a;  // [columns, a_stride]
   int64_t a_stride;
-  C* t;               // [columns, t_stride]
+  C* t;  // [columns, t_stride]
   int64_t t_stride;
-  C* z;               // [columns, a_stride], overwritten
+  C* z;  // [columns, a_stride], overwritten
   C t_scale;
   int64_t columns;
   PassMode mode;
+  bool paired;  // one column, a and z in paired order
 
   struct Dot {
     const RowPass& p;
@@ -168,14 +235,36 @@ struct RowPass {
     }
   };
 
+  void run_pairs(int64_t r0, int64_t count, int64_t ahead) const {
+    if constexpr (Elem<S>::kPairs) {
+      const S* first_row = w + r0 * ld;
+      int64_t r = 0;
+      if (mode & kDot) {
+        for (; r + 4 <= count; r += 4) dot_pairs<S, 4>(first_row + r * ld, ld, n, a, t + r0 + r);
+        for (; r < count; ++r) dot_pairs<S, 1>(first_row + r * ld, ld, n, a, t + r0 + r);
+      }
+      if (mode & kAxpy) {
+        r = 0;
+        for (; r + 4 <= count; r += 4)
+          axpy_pairs<S, 4>(first_row + r * ld, ld, n, t + r0 + r, t_scale, z, r0 + r == 0, ahead);
+        for (; r < count; ++r)
+          axpy_pairs<S, 1>(first_row + r * ld, ld, n, t + r0 + r, t_scale, z, r0 + r == 0, 0);
+      }
+    }
+  }
+
   void run() const {
     const int64_t row_bytes = n * int64_t(sizeof(S));
     const int64_t group = 4 * row_bytes <= kGroupBytes ? 4 : 2 * row_bytes <= kGroupBytes ? 2 : 1;
     for (int64_t r0 = 0; r0 < rows; r0 += group) {
       const int64_t count = rows - r0 < group ? rows - r0 : group;
+      const bool more = (mode & kDot) && r0 + 2 * group <= rows;
+      if (paired) {
+        run_pairs(r0, count, more ? group : 0);
+        continue;
+      }
       if (mode & kDot) for_column_groups<S>(columns, Dot{*this, r0, count});
       if (mode & kAxpy) {
-        const bool more = (mode & kDot) && r0 + 2 * group <= rows;
         for_column_groups<S>(columns, Axpy{*this, r0, count, more ? group : 0});
       }
     }

@@ -1,4 +1,5 @@
-// How CPU ops share work: one arena per call, chunks by shape, rounds of chunks over the thread pool.
+// How CPU ops share work: one arena per call, chunks by shape, rounds of chunks over the thread
+// pool.
 #pragma once
 
 #include <cstdlib>
@@ -9,7 +10,8 @@
 namespace specnorm {
 namespace SPECNORM_ISA {
 
-// One allocation per call. take() is called twice in the same order: before allocate() it only counts.
+// One allocation per call. take() is called twice in the same order: before allocate() it only
+// counts.
 struct Arena {
   char* base;
   int64_t used, size;
@@ -29,8 +31,8 @@ struct Arena {
   void release() { release_workspace(base); }
 };
 
-// Chunks by shape only. Each costs a partial sum of one row's length, so a chunk has at least 32 rows (8 in
-// matrices that one thread would be slow on); 64 chunks keep many cores busy.
+// Chunks by shape only. Each costs a partial sum of one row's length, so a chunk has at least 32
+// rows (8 in matrices that one thread would be slow on); 64 chunks keep many cores busy.
 inline void chunk_plan(int64_t rows, int64_t length, int64_t* chunks, int64_t* chunk_rows) {
   const int64_t elements = rows * length;
   const int64_t least = elements > (1 << 20) ? 8 : 32;
@@ -65,8 +67,9 @@ struct Round {
   }
 };
 
-// Job: chunks(matrix), the number of chunks it wants run now (0: finished); run(matrix, chunk). Rounds go on until
-// every matrix says 0. `work` is the number of multiply-adds, below which a second thread costs more than it brings.
+// Job: chunks(matrix), the number of chunks it wants run now (0: finished); run(matrix, chunk).
+// Rounds go on until every matrix says 0. `work` is the number of multiply-adds, below which a
+// second thread costs more than it brings.
 template <class Job>
 Status run_rounds(Job& job, int64_t count, int64_t work, const Parallel& pool) {
   int64_t most = 0;

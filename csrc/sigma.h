@@ -18,8 +18,14 @@ struct SigmaParams {
   void* sigma;  // [count], state dtype
 };
 
-namespace baseline { Status sigma_cpu(const SigmaParams&, const Parallel&); }
-namespace avx2 { Status sigma_cpu(const SigmaParams&, const Parallel&); }
-namespace avx512 { Status sigma_cpu(const SigmaParams&, const Parallel&); }
+namespace baseline {
+Status sigma_cpu(const SigmaParams&, const Parallel&);
+}
+namespace avx2 {
+Status sigma_cpu(const SigmaParams&, const Parallel&);
+}
+namespace avx512 {
+Status sigma_cpu(const SigmaParams&, const Parallel&);
+}
 
 }  // namespace specnorm

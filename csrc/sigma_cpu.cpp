@@ -1,7 +1,9 @@
-// sigma_i = u_i^T W_i v_i for a ragged list, one read of each W, summed in float64 over rows in a fixed order.
+// sigma_i = u_i^T W_i v_i for a ragged list, one read of each W, summed in float64 over rows in a
+// fixed order.
 //
-// Stored by rows: sum_r u_r (w_r . v). Stored by columns: sum_j v_j (w_j . u). A result outside the range in
-// which no term can have over- or underflowed is computed again with v scaled by a power of two.
+// Stored by rows: sum_r u_r (w_r . v). Stored by columns: sum_j v_j (w_j . u). A result outside the
+// range in which no term can have over- or underflowed is computed again with v scaled by a power
+// of two.
 #include "sigma.h"
 
 #include <cfloat>
@@ -33,7 +35,7 @@ struct SigmaState {
   C* weights;  // [rows]
   C* t;        // [rows]
   double* part;
-  C* scratch;  // [chunks, length]
+  C* scratch;  // [chunks, length] gathered rows, when no stride is 1
   C* sigma;
   int shift, attempt;
   bool done;
@@ -60,13 +62,16 @@ struct SigmaJob {
     const int64_t r0 = chunk * s.chunk_rows;
     const int64_t r1 = r0 + s.chunk_rows < s.rows ? r0 + s.chunk_rows : s.rows;
     if (!s.packed) {
-      RowPass<S>{s.w + r0 * s.ld, s.ld, r1 - r0, s.length, s.dotted, 0, s.t + r0, 0,
-                 nullptr, C(1), 1, kDot}.run();
+      RowPass<S>{s.w + r0 * s.ld, s.ld, r1 - r0, s.length, s.dotted,       0, s.t + r0, 0,
+                 nullptr,         C(1), 1,       kDot,     Elem<S>::kPairs}
+          .run();
     } else {
       C* row = s.scratch + chunk * padded_length<C>(s.length);
       for (int64_t r = r0; r < r1; ++r) {
-        for (int64_t j = 0; j < s.length; ++j) row[j] = Elem<S>::get(s.w[r * s.ld + j * s.inner_stride]);
-        RowPass<C>{row, 0, 1, s.length, s.dotted, 0, s.t + r, 0, nullptr, C(1), 1, kDot}.run();
+        for (int64_t j = 0; j < s.length; ++j)
+          row[j] = Elem<S>::get(s.w[r * s.ld + j * s.inner_stride]);
+        RowPass<C>{row, 0, 1, s.length, s.dotted, 0, s.t + r, 0, nullptr, C(1), 1, kDot, false}
+            .run();
       }
     }
     double sum = 0;
@@ -77,21 +82,25 @@ struct SigmaJob {
   static void conclude(SigmaState<S>& s) {
     double sum = 0;
     for (int64_t c = 0; c < s.chunks; ++c) sum += s.part[c];
-    // Huge terms first: an Inf that only scaling removes must not be taken for an Inf of W. Then tiny ones.
+    // Huge terms first: an Inf that only scaling removes must not be taken for an Inf of W. Then
+    // tiny ones.
     int shift = 0;
-    if (!std::isfinite(sum)) shift = -kShift<C>;
-    else if (std::fabs(sum) < kLow<C>) shift = kShift<C>;
+    if (!std::isfinite(sum))
+      shift = -kShift<C>;
+    else if (std::fabs(sum) < kLow<C>)
+      shift = kShift<C>;
     if (s.attempt == 0 && shift != 0) {
       s.attempt = 1;
       s.shift = shift;
-      for (int64_t k = 0; k < s.length; ++k) s.dotted[k] = C(std::ldexp(double(s.dotted[k]), shift));
+      for (int64_t k = 0; k < padded_length<C>(s.length); ++k)
+        s.dotted[k] = C(std::ldexp(double(s.dotted[k]), shift));
       return;
     }
     const double value = std::ldexp(sum, -s.shift);
-    *s.sigma = C(std::isnan(value)            ? value
-                 : value > kLargest<C>        ? kLargest<C>
-                 : value < -kLargest<C>       ? -kLargest<C>
-                                              : value);
+    *s.sigma = C(std::isnan(value)      ? value
+                 : value > kLargest<C>  ? kLargest<C>
+                 : value < -kLargest<C> ? -kLargest<C>
+                                        : value);
     if (!std::isfinite(sum)) *s.sigma = C(NAN);
     s.done = true;
   }
@@ -104,7 +113,10 @@ void lay_out(Arena& arena, SigmaState<S>& s) {
   s.weights = arena.take<C>(padded_length<C>(s.rows));
   s.t = arena.take<C>(padded_length<C>(s.rows));
   s.part = arena.take<double>(s.chunks);
-  s.scratch = s.packed ? arena.take<C>(s.chunks * padded_length<C>(s.length)) : nullptr;
+  s.scratch = arena.take<C>((s.packed          ? s.chunks
+                             : Elem<S>::kPairs ? 1
+                                               : 0) *
+                            padded_length<C>(s.length));
 }
 
 template <class S>
@@ -143,6 +155,7 @@ Status run_list(const SigmaParams& p, const Parallel& pool) {
       }
       copy_vector(by_columns ? p.items[i].u : p.items[i].v, s.length, s.dotted);
       copy_vector(by_columns ? p.items[i].v : p.items[i].u, s.rows, s.weights);
+      if (Elem<S>::kPairs && !s.packed) to_paired_order(s.dotted, s.length, s.scratch);
     }
     if (pass == 0 && !arena.allocate()) {
       std::free(states);
@@ -160,10 +173,14 @@ Status run_list(const SigmaParams& p, const Parallel& pool) {
 
 Status sigma_cpu(const SigmaParams& p, const Parallel& pool) {
   switch (p.dtype) {
-    case DType::f32: return run_list<float>(p, pool);
-    case DType::f64: return run_list<double>(p, pool);
-    case DType::bf16: return run_list<bf16>(p, pool);
-    case DType::f16: return run_list<f16>(p, pool);
+    case DType::f32:
+      return run_list<float>(p, pool);
+    case DType::f64:
+      return run_list<double>(p, pool);
+    case DType::bf16:
+      return run_list<bf16>(p, pool);
+    case DType::f16:
+      return run_list<f16>(p, pool);
   }
   return kOk;
 }

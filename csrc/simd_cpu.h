@@ -1,9 +1,10 @@
 // Vectors and element types for the CPU kernels, at the width of the instruction set this file is
-// compiled for. Written with the compiler's vector extension, so that one source serves SSE2, AVX2, AVX-512
-// and NEON; intrinsics only where the extension has no good spelling (16-bit floats).
+// compiled for. Written with the compiler's vector extension, so that one source serves SSE2, AVX2,
+// AVX-512 and NEON; intrinsics only where the extension has no good spelling (16-bit floats).
 //
-// Everything sits in the namespace of its instruction set: a function template shared between differently
-// compiled files would be merged by the linker, and an AVX-512 copy could run on a machine without it.
+// Everything sits in the namespace of its instruction set: a function template shared between
+// differently compiled files would be merged by the linker, and an AVX-512 copy could run on a
+// machine without it.
 #pragma once
 
 #include <cstdint>
@@ -28,21 +29,27 @@
 namespace specnorm {
 namespace SPECNORM_ISA {
 
-struct bf16 { uint16_t bits; };
-struct f16 { uint16_t bits; };
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
 
 template <class C>
 struct Simd;
 template <>
 struct Simd<float> {
   typedef float V __attribute__((vector_size(SPECNORM_VECTOR_BYTES), may_alias));
-  typedef float Unaligned __attribute__((vector_size(SPECNORM_VECTOR_BYTES), aligned(4), may_alias));
+  typedef float Unaligned
+      __attribute__((vector_size(SPECNORM_VECTOR_BYTES), aligned(4), may_alias));
   static constexpr int width = SPECNORM_VECTOR_BYTES / 4;
 };
 template <>
 struct Simd<double> {
   typedef double V __attribute__((vector_size(SPECNORM_VECTOR_BYTES), may_alias));
-  typedef double Unaligned __attribute__((vector_size(SPECNORM_VECTOR_BYTES), aligned(8), may_alias));
+  typedef double Unaligned
+      __attribute__((vector_size(SPECNORM_VECTOR_BYTES), aligned(8), may_alias));
   static constexpr int width = SPECNORM_VECTOR_BYTES / 8;
 };
 
@@ -51,7 +58,8 @@ SPECNORM_INLINE typename Simd<C>::V splat(C x) {
   return x - typename Simd<C>::V{};
 }
 
-// Adds the upper half of the lanes to the lower until one is left; the order depends on the width alone.
+// Adds the upper half of the lanes to the lower until one is left; the order depends on the width
+// alone.
 template <class C>
 SPECNORM_INLINE C horizontal_sum(typename Simd<C>::V x) {
 #if defined(__AVX512F__)
@@ -88,8 +96,9 @@ SPECNORM_INLINE uint32_t float_to_bits(float f) {
   return b;
 }
 
-// IEEE half to float without hardware help: the magnitude is moved into a float's fields and rescaled by
-// 2^112 (which also makes half's denormals right); infinity and NaN get the full exponent back.
+// IEEE half to float without hardware help: the magnitude is moved into a float's fields and
+// rescaled by 2^112 (which also makes half's denormals right); infinity and NaN get the full
+// exponent back.
 SPECNORM_INLINE float half_to_float(uint16_t h) {
   const uint32_t magnitude = uint32_t(h & 0x7fff) << 13;
   const uint32_t sign = uint32_t(h & 0x8000) << 16;
@@ -125,6 +134,7 @@ struct Elem;
 
 template <class S>
 struct PlainElem {
+  static constexpr bool kPairs = false;
   using C = S;
   using V = typename Simd<C>::V;
   using Unaligned = typename Simd<C>::Unaligned;
@@ -140,6 +150,7 @@ struct Elem<double> : PlainElem<double> {};
 
 template <>
 struct Elem<bf16> {
+  static constexpr bool kPairs = true;
   using C = float;
   using V = Simd<float>::V;
   static SPECNORM_INLINE C get(bf16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
@@ -157,6 +168,16 @@ struct Elem<bf16> {
     return x;
 #endif
   }
+  // Two vectors for one load and two cheap operations: the even elements, and the odd ones. Vectors
+  // that meet them must lie in the same order (to_paired_order).
+  static SPECNORM_INLINE void load_pair(const bf16* p, V& even, V& odd) {
+    typedef uint32_t Words __attribute__((vector_size(SPECNORM_VECTOR_BYTES), may_alias));
+    typedef uint32_t UnalignedWords
+        __attribute__((vector_size(SPECNORM_VECTOR_BYTES), aligned(2), may_alias));
+    const Words words = *reinterpret_cast<const UnalignedWords*>(p);
+    even = (V)(words << 16);
+    odd = (V)(words & 0xffff0000u);
+  }
   static SPECNORM_INLINE void store(bf16* p, V x) {
     for (int i = 0; i < Simd<float>::width; ++i) p[i] = put(x[i]);
   }
@@ -164,11 +185,14 @@ struct Elem<bf16> {
 
 template <>
 struct Elem<f16> {
+  static constexpr bool kPairs = false;
   using C = float;
   using V = Simd<float>::V;
 #if defined(__F16C__)
   static SPECNORM_INLINE C get(f16 x) { return _cvtsh_ss(x.bits); }
-  static SPECNORM_INLINE f16 put(C x) { return {uint16_t(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT))}; }
+  static SPECNORM_INLINE f16 put(C x) {
+    return {uint16_t(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT))};
+  }
 #else
   static SPECNORM_INLINE C get(f16 x) { return half_to_float(x.bits); }
   static SPECNORM_INLINE f16 put(C x) { return {float_to_half(x)}; }
@@ -213,11 +237,35 @@ SPECNORM_INLINE void store_partial(S* p, typename Elem<S>::V x, int64_t lanes) {
   std::memcpy(p, padded, size_t(lanes) * sizeof(S));
 }
 
-// Working vectors are padded to whole vectors (with zeros) and to a cache line, which 64 bytes serve.
+// Working vectors are padded with zeros to whole pairs of vectors, and to a cache line.
 template <class C>
 SPECNORM_INLINE int64_t padded_length(int64_t n) {
-  constexpr int64_t lanes = 64 / sizeof(C);
+  constexpr int64_t lanes =
+      2 * SPECNORM_VECTOR_BYTES > 64 ? 2 * SPECNORM_VECTOR_BYTES / sizeof(C) : 64 / sizeof(C);
   return (n + lanes - 1) / lanes * lanes;
+}
+
+// The order of load_pair: in every block of two vectors the even elements first, then the odd ones.
+template <class C>
+SPECNORM_INLINE int64_t paired_length(int64_t n) {
+  constexpr int64_t block = 2 * Simd<C>::width;
+  return (n + block - 1) / block * block;
+}
+template <class C>
+SPECNORM_INLINE int64_t paired_index(int64_t i) {
+  constexpr int64_t L = Simd<C>::width;
+  return i / (2 * L) * (2 * L) + (i % 2) * L + i % (2 * L) / 2;
+}
+template <class C>
+inline void to_paired_order(C* x, int64_t n, C* scratch) {
+  std::memcpy(scratch, x, sizeof(C) * size_t(n));
+  std::memset(x, 0, sizeof(C) * size_t(paired_length<C>(n)));
+  for (int64_t i = 0; i < n; ++i) x[paired_index<C>(i)] = scratch[i];
+}
+template <class C>
+inline void from_paired_order(C* x, int64_t n, C* scratch) {
+  std::memcpy(scratch, x, sizeof(C) * size_t(paired_length<C>(n)));
+  for (int64_t i = 0; i < n; ++i) x[i] = scratch[paired_index<C>(i)];
 }
 
 // A caller's strided column as a padded working vector.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 if tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2]) < (2, 10):
@@ -9,15 +11,15 @@ if tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2]) < (2, 1
         f"specnorm_ext needs torch 2.10 or newer, this is {torch.__version__}; pip install -U torch"
     )
 
-if hasattr(torch.ops.specnorm_ext, "power_iteration_") and "specnorm_ext._C" not in __import__(
-    "sys"
-).modules:
+if hasattr(torch.ops.specnorm_ext, "power_iteration_") and __name__ + "._C" not in sys.modules:
     raise ImportError(
         "specnorm_ext: its ops are registered already, by another copy of the package in this process; "
         "a second one would crash it. Keep one copy on sys.path."
     )
 
-from . import _C, _ops, functional, reference
+from . import _C as _C
+from . import _ops as _ops  # registers fake kernels, autograd and vmap rules
+from . import functional, reference
 from .estimate import Estimate, spectral_norms
 from .parametrizations import spectral_norm
 
@@ -38,7 +40,7 @@ def build_info() -> dict[str, object]:
     return {**_C.build_info(), "torch_running": torch.__version__}
 
 
-__version__: str = _C.build_info()["version"]
+__version__ = str(_C.build_info()["version"])
 
 __all__ = [
     "Estimate",

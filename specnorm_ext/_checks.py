@@ -98,9 +98,7 @@ def check_pairs(
                 f"got {_shape(u[i])} and {_shape(v[i])}"
             )
         if _columns(u[i]) < 1:
-            raise ValueError(
-                f"{op}: expected u[{i}] to have at least 1 column, got {_shape(u[i])}"
-            )
+            raise ValueError(f"{op}: expected u[{i}] to have at least 1 column, got {_shape(u[i])}")
 
 
 def check_sigma_values(op: str, weights: Sequence[Tensor], sigma: Tensor) -> None:

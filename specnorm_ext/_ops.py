@@ -3,7 +3,7 @@
 Why autograd sits on the `Autograd` key by hand: `torch.library.register_autograd` breaks torch.func.grad and makes jvp
 return 0 in silence for ops defined in C++ (pytorch#168393, #170834). The kernels here use the fused backward in plain
 reverse mode, and under any torch.func transform or forward AD hand over to reference.py, whose operations every
-transform understands. u, v and sigma are constants to autograd (torch's convention for spectral norm): dsigma = u^T dW v.
+transform understands. u, v and sigma are constants to autograd (torch's convention): dsigma = u^T dW v.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from ._checks import (
     check_power_iteration,
     check_sigma,
     raise_typed,
-    state_dtype,
 )
 
 _ops = torch.ops.specnorm_ext
@@ -35,8 +34,7 @@ _below_inplace = torch._C._after_ADInplaceOrView_keyset
 def _needs_composite() -> bool:
     """True under torch.func transforms and forward-mode AD, which a fused backward cannot serve."""
     return (
-        torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
+        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
     )
 
 
@@ -257,7 +255,11 @@ def sigma_direct(weights: list[Tensor], u: list[Tensor], v: list[Tensor]) -> Ten
 
 
 def _unbatch(
-    xs: Sequence[Tensor], dims: Sequence[int | None] | int | None, size: int, name: str, written: bool
+    xs: Sequence[Tensor],
+    dims: Sequence[int | None] | int | None,
+    size: int,
+    name: str,
+    written: bool,
 ) -> list[list[Tensor]]:
     """xs[i] as `size` views along its batch dimension; an unbatched tensor repeats itself."""
     per = dims if isinstance(dims, list | tuple) else [dims] * len(xs)

@@ -48,8 +48,10 @@ FILE is a .safetensors file, a .pt, .pth or .bin state dict, an index of shards 
 nothing in the file is executed, and a pickle that needs more than tensors is refused.
 
 Convolutions are flattened to out x (in * kernel positions), as torch's spectral_norm does, and \
-marked so: this is not the operator norm of the convolution. Only the data goes to standard \
-output; notes, the progress bar and errors go to standard error.
+marked so: this is not the operator norm of the convolution. A checkpoint does not say which \
+convolutions are transposed; theirs are flattened the same way, by the first dimension.
+
+Only the data goes to standard output; notes, the progress bar and errors go to standard error.
 
 Exit codes: 0 every matrix converged to --tol; 1 some did not, or hold NaN or Inf (their value is \
 printed as a lower bound, or nan); 2 the file cannot be read, or a wrong option.

@@ -1,4 +1,4 @@
-"""The spectral norms of a whole model: which tensors are matrices, and iterating on all of them until each has converged."""
+"""The spectral norms of a whole model: which tensors are matrices, and iterating until each has converged."""
 
 from __future__ import annotations
 
@@ -155,11 +155,17 @@ def collect_matrices(source: nn.Module | Mapping[str, Tensor] | Sequence[Tensor]
     if isinstance(source, Sequence) and not isinstance(source, str):
         for i, x in enumerate(source):
             if not _is_matrix(x):
-                what = f"{x.dtype} of shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+                what = (
+                    f"{x.dtype} of shape {list(x.shape)}"
+                    if isinstance(x, Tensor)
+                    else type(x).__name__
+                )
                 raise TypeError(
                     f"spectral_norms: expected tensor {i} to be a floating-point matrix or of higher rank, got {what}"
                 )
-        return [_matrix(str(i), x, "conv" if x.dim() > 2 else "linear") for i, x in enumerate(source)]
+        return [
+            _matrix(str(i), x, "conv" if x.dim() > 2 else "linear") for i, x in enumerate(source)
+        ]
     raise TypeError(
         f"spectral_norms: expected a module, a mapping of names to tensors or a list of tensors, got "
         f"{type(source).__name__}"
@@ -230,9 +236,7 @@ def _iterate_group(
             run.update(sigma, eps)
         # The gap costs a read: asked for only where it can decide.
         close = [
-            r
-            for r in runs
-            if r.reads > 2 and r.residual > tol >= r.residual**2 and r.u.dim() == 2
+            r for r in runs if r.reads > 2 and r.residual > tol >= r.residual**2 and r.u.dim() == 2
         ]
         second: dict[int, float] = {}
         if close:
@@ -354,8 +358,8 @@ def spectral_norms(source, *, tol=1e-3, max_reads=1000, progress=None):
         progress: called with (matrices done, all matrices).
 
     Returns:
-        dict of name to :class:`Estimate`, or a list of them for a sequence. A matrix that holds NaN or Inf has value nan
-        and ``converged`` False.
+        dict of name to :class:`Estimate`, or a list of them for a sequence. A matrix that holds NaN or Inf has
+        value nan and ``converged`` False.
 
     Raises:
         TypeError: a source of another kind, or a sequence with something that is no matrix.

@@ -34,7 +34,8 @@ def power_iteration(
     .. math:: t = W v,\quad u = t / |t|,\quad z = W^T u,\quad \sigma = |z|,\quad v = z / |z|
 
     With b > 1 columns this is subspace iteration with Rayleigh-Ritz: U and V come back orthonormal, leading pair
-    first, and sigma is the largest Ritz value. Each iteration reads W once (a view stored by columns: once more a call).
+    first, and sigma is the largest Ritz value. Each iteration reads W once (a view stored by columns: once more
+    a call).
 
     Args:
         weights: matrices [m, n], any mix of shapes and strides, one dtype (float32, float64, bfloat16 or float16)

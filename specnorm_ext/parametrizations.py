@@ -1,4 +1,4 @@
-"""spectral_norm(): the drop-in for torch.nn.utils.parametrizations.spectral_norm, and the reading of its checkpoints."""
+"""spectral_norm(), the drop-in for torch.nn.utils.parametrizations.spectral_norm, and its checkpoints."""
 
 from __future__ import annotations
 
@@ -242,15 +242,20 @@ class SpectralNorm(nn.Module):
             return self._vector(weight)
         matrix = weight if self.dim == 0 and self._ndim == 2 else self._matrix(weight)
         plain = is_plain(weight)
-        direct = plain and weight.is_cpu  # straight to the kernels wherever gradients are not recorded
+        direct = (
+            plain and weight.is_cpu
+        )  # straight to the kernels wherever gradients are not recorded
         u, v = self._buffers["_u"], self._buffers["_v"]
-        assert u is not None and v is not None
+        assert u is not None
+        assert v is not None
         if u.dtype != state_dtype(weight.dtype) or u.device != weight.device:
             u, v = self._place_state(weight)
         if plain and (self._book.unseeded or self._book.unverified):
             self._verify(matrix)
         if self.training and not (plain and self._recomputing(weight)):
-            iterate = _ops.power_iteration_direct if direct else torch.ops.specnorm_ext.power_iteration_
+            iterate = (
+                _ops.power_iteration_direct if direct else torch.ops.specnorm_ext.power_iteration_
+            )
             sigma = iterate([matrix], [u], [v], self.n_power_iterations, self.eps)
             if torch.is_grad_enabled():
                 # The next forward overwrites the buffers, perhaps before this one's backward.
@@ -308,7 +313,9 @@ class SpectralNorm(nn.Module):
         else:
             zero = length == 0
             out = torch.where(
-                zero, torch.zeros_like(x), x / safe / torch.where(zero, torch.ones_like(length), length)
+                zero,
+                torch.zeros_like(x),
+                x / safe / torch.where(zero, torch.ones_like(length), length),
             )
         return self._scaled(out.to(weight.dtype))
 
@@ -397,7 +404,9 @@ def _shared_with(weight: Tensor, module: nn.Module) -> nn.Module | None:
     Normalizing one of two tied weights would leave the other raw in silence. The garbage collector knows who refers
     to the Parameter; it is asked only when someone else does at all.
     """
-    if sys.getrefcount(weight) <= 4:  # the module's dict, two frames, and the argument of getrefcount
+    if (
+        sys.getrefcount(weight) <= 4
+    ):  # the module's dict, two frames, and the argument of getrefcount
         return None
     for holder in gc.get_referrers(weight):
         if not isinstance(holder, dict) or holder is module._parameters:
@@ -405,9 +414,7 @@ def _shared_with(weight: Tensor, module: nn.Module) -> nn.Module | None:
         for owner in gc.get_referrers(holder):
             found = owner if isinstance(owner, nn.Module) else None
             if isinstance(owner, dict) and owner.get("_parameters") is holder:
-                found = next(
-                    (x for x in gc.get_referrers(owner) if isinstance(x, nn.Module)), None
-                )
+                found = next((x for x in gc.get_referrers(owner) if isinstance(x, nn.Module)), None)
             if found is not None and found is not module and found._parameters is holder:
                 return found
     return None
@@ -442,8 +449,8 @@ def spectral_norm(
             small weights come out wrong.)
         dim: the output dimension. Default 0, and 1 for ConvTranspose1d/2d/3d.
         n_vectors: columns of u and v, at most 8 (and at most min(m, n), to which it is cut). More than one is
-            subspace iteration (Saad, "Numerical Methods for Large Eigenvalue Problems", ch. 5): the same one read of W a
-            step and a far smaller under-estimate of sigma. u and v are then [m, b] and [n, b] in the state dict.
+            subspace iteration (Saad, "Numerical Methods for Large Eigenvalue Problems", ch. 5): the same one read of W
+            a step and a far smaller under-estimate of sigma. u and v are then [m, b] and [n, b] in the state dict.
         bound: :math:`\hat W = W / \max(1, \sigma / bound)`, so that the norm is at most ``bound`` and smaller weights
             are left alone. Source: Gouk et al., "Regularisation of neural networks by enforcing Lipschitz
             continuity", 2021; SNGP (Liu et al., 2020, eq. 10) uses 0.95 for dense layers.

@@ -128,9 +128,7 @@ def _bilinear(w: Tensor, u: Tensor, v: Tensor) -> Tensor:
 def sigma(weights: Sequence[Tensor], u: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:
     r"""Twin of `torch.ops.specnorm_ext.sigma`: :math:`\sigma_i = u_i^T W_i v_i`, [len(weights)], differentiable."""
     check_sigma(weights, u, v)
-    values = [
-        _bilinear(w, _leading(a), _leading(b)) for w, a, b in zip(weights, u, v, strict=True)
-    ]
+    values = [_bilinear(w, _leading(a), _leading(b)) for w, a, b in zip(weights, u, v, strict=True)]
     return torch.stack(values) if values else torch.zeros(0)
 
 
@@ -143,7 +141,7 @@ def _divide(w: Tensor, s: Tensor) -> Tensor:
 def normalize(
     weights: Sequence[Tensor], u: Sequence[Tensor], v: Sequence[Tensor], sigma: Tensor
 ) -> list[Tensor]:
-    r"""Twin of `torch.ops.specnorm_ext.normalize`: :math:`Y_i = W_i / \sigma_i` with :math:`d\sigma_i = u_i^T dW_i v_i`.
+    r"""Twin of `torch.ops.specnorm_ext.normalize`: :math:`Y_i = W_i / \sigma_i`, :math:`d\sigma_i = u_i^T dW_i v_i`.
 
     Written in differentiable operations alone, so that it serves every transform of torch.func: the passed sigma
     gives the value, :math:`u^T (W - W_0) v` at :math:`W = W_0` the derivative.

@@ -342,7 +342,7 @@ def _short_names(names: list[str], limit: int = 44) -> list[str]:
         if any(name[len(head) :].partition(".")[0].isdigit() for name in shared):
             break
         short = stripped
-    half = limit // 2 - 1
+    half = (limit - 3) // 2
     return [s if len(s) <= limit else f"{s[:half]}...{s[-half:]}" for s in short]
 
 

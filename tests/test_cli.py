@@ -387,7 +387,7 @@ def test_as_a_process(tmp_path):
     lines = result.stdout.splitlines()
     assert lines[0] == "exit 2"
     assert lines[-1] == "exit 1"
-    assert any(line.split()[:1] == ["\\xe9"] and "2.000" in line for line in lines)
+    assert any("\\xe9" in line and "2.000" in line for line in lines)
     assert "attack.pt: refused, the pickle needs more than tensors" in result.stderr
     assert "Traceback" not in result.stderr
 
@@ -405,8 +405,14 @@ def test_python_dash_m(file):
 
 @pytest.mark.parametrize(
     ("scale", "dtype"),
-    [(1e30, torch.float32), (1e-40, torch.float32), (1e38, torch.bfloat16), (1e4, torch.float16)]
-    + [(1e300, torch.float64), (1e-300, torch.float64)],
+    [
+        (1e30, torch.float32),
+        (1e-40, torch.float32),
+        (1e38, torch.bfloat16),
+        (1e4, torch.float16),
+        (1e300, torch.float64),
+        (1e-300, torch.float64),
+    ],
 )
 def test_frobenius_neither_overflows_nor_underflows(scale, dtype):
     weight = (torch.rand(30, 20, dtype=torch.float64) * scale).to(dtype)

@@ -1,0 +1,710 @@
+"""sigma, normalize and normalize_backward: values and derivatives of every order, against float64 formulas."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from helpers import (
+    BF16,
+    DTYPES,
+    F16,
+    F32,
+    F64,
+    LAYOUTS,
+    eps_of,
+    normalize_backward_bound,
+    random_weight,
+    same_bits,
+    smallest,
+    start,
+    state_dtype,
+    tolerance,
+    true_norm,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import forward_ad, grad, gradcheck, gradgradcheck
+
+from specnorm_ext import functional as F
+from specnorm_ext import reference
+
+ops = torch.ops.specnorm_ext
+SHAPES = ((1, 1), (1, 9), (9, 1), (1, 1000), (1000, 1), (31, 33), (33, 31), (64, 64), (16, 1024), (97, 1000), (257, 130))
+
+
+def pair(w, b=None, seed=0):
+    """Unit u and v, near the leading pair of W: two power iterations from a random start."""
+    u, v = start(w, b, seed)
+    ops.power_iteration_([w.detach()], [u], [v], 2)
+    return u, v
+
+
+def lead(x):
+    return x if x.dim() == 1 else x[:, 0]
+
+
+def exact_sigma(w, u, v):
+    """u^T W v in float64, and the sum of the absolute values of its terms."""
+    a, x, b = lead(u).double(), w.detach().double(), lead(v).double()
+    return (a @ x @ b).item(), (a.abs() @ x.abs() @ b.abs()).item()
+
+
+# ---- sigma: values ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("b", [None, 1, 3])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sigma_value(dtype, layout, b):
+    for shape in SHAPES:
+        if b is not None and b > min(shape):
+            continue
+        w = LAYOUTS[layout](random_weight(*shape, dtype))
+        for u, v in (pair(w, b), start(w, b)):
+            got = ops.sigma([w], [u], [v])
+            expected, terms = exact_sigma(w, u, v)
+            tol = tolerance("dot", dtype, max(shape)) * terms
+            assert got.dtype == state_dtype(dtype)
+            assert abs(got[0].double().item() - expected) <= tol
+            twin = reference.sigma([w.double()], [u.double()], [v.double()])[0].item()
+            assert abs(got[0].double().item() - twin) <= tol
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sigma_of_a_ragged_list_has_the_bits_of_single_calls(dtype):
+    layouts = list(LAYOUTS.values())
+    ws = [layouts[i % 6](random_weight(*s, dtype, seed=i)) for i, s in enumerate((*SHAPES, (300, 700)))]
+    ws += [torch.empty(0, 5, dtype=dtype), torch.empty(5, 0, dtype=dtype)]
+    us, vs = (list(x) for x in zip(*(start(w) for w in ws), strict=True))
+    results = []
+    for threads in (1, 2, 2):
+        torch.set_num_threads(threads)
+        results.append(ops.sigma(ws, us, vs))
+    assert all(same_bits(r, results[0]) for r in results)
+    for i, (w, u, v) in enumerate(zip(ws, us, vs, strict=True)):
+        assert same_bits(ops.sigma([w], [u], [v])[0], results[0][i])
+    assert (results[0][-2:] == 0).all()
+    assert ops.sigma([], [], []).shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sigma_of_strided_u_and_v_and_expanded_w(dtype):
+    w = random_weight(20, 30, dtype)
+    u, v = start(w)
+    expected = ops.sigma([w], [u], [v])
+    for k in (2, 3):
+        us = torch.full((20 * k,), math.nan, dtype=u.dtype)[::k]
+        vs = torch.full((k, 30), math.nan, dtype=u.dtype).mT[:, k - 1]
+        us.copy_(u)
+        vs.copy_(v)
+        assert same_bits(ops.sigma([w], [us], [vs]), expected)
+    w = random_weight(1, 30, dtype).expand(20, 30)
+    for x in (w, w.mT):
+        a, b = (u, v) if x is w else (v, u)
+        expected, terms = exact_sigma(x, a, b)
+        assert abs(ops.sigma([x], [a], [b]).item() - expected) <= tolerance("dot", dtype, 30) * terms
+    ones = torch.ones(1, dtype=u.dtype)  # constant vectors as expanded views
+    got = ops.sigma([x], [ones.expand(30)], [ones.expand(20)]).item()
+    expected, terms = exact_sigma(x, ones.expand(30), ones.expand(20))
+    assert abs(got - expected) <= tolerance("dot", dtype, 30) * terms
+
+
+SCALES = {
+    F32: (1e-44, 1e-38, 1e-30, 1e-20, 1e-10, 1.0, 1e10, 1e20, 1e30, 1e37),
+    BF16: (1e-38, 1e-20, 1.0, 1e20, 1e37),
+    F64: (1e-308, 1e-300, 1e-150, 1.0, 1e150, 1e300, 1e306),
+    F16: (1e-6, 1e-3, 1.0, 1e3, 1e4),
+}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "2nd_row_3rd_column"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sigma_at_any_scale(dtype, layout):
+    base = random_weight(20, 30, F64).clamp(-3, 3)
+    for scale in SCALES[dtype]:
+        w = LAYOUTS[layout]((base * scale).to(dtype))
+        u, v = pair(w)
+        unit = 2.0 ** -math.frexp(scale)[1] if scale > 1e-300 else 2.0**990
+        expected, terms = exact_sigma(w.double() * unit, u, v)
+        got = ops.sigma([w], [u], [v]).double().item()
+        tol = tolerance("dot", dtype, 30) * terms / unit + smallest(state_dtype(dtype))
+        assert abs(got - expected / unit) <= tol, scale
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sigma_that_is_zero_or_cancels(dtype):
+    """u^T W v = 0 exactly, whatever the scale of W: for u = 0 and for orthogonal pairs."""
+    n = 6
+    for scale in SCALES[dtype]:
+        w = torch.eye(n, dtype=dtype) * torch.tensor(scale, dtype=F64).to(dtype)
+        state = state_dtype(dtype)
+        e = torch.eye(n, dtype=state)
+        for u, v in ((e[0], e[1]), (torch.zeros(n, dtype=state), e[1]), (e[3], torch.zeros(n, dtype=state))):
+            for x in (w, w.mT.contiguous().mT):
+                assert ops.sigma([x], [u.clone()], [v.clone()]).item() == 0, scale
+
+
+def test_sigma_not_finite():
+    for layout, bad in itertools.product(LAYOUTS.values(), (math.nan, math.inf, -math.inf)):
+        w = random_weight(20, 30)
+        w[19, 29] = bad
+        w = layout(w)
+        u, v = start(w)
+        good = random_weight(20, 30)
+        got = ops.sigma([good, w, good], [u, u, u], [v, v, v])
+        assert got.isnan().tolist() == [False, True, False]
+    u[3] = math.nan
+    assert ops.sigma([good], [u], [v]).isnan().all()
+
+
+# ---- normalize: values ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_normalize_value(dtype, layout):
+    for shape in SHAPES:
+        w = LAYOUTS[layout](random_weight(*shape, dtype))
+        u, v = pair(w)
+        sigma = ops.sigma([w], [u], [v])
+        (y,) = ops.normalize([w], [u], [v], sigma)
+        expected = w.double() / sigma.double()
+        assert y.dtype == dtype
+        assert y.shape == w.shape
+        error = (y.double() - expected).abs()
+        assert (error <= tolerance("quotient", dtype) * expected.abs() + smallest(dtype)).all()
+        (twin,) = reference.normalize([w], [u], [v], sigma)
+        assert ((y - twin).abs().double() <= tolerance("quotient", dtype) * expected.abs() + smallest(dtype)).all()
+        assert y.stride() == torch.empty_like(w).stride()
+
+
+def test_normalize_is_a_division_bit_for_bit():
+    """Not a product with 1 / sigma, for the dtypes in which torch divides in the same precision."""
+    for dtype in (F32, F64):
+        w = random_weight(100, 164, dtype)  # 16400: a run of 16384 and a rest
+        u, v = pair(w)
+        sigma = torch.tensor([3.0], dtype=dtype)
+        assert same_bits(ops.normalize([w], [u], [v], sigma)[0], w / sigma)
+        w = random_weight(128, 256, dtype)  # two runs of 16384 exactly
+        u, v = pair(w)
+        assert same_bits(ops.normalize([w], [u], [v], sigma)[0], w / sigma)
+        assert same_bits(ops.normalize([w.mT], [v], [u], sigma)[0], w.mT / sigma)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_normalized_weight_has_norm_1_at_any_scale(dtype):
+    base = random_weight(20, 30, F64).clamp(-3, 3)
+    for scale in SCALES[dtype]:
+        w = (base * scale).to(dtype)
+        u, v = start(w)
+        sigma = ops.power_iteration_([w], [u], [v], 400)
+        (y,) = ops.normalize([w], [u], [v], sigma)
+        # sigma to its own rounding; it may be a denormal number; y's elements are rounded by eps_w / 2 each
+        loss = smallest(state_dtype(dtype)) / true_norm(w)
+        tol = tolerance("sigma", dtype, 30) + 2 * eps_of(dtype) + loss
+        assert abs(true_norm(y) - 1) <= tol, scale
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zero_sigma_gives_zero_and_zero_gradient(dtype):
+    for layout in LAYOUTS.values():
+        good = random_weight(9, 8, dtype)
+        w = layout(torch.zeros(9, 8, dtype=dtype)).requires_grad_()
+        u, v = start(w)
+        sigma = torch.tensor([2.0, 0.0], dtype=u.dtype)
+        y = ops.normalize([good, w], [u, u], [v, v], sigma)
+        assert (y[1] == 0).all()
+        assert (y[0] != 0).any()
+        y[1].sum().backward()
+        assert (w.grad == 0).all()
+    w = random_weight(9, 8, dtype).requires_grad_()  # sigma = 0 beside a W that is not
+    (y,) = ops.normalize([w], [u], [v], torch.zeros(1, dtype=u.dtype))
+    assert (y == 0).all()
+    y.sum().backward()
+    assert (w.grad == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_zero_sigma_in_second_order_and_forward_mode(dtype):
+    w = torch.zeros(5, 4, dtype=dtype, requires_grad=True)
+    u, v = start(w)
+    zero = torch.zeros(1, dtype=dtype)
+    (y,) = ops.normalize([w], [u], [v], zero)
+    (g,) = grad(y.sum(), w, create_graph=True)
+    (h,) = grad(g.sum() + y.sum(), w)
+    assert (h == 0).all()
+    _, t = torch.func.jvp(lambda x: ops.normalize([x], [u], [v], zero)[0], (w.detach(),), (torch.ones(5, 4, dtype=dtype),))
+    assert (t == 0).all()
+
+
+def test_normalize_not_finite():
+    w = random_weight(9, 8)
+    w[3, 3] = math.nan
+    u, v = start(w)
+    (y,) = ops.normalize([w], [u], [v], torch.tensor([2.0]))
+    assert y.isnan().sum() == 1
+    (y,) = ops.normalize([torch.zeros(9, 8)], [u], [v], torch.tensor([math.nan]))
+    assert y.isnan().all()  # a NaN sigma shows
+    (g,) = ops.normalize_backward([torch.ones(9, 8)], [w], [u], [v], torch.tensor([math.nan]))
+    assert g.isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
+def test_empty_matrices_and_lists(shape):
+    w = torch.empty(shape, requires_grad=True)
+    u, v = start(w)
+    (y,) = ops.normalize([w], [u], [v], torch.ones(1))
+    assert y.shape == shape
+    y.sum().backward()
+    assert w.grad.shape == shape
+    F.sigma(w, u, v).backward()
+    assert ops.normalize([], [], [], torch.empty(0)) == []
+    assert ops.normalize_backward([], [], [], [], torch.empty(0)) == []
+
+
+def test_sigma_as_a_strided_tensor():
+    ws = [random_weight(4, 5, seed=i) for i in range(3)]
+    us, vs = (list(x) for x in zip(*(start(w) for w in ws), strict=True))
+    sigma = torch.tensor([1.0, 9, 2, 9, 4, 9])[::2]
+    got = ops.normalize(ws, us, vs, sigma)
+    assert all(same_bits(y, w / s) for y, w, s in zip(got, ws, (1.0, 2.0, 4.0), strict=True))
+    got = ops.normalize(ws, us, vs, torch.tensor(2.0).expand(3))
+    assert all(same_bits(y, w / 2) for y, w in zip(got, ws, strict=True))
+
+
+# ---- normalize_backward: values ---------------------------------------------------------------------------------
+
+
+def exact_backward(g, w, u, v, sigma):
+    g, w, u, v = (x.detach().double() for x in (g, w, lead(u), lead(v)))
+    return (g - (g * w).sum() / sigma * torch.outer(u, v)) / sigma
+
+
+@pytest.mark.parametrize("g_layout", LAYOUTS)
+@pytest.mark.parametrize("w_layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_normalize_backward_value(dtype, w_layout, g_layout):
+    for i, shape in enumerate(SHAPES):
+        w = LAYOUTS[w_layout](random_weight(*shape, dtype))
+        g = LAYOUTS[g_layout](random_weight(*shape, dtype, seed=1))
+        u, v = pair(w, 2 if min(shape) > 1 and i % 2 else None)
+        sigma = ops.sigma([w], [u], [v])
+        (got,) = ops.normalize_backward([g], [w], [u], [v], sigma)
+        assert got.dtype == dtype
+        s = sigma.double().item()
+        error = (got.double() - exact_backward(g, w, u, v, s)).abs()
+        bound = normalize_backward_bound(g, w, lead(u), lead(v), s)
+        assert (error <= bound).all()
+        twin = reference.normalize_backward([g.double()], [w.double()], [u.double()], [v.double()], sigma.double())[0]
+        assert ((got.double() - twin).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_normalize_backward_of_expanded_gradients(dtype):
+    """sum().backward() gives a gradient with stride 0 everywhere."""
+    for w in (random_weight(33, 35, dtype), random_weight(35, 33, dtype).mT):
+        u, v = pair(w)
+        sigma = ops.sigma([w], [u], [v])
+        s = sigma.double().item()
+        for g in (
+            torch.ones(1, 1, dtype=dtype).expand(33, 35),
+            random_weight(1, 35, dtype).expand(33, 35),
+            random_weight(33, 1, dtype).expand(33, 35),
+        ):
+            (got,) = ops.normalize_backward([g], [w], [u], [v], sigma)
+            error = (got.double() - exact_backward(g, w, u, v, s)).abs()
+            assert (error <= normalize_backward_bound(g, w, u, v, s)).all()
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
+def test_normalize_backward_at_any_scale(dtype):
+    """dW = (G - <G, Y> u v^T) / sigma has the scale of 1 / sigma; <G, W> must not overflow on the way."""
+    for scale in SCALES[dtype]:
+        if scale < 4 * torch.finfo(dtype).tiny:
+            continue  # 1 / sigma is past the largest number
+        w = (random_weight(200, 300, F64).clamp(-3, 3) * scale / 100).to(dtype)
+        u, v = pair(w)
+        sigma = ops.sigma([w], [u], [v])
+        s = sigma.double().item()
+        g = (w.double() / s * 3).to(dtype)  # the worst case: all of G is along W
+        (got,) = ops.normalize_backward([g], [w], [u], [v], sigma)
+        error = (got.double() * s - exact_backward(g, w.double() / s, u, v, 1.0)).abs()
+        bound = normalize_backward_bound(g, (w.double() / s).to(F64), u, v, 1.0)
+        bound = bound * eps_of(state_dtype(dtype)) / eps_of(F64)  # the formula is for float64 inputs
+        bound = bound + eps_of(dtype) * exact_backward(g, w.double() / s, u, v, 1.0).abs()
+        assert (error <= bound + smallest(dtype) * s).all(), scale
+
+
+def test_normalize_same_bits_run_to_run_and_for_any_number_of_threads():
+    for dtype in DTYPES:
+        ws = [random_weight(*s, dtype, seed=i) for i, s in enumerate(((700, 900), (20, 30), (64, 4096)))]
+        ws.append(random_weight(900, 700, dtype).mT)
+        gs = [torch.randn_like(w) for w in ws]
+        us, vs = (list(x) for x in zip(*(start(w) for w in ws), strict=True))
+        sigma = ops.sigma(ws, us, vs)
+        results = []
+        for threads in (1, 2, 2):
+            torch.set_num_threads(threads)
+            results.append([*ops.normalize(ws, us, vs, sigma), *ops.normalize_backward(gs, ws, us, vs, sigma)])
+        for other in results[1:]:
+            assert all(same_bits(x, y) for x, y in zip(other, results[0], strict=True))
+        for i in range(len(ws)):
+            one = ops.normalize_backward([gs[i]], [ws[i]], [us[i]], [vs[i]], sigma[i : i + 1])[0]
+            assert same_bits(one, results[0][len(ws) + i])
+
+
+@settings(max_examples=120, deadline=None, derandomize=True, database=None)
+@given(
+    m=st.integers(1, 60),
+    n=st.integers(1, 60),
+    dtype=st.sampled_from(DTYPES),
+    layouts=st.tuples(st.sampled_from(list(LAYOUTS)), st.sampled_from(list(LAYOUTS))),
+    b=st.sampled_from([None, 1, 2]),
+    exponent=st.integers(-6, 6),
+    seed=st.integers(0, 1000),
+)
+def test_random_cases(m, n, dtype, layouts, b, exponent, seed):
+    b = None if b is not None and b > min(m, n) else b
+    w = LAYOUTS[layouts[0]](random_weight(m, n, dtype, seed) * 2.0**exponent)
+    g = LAYOUTS[layouts[1]](random_weight(m, n, dtype, seed + 1))
+    u, v = pair(w, b, seed)
+    sigma = ops.sigma([w], [u], [v])
+    expected, terms = exact_sigma(w, u, v)
+    assert abs(sigma.double().item() - expected) <= tolerance("dot", dtype, max(m, n)) * terms
+    (y,) = ops.normalize([w], [u], [v], sigma)
+    s = sigma.double().item()
+    exact = w.double() / s
+    assert ((y.double() - exact).abs() <= tolerance("quotient", dtype) * exact.abs() + smallest(dtype)).all()
+    (dw,) = ops.normalize_backward([g], [w], [u], [v], sigma)
+    error = (dw.double() - exact_backward(g, w, u, v, s)).abs()
+    assert (error <= normalize_backward_bound(g, w, lead(u), lead(v), s)).all()
+
+
+# ---- derivatives ------------------------------------------------------------------------------------------------
+# In float64, on small matrices. `normalized` is what a layer computes: sigma as a number, its derivative by u, v.
+
+
+def normalized(w, u, v):
+    return ops.normalize([w], [u], [v], ops.sigma([w.detach()], [u], [v]))[0]
+
+
+def plain(w, u, v):
+    """The same in torch's own operations: W / (u^T W v)."""
+    return w / torch.dot(lead(u), torch.mv(w, lead(v)))
+
+
+def problem(b=None, layout="contiguous", m=4, n=5):
+    w = LAYOUTS[layout](random_weight(m, n, F64))
+    return (w.detach().requires_grad_(), *pair(w, b))
+
+
+@pytest.mark.parametrize("b", [None, 1, 3])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "row_strided"])
+def test_sigma_gradcheck(layout, b):
+    w, u, v = problem(b, layout)
+    u.requires_grad_()
+    v.requires_grad_()
+    sigma = lambda *x: ops.sigma([x[0]], [x[1]], [x[2]])  # noqa: E731
+    assert gradcheck(sigma, (w, u, v), check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(sigma, (w, u, v), check_batched_grad=True, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("b", [None, 3])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "row_strided"])
+def test_normalize_gradcheck(layout, b):
+    w, u, v = problem(b, layout)
+    f = lambda w: normalized(w, u, v)  # noqa: E731
+    assert gradcheck(f, (w,), check_forward_ad=True)
+    assert gradgradcheck(f, (w,), check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("function", [lambda w, u, v: ops.sigma([w], [u], [v]) * w[0], normalized, plain])
+def test_is_grads_batched(function):
+    """grad(..., is_grads_batched=True), which autograd.functional.jacobian(vectorize=True) rests on."""
+    w, u, v = problem()
+    y = function(w, u, v)
+    seeds = torch.eye(y.numel(), dtype=F64).reshape(-1, *y.shape)
+    (batched,) = grad(y, w, seeds, is_grads_batched=True, retain_graph=True)
+    for seed, got in zip(seeds, batched, strict=True):
+        (expected,) = grad(y, w, seed, retain_graph=True)
+        assert (got - expected).abs().max() <= 10 * eps_of(F64) * expected.abs().max().clamp_min(1)
+
+
+def test_normalize_backward_gradcheck():
+    w, u, v = problem()
+    g = random_weight(4, 5, F64, seed=1).requires_grad_()
+    f = lambda g, w: ops.normalize_backward([g], [w], [u], [v], ops.sigma([w.detach()], [u], [v]))[0]  # noqa: E731
+    assert gradcheck(f, (g, w), check_forward_ad=True)
+    assert gradgradcheck(f, (g, w))
+
+
+@pytest.mark.parametrize("f", [normalized, lambda w, u, v: ops.sigma([w], [u], [v])[0].exp()], ids=["normalize", "sigma"])
+def test_derivatives_up_to_the_fourth(f):
+    w, u, v = problem()
+    other = plain if f is normalized else (lambda w, u, v: torch.dot(u, torch.mv(w, v)).exp())
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(4, 5, dtype=F64, generator=generator) for _ in range(4)]
+    results = []
+    for function in (f, other):
+        out = function(w, u, v)
+        values = [(out * weights[0]).sum()]
+        for k in range(4):
+            (g,) = grad(values[-1], w, create_graph=True)
+            values.append((g * weights[k]).sum())
+            values.append((g**2).sum()) if k == 3 else None
+        results.append(torch.stack(values).detach())
+    # each order multiplies by at most a few 1 / sigma: relative to the largest term, 1e3 roundings
+    assert (results[0] - results[1]).abs().max() <= 1e3 * eps_of(F64) * results[1].abs().max()
+    assert (results[1].abs() > 1e-6).all()
+
+
+def test_forward_mode():
+    w, u, v = problem()
+    t = random_weight(4, 5, F64, seed=2)
+    w = w.detach()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(w, t)
+        for got, expected in (
+            (normalized(dual, u, v), plain(dual, u, v)),
+            (ops.sigma([dual], [u], [v])[0], torch.dot(u, torch.mv(dual, v))),
+        ):
+            a, b = forward_ad.unpack_dual(got).tangent, forward_ad.unpack_dual(expected).tangent
+            assert a is not None, "the derivative is lost"
+            assert (a - b).abs().max() <= 100 * eps_of(F64) * b.abs().max()
+            assert b.abs().max() > 0.01
+
+
+def test_sigma_gradients_of_u_and_v():
+    w, u, v = problem(3)
+    u.requires_grad_()
+    v.requires_grad_()
+    (2 * ops.sigma([w], [u], [v])).sum().backward()
+    expected = torch.zeros_like(u)
+    expected[:, 0] = 2 * (w.detach() @ v.detach()[:, 0])
+    assert (u.grad - expected).abs().max() <= tolerance("product", F64, 5) * 2 * true_norm(w)
+    expected = torch.zeros_like(v)
+    expected[:, 0] = 2 * (w.detach().mT @ u.detach()[:, 0])
+    assert (v.grad - expected).abs().max() <= tolerance("product", F64, 5) * 2 * true_norm(w)
+    outer = 2 * torch.outer(u.detach()[:, 0], v.detach()[:, 0])
+    assert (w.grad - outer).abs().max() <= 2 * eps_of(F64)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
+def test_gradients_in_low_precision(dtype):
+    w = random_weight(33, 35, dtype).requires_grad_()
+    u, v = pair(w)
+    sigma = ops.sigma([w], [u], [v])
+    assert sigma.dtype == F32
+    sigma.sum().backward()
+    assert w.grad.dtype == dtype
+    exact = torch.outer(u.double(), v.double())
+    assert ((w.grad.double() - exact).abs() <= tolerance("quotient", dtype) * exact.abs() + smallest(dtype)).all()
+    w.grad = None
+    g = random_weight(33, 35, dtype, seed=1)
+    ops.normalize([w], [u], [v], sigma.detach())[0].backward(g)
+    s = sigma.double().item()
+    assert ((w.grad.double() - exact_backward(g, w, u, v, s)).abs() <= normalize_backward_bound(g, w, u, v, s)).all()
+
+
+def test_sigma_passed_to_normalize_gets_no_gradient():
+    w, u, v = problem()
+    sigma = ops.sigma([w], [u], [v])
+    y = ops.normalize([w], [u], [v], sigma)[0]
+    (with_graph,) = grad(y.sum(), w)
+    (without,) = grad(normalized(w, u, v).sum(), w)
+    assert same_bits(with_graph, without)
+    u.requires_grad_()
+    y = ops.normalize([w], [u], [v], sigma.detach())[0]
+    assert grad(y.sum(), u, allow_unused=True) == (None,)
+
+
+def test_nothing_requires_grad():
+    w, u, v = problem()
+    w = w.detach()
+    assert not normalized(w, u, v).requires_grad
+    assert not ops.sigma([w], [u], [v]).requires_grad
+    with torch.no_grad():
+        assert not normalized(w.requires_grad_(), u, v).requires_grad
+
+
+def test_u_zero_is_division_by_a_constant():
+    w, u, v = problem()
+    sigma = ops.sigma([w.detach()], [u], [v])
+    g = random_weight(4, 5, F64, seed=3)
+    (got,) = grad(ops.normalize([w], [torch.zeros_like(u)], [v], sigma)[0], w, g, create_graph=True)
+    assert (got - g / sigma).abs().max() <= 2 * eps_of(F64) * (g / sigma).abs().max()
+    assert not got.requires_grad or (grad(got.sum(), w)[0] == 0).all()
+
+
+@pytest.mark.parametrize("c", [0.5, 0.95, 3.0])
+def test_scaled_u_is_a_bound(c):
+    """W / (sigma / c): u / c makes the dependence on W follow."""
+    w, u, v = problem()
+    sigma = ops.sigma([w.detach()], [u], [v])
+    g = random_weight(4, 5, F64, seed=3)
+    y = ops.normalize([w], [u / c], [v], sigma / c)[0]
+    expected = w / (torch.dot(u, torch.mv(w, v)) / c)
+    assert (y - expected).abs().max() <= 4 * eps_of(F64) * expected.abs().max()
+    (got,) = grad(y, w, g)
+    (want,) = grad(expected, w, g)
+    assert (got - want).abs().max() <= 100 * eps_of(F64) * want.abs().max()
+
+
+# ---- autograd's corners -----------------------------------------------------------------------------------------
+
+
+def ragged(requires_grad=(True, True, True)):
+    ws = [random_weight(*s, F64, seed=i) for i, s in enumerate(((3, 4), (5, 2), (4, 4)))]
+    us, vs = (list(x) for x in zip(*(pair(w) for w in ws), strict=True))
+    return [w.requires_grad_(r) for w, r in zip(ws, requires_grad, strict=True)], us, vs
+
+
+@pytest.mark.parametrize("used", [s for k in (1, 2, 3) for s in itertools.combinations(range(3), k)], ids=str)
+def test_some_outputs_used(used):
+    ws, us, vs = ragged()
+    ys = ops.normalize(ws, us, vs, ops.sigma([w.detach() for w in ws], us, vs))
+    sum((ys[i] ** 2).sum() for i in used).backward()
+    for i, w in enumerate(ws):
+        if i not in used:
+            assert w.grad is None or (w.grad == 0).all()
+            continue
+        (expected,) = grad((plain(w, us[i], vs[i]) ** 2).sum(), w)
+        assert (w.grad - expected).abs().max() <= 100 * eps_of(F64) * expected.abs().max().clamp_min(1)
+
+
+@pytest.mark.parametrize("mask", list(itertools.product((True, False), repeat=3)), ids=str)
+def test_some_weights_require_grad(mask):
+    ws, us, vs = ragged(mask)
+    sigma = ops.sigma(ws, us, vs)
+    ys = ops.normalize(ws, us, vs, sigma.detach())
+    if not any(mask):
+        assert not sigma.requires_grad
+        assert not any(y.requires_grad for y in ys)
+        return
+    (sum((y**2).sum() for y in ys) + sigma.sum()).backward()
+    for w, u, v, wanted in zip(ws, us, vs, mask, strict=True):
+        if not wanted:
+            assert w.grad is None
+            continue
+        (expected,) = grad((plain(w, u, v) ** 2).sum() + torch.dot(u, torch.mv(w, v)), w)
+        assert (w.grad - expected).abs().max() <= 100 * eps_of(F64) * expected.abs().max().clamp_min(1)
+
+
+def test_the_same_weight_twice_in_a_list():
+    w, u, v = problem()
+    sigma = ops.sigma([w, w], [u, u], [v, v])
+    a, b = ops.normalize([w, w], [u, u], [v, v], sigma.detach())
+    (a.sum() + 2 * b.sum() + sigma.sum()).backward()
+    got = w.grad.clone()
+    (expected,) = grad(3 * plain(w, u, v).sum() + 2 * torch.dot(u, torch.mv(w, v)), w)
+    assert (got - expected).abs().max() <= 100 * eps_of(F64) * expected.abs().max()
+
+
+def test_two_forwards_then_one_backward():
+    """Each forward keeps the u and v it was made with, as clones; the second iterates on."""
+    w, u, v = problem()
+    x = random_weight(4, 5, F64, seed=5)
+    total, expected = 0, 0
+    for k in (1, 2):
+        ops.power_iteration_([w], [u], [v])
+        a, b = u.clone(), v.clone()
+        total = total + (ops.normalize([w], [a], [b], ops.sigma([w.detach()], [a], [b]))[0] * x).sum() * k
+        expected = expected + (plain(w, a, b) * x).sum() * k
+    (got,) = grad(total, w)
+    (want,) = grad(expected, w)
+    assert (got - want).abs().max() <= 100 * eps_of(F64) * want.abs().max()
+
+
+def sigma_sum(w, u, v):
+    return ops.sigma([w], [u], [v]).sum()
+
+
+def normalize_sum(w, u, v):
+    return (normalized(w, u, v) ** 2).sum()
+
+
+@pytest.mark.parametrize("what", ["w", "u", "v", "power_iteration_"])
+@pytest.mark.parametrize("function", [sigma_sum, normalize_sum])
+def test_a_change_between_forward_and_backward_raises(function, what):
+    w, u, v = problem()
+    out = function(w, u, v)
+    with torch.no_grad():
+        if what == "power_iteration_":
+            ops.power_iteration_([w], [u], [v])
+        else:
+            {"w": w, "u": u, "v": v}[what].mul_(1.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+
+
+def test_sigma_changed_between_forward_and_backward_raises():
+    w, u, v = problem()
+    sigma = ops.sigma([w.detach()], [u], [v])
+    (y,) = ops.normalize([w], [u], [v], sigma)
+    sigma.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("function", [sigma_sum, normalize_sum])
+def test_retain_graph_and_freed_graph(function):
+    w, u, v = problem()
+    out = function(w, u, v)
+    (a,) = grad(out, w, retain_graph=True)
+    (b,) = grad(out, w)
+    assert same_bits(a, b)
+    with pytest.raises(RuntimeError, match="second time"):
+        grad(out, w)
+
+
+def test_gradients_accumulate():
+    w, u, v = problem()
+    normalize_sum(w, u, v).backward()
+    once = w.grad.clone()
+    normalize_sum(w, u, v).backward()
+    assert same_bits(w.grad, 2 * once)
+
+
+def test_outputs_may_be_changed_in_place():
+    """The output is not saved for backward: relu_() on it is fine."""
+    w, u, v = problem()
+    y = normalized(w, u, v)
+    y.mul_(2).sum().backward()
+    (expected,) = grad(2 * plain(w, u, v).sum(), w)
+    assert (w.grad - expected).abs().max() <= 100 * eps_of(F64) * expected.abs().max()
+
+
+def test_activation_checkpointing():
+    from torch.utils.checkpoint import checkpoint
+
+    w, u, v = problem()
+    x = random_weight(3, 5, F64, seed=7)
+    f = lambda x, w: torch.tanh(x @ normalized(w, u, v).mT)  # noqa: E731
+    (a,) = grad(checkpoint(f, x, w, use_reentrant=False).sum(), w)
+    (b,) = grad(f(x, w).sum(), w)
+    assert same_bits(a, b)
+
+
+def test_gradient_penalty_through_a_normalized_layer():
+    """WGAN-GP: the gradient with respect to W of |d critic / d x|^2."""
+    w, u, v = problem()
+    x = random_weight(3, 5, F64, seed=7).requires_grad_()
+    results = []
+    for function in (normalized, plain):
+        out = torch.tanh(x @ function(w, u, v).mT).sum()
+        (gx,) = grad(out, x, create_graph=True)
+        results.append(grad(((gx.norm(dim=1) - 1) ** 2).sum(), w)[0])
+    assert (results[0] - results[1]).abs().max() <= 1e3 * eps_of(F64) * results[1].abs().max()
+
+
+def test_functional_forms():
+    w, u, v = problem()
+    sigma = F.sigma(w, u, v)
+    assert sigma.shape == ()
+    y = F.normalize(w, u, v, sigma.detach())
+    assert same_bits(y, ops.normalize([w], [u], [v], sigma.detach().reshape(1))[0])
+    assert same_bits(F.normalize([w], [u], [v], sigma.detach().reshape(1))[0], y)
+    assert F.normalize([], [], [], torch.empty(0)) == []
