@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -38,7 +39,7 @@ OUTPUT_RTOL, GRADIENT_RTOL = 1e-5, 1e-3
 
 def mlp(widths: Sequence[int]) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in itertools.pairwise(widths):
         layers += [nn.Linear(a, b), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -106,16 +107,19 @@ def build_models(make: Callable[[], nn.Module], compiled: bool) -> dict[str, nn.
     return models
 
 
-def one_step(model: nn.Module, x: Tensor, g: Tensor | None) -> Callable[[], Tensor]:
+def one_step(
+    model: nn.Module, x: Tensor, g: Tensor | None, compiled: bool = False
+) -> Callable[[], Tensor]:
     """The timed work: a forward, and with g the backward of <g, y> into gradients made anew, as after zero_grad."""
-    if g is None:
-        return lambda: model(x)
     leaves = [x, *model.parameters()]
+    run: Callable[[Tensor], Tensor] = torch.compile(model, dynamic=False) if compiled else model
+    if g is None:
+        return lambda: run(x)
 
     def step() -> Tensor:
         for leaf in leaves:
             leaf.grad = None
-        y = model(x)
+        y = run(x)
         y.backward(g)
         return y
 
@@ -154,8 +158,7 @@ def layer_group(
     for name, model in models.items():
         model.train(mode != "eval")
         inputs[name] = x.clone().requires_grad_(backward and input_gradient)
-        runs = torch.compile(model, dynamic=False) if name.endswith("compiled") else model
-        steps[name] = one_step(runs, inputs[name], g)
+        steps[name] = one_step(model, inputs[name], g, compiled=name.endswith("compiled"))
 
     def check() -> dict[str, Any]:
         twin.train(mode != "eval")
@@ -204,7 +207,9 @@ WIDTHS = (256, 512, 1024, 1024, 1024, 512, 256)
 def groups() -> list[tuple[str, harness.Builder]]:
     found: list[tuple[str, harness.Builder]] = []
 
-    def add(title: str, make: Callable[[int], nn.Module], x_shape: Sequence[int], **how: Any) -> None:
+    def add(
+        title: str, make: Callable[[int], nn.Module], x_shape: Sequence[int], **how: Any
+    ) -> None:
         """`make` and the features of x are divided by the shrink factor: 1, or 8 with --quick."""
 
         def build(options: argparse.Namespace) -> Group:

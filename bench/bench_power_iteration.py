@@ -66,7 +66,9 @@ def torch_block_step(w: Tensor, u: Tensor, v: Tensor) -> Tensor:
 
 
 def torch_list(step: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., list[Tensor]]:
-    def steps(weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor]) -> list[Tensor]:
+    def steps(
+        weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor]
+    ) -> list[Tensor]:
         return [step(w, u, v) for w, u, v in zip(weights, us, vs, strict=True)]
 
     return steps
@@ -280,7 +282,7 @@ def estimate_group(
         estimate = specnorm_ext.spectral_norms(pool[0], tol=1e-3)[0]
         if not estimate.converged:
             raise harness.WrongResult("spectral_norms: not converged")
-        return {"error": errors[0], "its own count of reads": float(estimate.n_reads)}
+        return {"error": errors[0], "its own count of reads": estimate.n_reads}
 
     return Group(
         name=title,

@@ -160,7 +160,8 @@ class Result:
 
 def require_close(what: str, got: Any, expected: Any, rtol: float) -> float:
     """|got - expected| / |expected| in the 2-norm, in float64; WrongResult if over rtol or not a number."""
-    a, b = (torch.as_tensor(x).detach().double() for x in (got, expected))
+    # A Python float would become float32 by default.
+    a, b = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (got, expected))
     if a.shape != b.shape:
         raise WrongResult(f"{what}: shape {tuple(a.shape)}, expected {tuple(b.shape)}")
     error = float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b).clamp_min(1e-300))
@@ -208,7 +209,8 @@ def make_pool(
     """
     size = torch.empty(0, dtype=dtype).element_size()
     spans = [math.ceil(m * n * size / ALIGNMENT) * ALIGNMENT for m, n in shapes]
-    buffers, pool = [], []
+    buffers: list[Tensor] = []
+    pool: list[list[Tensor]] = []
     for i in range(entries):
         # A buffer of its own each, from the same allocator as a model's parameters.
         buffer = torch.zeros(sum(spans) // 4, dtype=torch.float32)
@@ -295,9 +297,7 @@ class _Plan:
     every: int  # a sample each so many rounds
 
 
-def _plan(
-    clock: _Clock, variant: Variant, rounds: int, min_sample: float, budget: float
-) -> _Plan:
+def _plan(clock: _Clock, variant: Variant, rounds: int, min_sample: float, budget: float) -> _Plan:
     """Calls per sample so that the timer does not matter; slow variants sit out rounds to stay in the budget."""
     # The second call shows the time: the first may still allocate, or wake threads.
     clock.seconds(variant.call, 1)
@@ -402,15 +402,19 @@ def bytes_text(count: int) -> str:
     return f"{count} bytes"
 
 
+def _number(value: float) -> str:
+    return f"{value:.2f}" if value < 100 else f"{value:.0f}"
+
+
 def _ratio_text(row: Row) -> str:
-    return f"{row.ratio.median:.2f} [{row.ratio.low:.2f}, {row.ratio.high:.2f}]"
+    return f"{_number(row.ratio.median)} [{_number(row.ratio.low)}, {_number(row.ratio.high)}]"
 
 
 def _target_cells(row: Row) -> tuple[str, str]:
     said = {True: "yes", False: "NO", None: "-"}
     targets, met = [], []
     for verdict in row.verdicts:
-        targets.append(f"{verdict.text} ({verdict.measured:.2f})")
+        targets.append(f"{verdict.text} ({_number(verdict.measured)})")
         met.append(said[verdict.met])
     return "\n".join(targets), "\n".join(met)
 
@@ -438,10 +442,11 @@ def print_table(results: Sequence[Result], file: Any = None) -> None:
         return
     console = Console(file=file)
     if not console.is_terminal:
-        console = Console(file=file, width=118)
+        console = Console(file=file, width=140)  # a pipe has no width to keep to
     for result in results:
-        table = Table(title=_heading(result), title_justify="left", title_style="bold", box=None)
-        table.add_column("what", min_width=34)
+        console.print(Text(_heading(result), style="bold"))
+        table = Table(box=None, padding=(0, 3, 0, 0))
+        table.add_column("what", min_width=40)
         for name in ("time", f"{result.group.unit_label} [quartiles]"):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("target (measured)")
@@ -480,6 +485,7 @@ def to_json(name: str, results: Sequence[Result], options: argparse.Namespace) -
         "machine": machine(options.threads),
         "quick": options.quick,
         "rounds": options.rounds,
+        "load_average_before": options.load,
         "groups": [
             {
                 "name": result.group.name,
@@ -533,7 +539,7 @@ def plot(name: str, results: Sequence[Result], path: Path, subtitle: str) -> Non
             error_kw={"elinewidth": 0.8, "ecolor": "#555555"},
         )
         for i, row in enumerate(rows):
-            text = f"{row.ratio.median:.3g}   {seconds_text(row.time.median)}"
+            text = f"{_number(row.ratio.median)}   {seconds_text(row.time.median)}"
             axis.annotate(
                 text,
                 (row.ratio.high, i),
@@ -542,9 +548,7 @@ def plot(name: str, results: Sequence[Result], path: Path, subtitle: str) -> Non
                 va="center",
                 fontsize=7.5,
             )
-            for target, verdict in zip(
-                result.group.variants[i].targets, row.verdicts, strict=True
-            ):
+            for target, verdict in zip(result.group.variants[i].targets, row.verdicts, strict=True):
                 if not target.than and not target.faster:
                     axis.plot([verdict.limit] * 2, [i - 0.45, i + 0.45], color="black", lw=1.6)
         axis.set_xscale("log")
@@ -569,7 +573,9 @@ Builder = Callable[[argparse.Namespace], Group]
 def parser(description: str) -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=description)
     default = min(2, _cpus())
-    found.add_argument("--threads", type=int, default=default, help="of torch (default %(default)s)")
+    found.add_argument(
+        "--threads", type=int, default=default, help="of torch (default %(default)s)"
+    )
     found.add_argument("--rounds", type=int, help="samples of each variant (default 31, quick 5)")
     found.add_argument("--out", type=Path, default=OUT, help="a directory (default bench/out)")
     found.add_argument("--only", default="", metavar="TEXT", help="groups with TEXT in their name")
@@ -605,7 +611,7 @@ def run(
         arguments.error(f"--only: no group has {options.only!r} in its name")
     results = []
     with threads(options.threads):
-        _warn_if_busy()
+        options.load = _load()
         for i, (title, build) in enumerate(wanted, 1):
             start = time.perf_counter()
             print(f"[{i}/{len(wanted)}] {title} ...", end="", flush=True, file=sys.stderr)
@@ -677,11 +683,15 @@ def _run_group(build: Builder, options: argparse.Namespace) -> Result:
     return Result(group, summarize(group, times, judge=not quick), facts)
 
 
-def _warn_if_busy() -> None:
-    with contextlib.suppress(OSError, AttributeError):
+def _load() -> float | None:
+    """The load average before the start, which the JSON keeps; warns if others are at work here."""
+    try:
         load = os.getloadavg()[0]
-        if load > 0.5 * _cpus():
-            print(
-                f"the machine is busy (load {load:.1f} on {_cpus()} CPUs): expect wide quartiles",
-                file=sys.stderr,
-            )
+    except (OSError, AttributeError):
+        return None
+    if load > 0.5 * _cpus():
+        print(
+            f"the machine is busy (load {load:.1f} on {_cpus()} CPUs): no figure will mean much",
+            file=sys.stderr,
+        )
+    return round(load, 2)

@@ -14,7 +14,7 @@ import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -230,15 +230,9 @@ def _read_index(path: Path, reader: _Reader) -> None:
 
 def _stays_inside(shard: str) -> bool:
     # Judged by the text alone: hub caches keep shards as links out of the folder, which is fine.
-    posix, windows = PurePosixPath(shard), PureWindowsPath(shard)
-    return bool(
-        shard
-        and "\0" not in shard
-        and not posix.is_absolute()
-        and not windows.anchor
-        and ".." not in posix.parts
-        and ".." not in windows.parts
-    )
+    # Windows' rules cover POSIX paths too: both slashes, drives, and a leading slash as an anchor.
+    parsed = PureWindowsPath(shard)
+    return bool(shard) and "\0" not in shard and not parsed.anchor and ".." not in parsed.parts
 
 
 def _read_file(

@@ -138,10 +138,6 @@ def make_rows(matrices: Sequence[Matrix], estimates: Sequence[Estimate]) -> list
     for matrix, estimate in zip(matrices, estimates, strict=True):
         frobenius = frobenius_norm(matrix.weight)
         sigma = estimate.value
-        if sigma > 0:
-            stable_rank = (frobenius / sigma) ** 2
-        else:
-            stable_rank = 0.0 if sigma == 0 and frobenius == 0 else math.nan
         rows.append(
             Row(
                 name=matrix.name,
@@ -150,13 +146,20 @@ def make_rows(matrices: Sequence[Matrix], estimates: Sequence[Estimate]) -> list
                 kind=matrix.kind,
                 sigma=sigma,
                 frobenius=frobenius,
-                stable_rank=stable_rank,
+                stable_rank=_stable_rank(frobenius, sigma),
                 reads=estimate.n_reads,
                 converged=estimate.converged and math.isfinite(sigma),
                 lower=estimate.lower,
             )
         )
     return rows
+
+
+def _stable_rank(frobenius: float, sigma: float) -> float:
+    if sigma > 0:
+        ratio = frobenius / sigma
+        return ratio * ratio  # inf where ** 2 would raise
+    return 0.0 if sigma == 0 and frobenius == 0 else math.nan
 
 
 def _number_key(value: float) -> float:
@@ -277,7 +280,7 @@ def _sigma_text(row: Row, digits: int) -> str:
 def _stable_rank_text(row: Row, digits: int) -> str:
     if row.converged or not math.isfinite(row.stable_rank):
         return _number_text(row.stable_rank, digits)
-    most = (row.frobenius / row.lower) ** 2 if row.lower > 0 else math.inf
+    most = _stable_rank(row.frobenius, row.lower)
     return f"<= {_bound_text(most, digits, upwards=True)}" if math.isfinite(most) else "unknown"
 
 

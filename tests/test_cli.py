@@ -494,6 +494,15 @@ def test_the_bar_appears_only_after_its_delay():
     assert shown(delay=0.0, seconds=0.1, enabled=False) == ""
 
 
+def test_the_bar_hears_of_every_matrix(file, monkeypatch):
+    heard: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        cli._ProgressBar, "update", lambda _, done, total: heard.append((done, total))
+    )
+    assert run("report", file).exit_code == 0
+    assert heard == [(i, 7) for i in range(1, 8)]
+
+
 def test_no_bar_where_standard_error_is_no_terminal(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     with cli._ProgressBar(True, delay=0.0) as bar:
@@ -560,3 +569,11 @@ def test_bench_without_the_repository(tmp_path, monkeypatch):
     result = run("bench")
     assert result.exit_code == 2
     assert "clone the repository" in result.stderr
+
+
+def test_stable_rank_of_a_hopeless_estimate():
+    assert report._stable_rank(1e200, 1e-100) == math.inf
+    assert report._stable_rank(0.0, 0.0) == 0.0
+    assert math.isnan(report._stable_rank(1.0, 0.0))
+    text = report._stable_rank_text(row(converged=False, lower=0.0), 4)
+    assert text == "unknown"

@@ -287,7 +287,8 @@ def exact_backward(g, w, u, v, sigma):
 @pytest.mark.parametrize("w_layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_normalize_backward_value(dtype, w_layout, g_layout):
-    for i, shape in enumerate(SHAPES):
+    # one layout for both takes the fast paths, whose length matters; a mix is walked element by element
+    for i, shape in enumerate(SHAPES if w_layout == g_layout else ((1, 9), (9, 1), (31, 33))):
         w = LAYOUTS[w_layout](random_weight(*shape, dtype))
         g = LAYOUTS[g_layout](random_weight(*shape, dtype, seed=1))
         u, v = pair(w, 2 if min(shape) > 1 and i % 2 else None)

@@ -1,0 +1,468 @@
+"""Bad arguments: the class and the text of the error, the same from C++ and from Python, before anything is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import pytest
+import torch
+from helpers import BF16, F16, F32, F64, bits
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import vmap
+
+from specnorm_ext import _checks
+from specnorm_ext import functional as F
+
+ops = torch.ops.specnorm_ext
+
+
+def x(*shape, dtype=F32):
+    return torch.ones(shape, dtype=dtype)
+
+
+def good(op, **change):
+    """Right arguments for `op`, with some replaced."""
+    ws, us, vs = [x(3, 4), x(5, 2)], [x(3), x(5)], [x(4), x(2)]
+    args = {"weights": ws, "u": us, "v": vs}
+    if op == "power_iteration_":
+        args |= {"n_iterations": 1, "eps": 1e-12}
+    if op.startswith("normalize"):
+        args["sigma"] = x(2)
+    if op == "normalize_backward":
+        args = {"grads": [x(3, 4), x(5, 2)], **args}
+    assert change.keys() <= args.keys()
+    return args | change
+
+
+class Case(NamedTuple):
+    op: str
+    args: Callable[[], dict]
+    error: type
+    message: str
+
+
+def shared(op):
+    """Bad weights, u and v, which every op refuses in the same words."""
+
+    def case(error, message, **change):
+        return Case(op, lambda: good(op, **{k: f() for k, f in change.items()}), error, f"{op}: expected {message}")
+
+    yield case(ValueError, "2 tensors in u, as in weights, got 1", u=lambda: [x(3)])
+    yield case(ValueError, "2 tensors in v, as in weights, got 3", v=lambda: [x(4), x(2), x(2)])
+    yield case(ValueError, "0 tensors in u, as in weights, got 2", weights=list)
+    for dtype in (torch.complex64, torch.complex128, torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool):
+        yield case(
+            TypeError,
+            f"weights[1] to be torch.float32, torch.float64, torch.bfloat16 or torch.float16, got {dtype}",
+            weights=lambda dtype=dtype: [x(3, 4), x(5, 2, dtype=dtype)],
+        )
+    yield case(
+        TypeError,
+        "one dtype a call, weights[0] is torch.float32, got torch.float64 in weights[1]",
+        weights=lambda: [x(3, 4), x(5, 2, dtype=F64)],
+    )
+    yield case(
+        TypeError,
+        "one dtype a call, weights[0] is torch.bfloat16, got torch.float16 in weights[1]",
+        weights=lambda: [x(3, 4, dtype=BF16), x(5, 2, dtype=F16)],
+    )
+    for shape, text in (((3, 4, 1), "[3, 4, 1]"), ((12,), "[12]"), ((), "[]"), ((0, 3, 3), "[0, 3, 3]")):
+        yield case(
+            ValueError,
+            f"weights[0] to be a matrix [m, n], got shape {text}",
+            weights=lambda shape=shape: [x(*shape), x(5, 2)],
+        )
+    yield case(ValueError, "v[1] to have shape [2] or [2, b], got [3]", v=lambda: [x(4), x(3)])
+    yield case(ValueError, "u[0] to have shape [3] or [3, b], got [4]", u=lambda: [x(4), x(5)])
+    yield case(ValueError, "u[0] to have shape [3] or [3, b], got []", u=lambda: [x(), x(5)])
+    yield case(ValueError, "u[0] to have shape [3] or [3, b], got [3, 1, 1]", u=lambda: [x(3, 1, 1), x(5)])
+    yield case(ValueError, "u[0] to have shape [3] or [3, b], got [1, 3]", u=lambda: [x(1, 3), x(5)])
+    yield case(
+        TypeError,
+        "u[1] to be torch.float32 beside a torch.float32 weight, got torch.float64",
+        u=lambda: [x(3), x(5, dtype=F64)],
+    )
+    yield case(
+        TypeError,
+        "v[0] to be torch.float32 beside a torch.bfloat16 weight, got torch.bfloat16",
+        weights=lambda: [x(3, 4, dtype=BF16), x(5, 2, dtype=BF16)],
+        v=lambda: [x(4, dtype=BF16), x(2, dtype=BF16)],
+    )
+    yield case(
+        TypeError,
+        "u[0] to be torch.float64 beside a torch.float64 weight, got torch.float32",
+        weights=lambda: [x(3, 4, dtype=F64), x(5, 2, dtype=F64)],
+    )
+    yield case(
+        TypeError,
+        "u[0] to be torch.float32 beside a torch.float32 weight, got torch.complex64",
+        u=lambda: [x(3, dtype=torch.complex64), x(5)],
+    )
+    yield case(
+        ValueError,
+        "u[0] and v[0] to have the same columns, got [3, 2] and [4, 3]",
+        u=lambda: [x(3, 2), x(5)],
+        v=lambda: [x(4, 3), x(2)],
+    )
+    yield case(
+        ValueError, "u[1] and v[1] to have the same columns, got [5, 1] and [2]", u=lambda: [x(3), x(5, 1)]
+    )
+    yield case(
+        ValueError,
+        "u[0] to have at least 1 column, got [3, 0]",
+        u=lambda: [x(3, 0), x(5)],
+        v=lambda: [x(4, 0), x(2)],
+    )
+
+
+def special():
+    def case(op, error, message, **change):
+        return Case(op, lambda: good(op, **{k: f() for k, f in change.items()}), error, f"{op}: expected {message}")
+
+    op = "power_iteration_"
+    yield case(
+        op,
+        ValueError,
+        "at most 8 columns in u[0], got 9",
+        weights=lambda: [x(20, 30), x(5, 2)],
+        u=lambda: [x(20, 9), x(5)],
+        v=lambda: [x(30, 9), x(2)],
+    )
+    yield case(
+        op,
+        ValueError,
+        "at most min(m, n) = 3 columns in u[0], got 4",
+        u=lambda: [x(3, 4), x(5)],
+        v=lambda: [x(4, 4), x(2)],
+    )
+    yield case(
+        op,
+        ValueError,
+        "at most min(m, n) = 0 columns in u[0], got 2",
+        weights=lambda: [x(0, 4), x(5, 2)],
+        u=lambda: [x(0, 2), x(5)],
+        v=lambda: [x(4, 2), x(2)],
+    )
+    yield case(
+        op,
+        ValueError,
+        "u[1] to be writable, got an expanded tensor; pass a clone()",
+        u=lambda: [x(3), x(1).expand(5)],
+    )
+    yield case(
+        op,
+        ValueError,
+        "v[0] to be writable, got an expanded tensor; pass a clone()",
+        u=lambda: [x(3, 2), x(5)],
+        v=lambda: [x(4, 1).expand(4, 2), x(2)],
+    )
+    for n in (0, -1, -(2**40)):
+        yield case(op, ValueError, f"n_iterations >= 1, got {n}", n_iterations=lambda n=n: n)
+    for eps, text in (
+        (-1.0, "-1"),
+        (-1e-30, "-1e-30"),
+        (-0.123456789, "-0.123457"),
+        (math.nan, "nan"),
+        (math.inf, "inf"),
+        (-math.inf, "-inf"),
+        (-1e16, "-1e+16"),
+    ):
+        yield case(op, ValueError, f"eps to be finite and >= 0, got {text}", eps=lambda eps=eps: eps)
+    for op in ("normalize", "normalize_backward"):
+        for shape, text in (((3,), "[3]"), ((), "[]"), ((2, 1), "[2, 1]"), ((0,), "[0]")):
+            yield case(op, ValueError, f"sigma to have shape [2], got {text}", sigma=lambda shape=shape: x(*shape))
+        yield case(op, TypeError, "sigma to be torch.float32, got torch.float64", sigma=lambda: x(2, dtype=F64))
+        yield case(op, TypeError, "sigma to be torch.float32, got torch.bfloat16", sigma=lambda: x(2, dtype=BF16))
+    yield case(op, ValueError, "2 tensors in grads, as in weights, got 1", grads=lambda: [x(3, 4)])
+    yield case(
+        op,
+        TypeError,
+        "grads[1] to be torch.float32, got torch.float16",
+        grads=lambda: [x(3, 4), x(5, 2, dtype=F16)],
+    )
+    for shape, text in (((4, 3), "[4, 3]"), ((12,), "[12]"), ((3, 4, 1), "[3, 4, 1]")):
+        yield case(
+            op,
+            ValueError,
+            f"grads[0] to have shape [3, 4], got {text}",
+            grads=lambda shape=shape: [x(*shape), x(5, 2)],
+        )
+
+
+CASES = [
+    *(c for op in ("power_iteration_", "sigma", "normalize", "normalize_backward") for c in shared(op)),
+    *special(),
+]
+SAME_TENSOR_TWICE = (
+    "power_iteration_: expected every tensor in u and v to have memory of its own, got the same tensor twice"
+)
+
+
+def tensors_of(args):
+    return [t for value in args.values() for t in (value if isinstance(value, list) else [value]) if isinstance(t, torch.Tensor)]
+
+
+def mapped(args, f):
+    return {
+        k: [f(t) for t in value] if isinstance(value, list) else f(value) if isinstance(value, torch.Tensor) else value
+        for k, value in args.items()
+    }
+
+
+def call_op(op, args):
+    return getattr(ops, op)(*args.values())
+
+
+def call_functional(op, args):
+    return getattr(F, op.rstrip("_"))(*args.values())
+
+
+def call_checks(op, args):
+    return getattr(_checks, "check_" + op.rstrip("_"))(*args.values())
+
+
+def on_meta(op, args):
+    return call_op(op, mapped(args, lambda t: t.to("meta") if t.numel() == 0 or 0 not in t.stride() else expanded_meta(t)))
+
+
+def expanded_meta(t):
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
+
+def on_fake(op, args):
+    mode = FakeTensorMode()
+    args = mapped(args, mode.from_tensor)
+    with mode:
+        return call_op(op, args)
+
+
+def in_inference_mode(op, args):
+    with torch.inference_mode():
+        return call_op(op, args)
+
+
+def requires_grad(op, args):
+    for w in args["weights"]:
+        if w.is_floating_point():
+            w.requires_grad_()
+    return call_op(op, args)
+
+
+def without_grad(op, args):
+    with torch.no_grad():
+        return call_op(op, args)
+
+
+def forward_mode(op, args):
+    with torch.autograd.forward_ad.dual_level():
+        return call_op(op, args)
+
+
+PATHS = {
+    "torch.ops": call_op,
+    "functional": call_functional,
+    "functional in inference mode": lambda op, args: in_inference_mode_functional(op, args),
+    "_checks": call_checks,
+    "meta": on_meta,
+    "fake": on_fake,
+    "inference mode": in_inference_mode,
+    "requires grad": requires_grad,
+    "no_grad": without_grad,
+    "forward mode": forward_mode,
+}
+
+
+def in_inference_mode_functional(op, args):
+    with torch.inference_mode():
+        return call_functional(op, args)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.op}-{c.message.split('expected ')[1][:60]}")
+def test_class_and_text(case, path):
+    if "functional" in path and case.op == "normalize_backward":
+        return  # not public there
+    args = case.args()
+    before = [bits(t).clone() if t.is_floating_point() else t.clone() for t in tensors_of(args)]
+    with pytest.raises(case.error) as caught:
+        PATHS[path](case.op, args)
+    assert type(caught.value) is case.error
+    assert str(caught.value) == case.message
+    assert case.op in case.message
+    after = [bits(t) if t.is_floating_point() else t for t in tensors_of(args)]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True)), "written before the error"
+
+
+def test_right_arguments_are_right():
+    """The table's basis is accepted on every path: what is refused is refused for what was changed."""
+    for op in ("power_iteration_", "sigma", "normalize", "normalize_backward"):
+        for path, call in PATHS.items():
+            if "functional" not in path or op != "normalize_backward":
+                call(op, good(op))
+
+
+# ---- errors that need an identity of memory or a second device --------------------------------------------------
+
+
+def same_twice():
+    t = x(4)
+    yield "u and v", [x(4, 4)], [t], [t]
+    yield "u and u", [x(4, 4), x(4, 3)], [t, t], [x(4), x(3)]
+    yield "v and v", [x(3, 4), x(2, 4)], [x(3), x(2)], [t, t]
+    yield "far apart", [x(4, 4)] * 3, [t, x(4), x(4)], [x(4), x(4), t]
+    t = x(4, 2)
+    yield "blocks", [x(4, 4)], [t], [t]
+
+
+@pytest.mark.parametrize("path", ["torch.ops", "functional", "inference mode", "fake"])
+@pytest.mark.parametrize("name", [case[0] for case in same_twice()])
+def test_the_same_tensor_twice(name, path):
+    _, ws, us, vs = next(case for case in same_twice() if case[0] == name)
+    args = good("power_iteration_", weights=ws, u=us, v=vs)
+    with pytest.raises(ValueError, match="twice") as caught:
+        PATHS[path]("power_iteration_", args)
+    assert str(caught.value) == SAME_TENSOR_TWICE
+    assert all((t == 1).all() for t in tensors_of(args))
+
+
+@pytest.mark.parametrize("shift", [1, 2, 3])
+def test_overlapping_slices(shift):
+    """Two contiguous slices of one buffer that share elements."""
+    buffer = x(8)
+    with pytest.raises(ValueError, match="to have memory of its own"):
+        ops.power_iteration_([x(4, 4)], [buffer[:4]], [buffer[shift : shift + 4]])
+    assert (buffer == 1).all()
+
+
+def test_what_only_looks_like_overlap_is_accepted():
+    buffer = x(4, 4)
+    ops.power_iteration_([x(4, 4)], [buffer[:, 0]], [buffer[:, 1]])  # interleaved columns
+    buffer = x(8)
+    ops.power_iteration_([x(4, 4)], [buffer[::2]], [buffer[1::2]])
+    ops.power_iteration_([x(4, 4)], [buffer[:4]], [buffer[4:]])
+    empty = x(0)
+    ops.power_iteration_([x(0, 0), x(0, 0)], [empty, empty], [empty, empty])
+    w = x(4, 4)
+    u, v = [x(4), x(4)], [x(4), x(4)]
+    ops.power_iteration_([w, w], u, v)  # a weight may come twice: it is read
+    one = x(1).expand(1)
+    ops.power_iteration_([x(1, 4)], [one], [x(4)])  # expanded, but a single element
+    t = x(4)
+    assert ops.sigma([w], [t], [t]).item() == 16  # reading the same twice is fine
+
+
+DEVICE_CASES = (
+    ("power_iteration_", "u", "u[0] on the device of weights[0]"),
+    ("power_iteration_", "v", "v[0] on the device of weights[0]"),
+    ("sigma", "u", "u[0] on the device of weights[0]"),
+    ("normalize", "v", "v[0] on the device of weights[0]"),
+    ("normalize", "sigma", "sigma on the device of the weights"),
+    ("normalize_backward", "sigma", "sigma on the device of the weights"),
+)
+
+
+@pytest.mark.parametrize("call", [call_op, call_functional, call_checks], ids=["torch.ops", "functional", "_checks"])
+@pytest.mark.parametrize(("op", "name", "text"), DEVICE_CASES)
+def test_two_devices(op, name, text, call):
+    if call is call_functional and op == "normalize_backward":
+        return
+    args = good(op)
+    args[name] = args[name].to("meta") if name == "sigma" else [t.to("meta") for t in args[name]]
+    with pytest.raises(TypeError) as caught:
+        call(op, args)
+    assert str(caught.value) == f"{op}: expected {text}"
+
+
+@pytest.mark.parametrize("call", [call_op, call_checks], ids=["torch.ops", "_checks"])
+@pytest.mark.parametrize("op", ["power_iteration_", "sigma", "normalize", "normalize_backward"])
+def test_weights_on_two_devices(op, call):
+    args = good(op)
+    args["weights"] = [args["weights"][0], args["weights"][1].to("meta")]
+    with pytest.raises(TypeError) as caught:
+        call(op, args)
+    assert (
+        str(caught.value)
+        == f"{op}: expected one device a call, weights[1] is on another device than weights[0]"
+    )
+
+
+# ---- under transforms -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.jacfwd, torch.func.hessian])
+def test_under_torch_func(transform):
+    w, u, v = x(3, 4), x(4), x(4)
+    for op, f in (
+        ("sigma", lambda w: ops.sigma([w], [u], [v])[0]),
+        ("normalize", lambda w: ops.normalize([w], [u], [v], x(1))[0].sum()),
+    ):
+        with pytest.raises(ValueError, match="expected") as caught:
+            transform(f)(w)
+        assert str(caught.value) == f"{op}: expected u[0] to have shape [3] or [3, b], got [4]"
+
+
+def test_under_vmap():
+    w, u, v = x(2, 3, 4), x(2, 5), x(2, 4)
+    for op, f in (
+        ("sigma", lambda w, u, v: ops.sigma([w], [u], [v])),
+        ("normalize", lambda w, u, v: ops.normalize([w], [u], [v], x(1))[0]),
+        ("power_iteration_", lambda w, u, v: ops.power_iteration_([w], [u], [v])),
+    ):
+        with pytest.raises(ValueError, match="expected") as caught:
+            vmap(f)(w, u, v)
+        assert str(caught.value) == f"{op}: expected u[0] to have shape [3] or [3, b], got [5]"
+
+
+def test_under_compile():
+    """torch wraps the error; its text comes through."""
+    torch._dynamo.reset()
+    f = torch.compile(lambda w, u, v: ops.sigma([w], [u], [v]), backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"sigma: expected u\[0\] to have shape \[3\] or \[3, b\], got \[4\]"):
+        f(x(3, 4), x(4), x(4))
+
+
+# ---- the typed functions ----------------------------------------------------------------------------------------
+
+
+def test_one_tensor_beside_a_list():
+    for call in (
+        lambda: F.power_iteration(x(3, 4), [x(3)], [x(4)]),
+        lambda: F.power_iteration([x(3, 4)], x(3), [x(4)]),
+        lambda: F.sigma(x(3, 4), x(3), (x(4),)),
+        lambda: F.normalize([x(3, 4)], [x(3)], x(4), x(1)),
+    ):
+        with pytest.raises(TypeError, match=r"expected weights, u and v to be all tensors or all lists of tensors, got "):
+            call()
+
+
+@pytest.mark.parametrize("shape", [(2,), (0,), (1, 2)])
+def test_sigma_of_a_single_weight(shape):
+    """For one weight a scalar or [1]; the text says what came."""
+    with pytest.raises(ValueError, match=r"normalize: expected sigma to have shape \[1\], got "):
+        F.normalize(x(3, 4), x(3), x(4), x(*shape))
+
+
+def test_sigma_that_is_not_a_tensor():
+    with pytest.raises(TypeError, match="sigma"):
+        F.normalize(x(3, 4), x(3), x(4), 2.0)
+
+
+def test_init_uv():
+    with pytest.raises(ValueError, match=r"init_uv: expected weight to be a matrix \[m, n\], got shape \[3, 4, 5\]"):
+        F.init_uv(x(3, 4, 5))
+    for n in (0, 4, 9, -1):
+        with pytest.raises(ValueError, match=rf"init_uv: expected n_vectors between 1 and min\(m, n, 8\) = 3, got {n}"):
+            F.init_uv(x(3, 4), n)
+    with pytest.raises(ValueError, match="got 9"):
+        F.init_uv(x(30, 40), 9)
+
+
+def test_a_failed_call_leaves_the_next_one_right():
+    w, u, v = torch.eye(3), x(3), x(3)
+    for _ in range(3):
+        with pytest.raises(ValueError, match="n_iterations"):
+            ops.power_iteration_([w], [u], [v], 0)
+    assert ops.power_iteration_([w], [u], [v]).isfinite().all()

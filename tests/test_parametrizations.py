@@ -1,0 +1,794 @@
+"""The drop-in: torch's trajectory step for step, torch's keys, and what torch gets wrong mended."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import spectral_norm as torch_spectral_norm
+from torch.utils.checkpoint import checkpoint
+
+import specnorm_ext
+from specnorm_ext import spectral_norm
+
+Normalize = Callable[..., nn.Module]
+
+
+def entry(module: nn.Module, name: str = "weight"):
+    return module.parametrizations[name][0]
+
+
+def original(module: nn.Module, name: str = "weight") -> Tensor:
+    return module.parametrizations[name].original
+
+
+def norm(weight: Tensor, dim: int = 0) -> float:
+    flat = weight.detach().double().movedim(dim, 0).flatten(1)
+    return float(torch.linalg.matrix_norm(flat, 2))
+
+
+# ---- the trajectory ---------------------------------------------------------------------------------------------
+
+
+def mlp(normalize: Normalize) -> nn.Module:
+    return nn.Sequential(
+        normalize(nn.Linear(20, 64)),
+        nn.ReLU(),
+        normalize(nn.Linear(64, 48), n_power_iterations=2),
+        nn.ReLU(),
+        normalize(nn.Linear(48, 1)),
+    )
+
+
+def conv(normalize: Normalize) -> nn.Module:
+    return nn.Sequential(
+        normalize(nn.Conv2d(5, 16, 3, padding=1)),
+        nn.LeakyReLU(0.1),
+        normalize(nn.ConvTranspose2d(16, 8, 4, 2, 1)),
+        nn.LeakyReLU(0.1),
+        normalize(nn.Conv2d(8, 4, 3, groups=2)),
+        nn.Flatten(),
+        normalize(nn.Linear(4 * 36, 1)),
+    )
+
+
+class Recurrent(nn.Module):
+    def __init__(self, normalize: Normalize) -> None:
+        super().__init__()
+        self.cell = normalize(nn.GRUCell(20, 24), name="weight_hh")
+        self.cell = normalize(self.cell, name="weight_ih")
+        self.head = nn.Linear(24, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.new_zeros(x.shape[0], 24)
+        for _ in range(3):
+            h = self.cell(x, h)
+        return self.head(h)
+
+
+NETWORKS = {
+    "mlp": (mlp, (16, 20)),
+    "conv": (conv, (4, 5, 4, 4)),
+    "gru": (Recurrent, (16, 20)),
+}
+
+
+def train(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, steps: int = 200):
+    """Losses of every step, and u and v at the end."""
+    generator = torch.Generator().manual_seed(5)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    losses = []
+    for _ in range(steps):
+        x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        target = x.flatten(1).sum(1, keepdim=True).sign()
+        loss = (model(x) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    state = {k: x.double() for k, x in model.state_dict().items() if k.endswith(("_u", "_v"))}
+    return torch.tensor(losses, dtype=torch.float64), state
+
+
+def deviation(a, b) -> float:
+    losses = ((a[0] - b[0]).abs() / (1 + b[0].abs())).max().item()
+    return max(losses, *((a[1][k] - b[1][k]).abs().max().item() for k in b[1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_200_steps_follow_torch_from_its_checkpoint(name: str, dtype: torch.dtype) -> None:
+    build, shape = NETWORKS[name]
+    torch.manual_seed(0)
+    start = build(torch_spectral_norm).to(dtype)
+    theirs = train(copy.deepcopy(start), shape, dtype)
+    torch.manual_seed(99)
+    mine = build(spectral_norm).to(dtype)
+    result = mine.load_state_dict(start.state_dict())
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+    ours = train(mine, shape, dtype)
+    # Training amplifies rounding. How much is measured: torch against torch from a start moved by one rounding.
+    moved = 0.0
+    for seed in range(3):
+        other = copy.deepcopy(start)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for p in other.parameters():
+                sign = (torch.randint(0, 2, p.shape, generator=generator) * 2 - 1).to(dtype)
+                p.mul_(1 + sign * torch.finfo(dtype).eps)
+        moved = max(moved, deviation(train(other, shape, dtype), theirs))
+    assert deviation(ours, theirs) <= 4 * moved
+    assert 0 < moved < 0.05, "the set-up is chaotic: following it to rounding would prove nothing"
+
+
+def test_registration_and_first_forwards_match_torch_from_the_same_seed() -> None:
+    for n_iterations, dim, make in (
+        (1, None, lambda: nn.Linear(30, 20)),
+        (3, 1, lambda: nn.Linear(30, 20)),
+        (1, -1, lambda: nn.Conv1d(4, 6, 3)),
+        (1, None, lambda: nn.ConvTranspose3d(4, 6, 3)),
+        (2, None, lambda: nn.Embedding(9, 5)),
+    ):
+        layers = []
+        for normalize in (torch_spectral_norm, spectral_norm):
+            torch.manual_seed(3)
+            layers.append(normalize(make().double(), n_power_iterations=n_iterations, dim=dim))
+        theirs, ours = layers
+        for _ in range(3):
+            torch.testing.assert_close(ours.weight, theirs.weight, rtol=1e-12, atol=1e-13)
+        for key in ("_u", "_v"):
+            torch.testing.assert_close(
+                getattr(entry(ours), key), getattr(entry(theirs), key), rtol=1e-10, atol=1e-12
+            )
+        assert list(ours.state_dict()) == list(theirs.state_dict())
+        assert ours.weight.is_contiguous()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_match_torch(training: bool) -> None:
+    torch.manual_seed(0)
+    theirs = torch_spectral_norm(nn.ConvTranspose2d(3, 5, 3).double())
+    ours = spectral_norm(nn.ConvTranspose2d(3, 5, 3).double())
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    for layer in (theirs, ours):
+        layer.train(training)
+        layer(x).square().sum().backward()
+    torch.testing.assert_close(original(ours).grad, original(theirs).grad, rtol=1e-10, atol=1e-11)
+
+
+def test_eval_gradcheck() -> None:
+    torch.manual_seed(0)
+    layer = spectral_norm(nn.Linear(5, 4).double()).eval()
+    weight = original(layer).detach().clone().requires_grad_()
+
+    def f(w: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, {"parametrizations.weight.original": w}, (x,))
+
+    x = torch.randn(3, 5, dtype=torch.float64)
+    assert torch.autograd.gradcheck(f, weight)
+    assert torch.autograd.gradgradcheck(f, weight)
+
+
+def test_eval_does_not_iterate_and_training_does() -> None:
+    layer = spectral_norm(nn.Linear(9, 7)).eval()
+    u = entry(layer)._u.clone()
+    layer(torch.randn(2, 9))
+    assert torch.equal(u, entry(layer)._u)
+    layer.train()
+    layer(torch.randn(2, 9))
+    assert not torch.equal(u, entry(layer)._u)
+
+
+def test_cached_forwards_iterate_once() -> None:
+    layer = spectral_norm(nn.Linear(9, 7))
+    version = entry(layer)._u._version
+    with parametrize.cached():
+        layer(torch.randn(2, 9))
+        layer(torch.randn(2, 9))
+    assert entry(layer)._u._version == version + 1
+
+
+def test_two_forwards_before_one_backward() -> None:
+    torch.manual_seed(0)
+    theirs = torch_spectral_norm(nn.Linear(9, 7).double())
+    ours = spectral_norm(nn.Linear(9, 7).double())
+    ours.load_state_dict(theirs.state_dict())
+    x, y = torch.randn(2, 4, 9, dtype=torch.float64)
+    for layer in (theirs, ours):
+        (layer(x).square().sum() - layer(y).square().sum()).backward()
+    torch.testing.assert_close(original(ours).grad, original(theirs).grad, rtol=1e-10, atol=1e-12)
+
+
+def test_an_optimizer_step_between_forward_and_backward_raises() -> None:
+    layer = spectral_norm(nn.Linear(9, 7))
+    loss = layer(torch.randn(2, 9)).square().sum()
+    with torch.no_grad():
+        original(layer).add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("shape", [(7,), (1,), (0,)])
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30, 0.0])
+def test_one_dimensional_weights(shape: tuple[int, ...], scale: float) -> None:
+    layer = nn.Module()
+    layer.weight = nn.Parameter(torch.linspace(1, 2, shape[0]) * scale)
+    spectral_norm(layer)
+    assert list(layer.state_dict()) == ["parametrizations.weight.original"]
+    expected = 1.0 if scale and shape[0] else 0.0
+    assert float(torch.linalg.vector_norm(layer.weight.detach())) == pytest.approx(expected, rel=1e-6)
+    layer.weight.sum().backward()
+    assert torch.isfinite(original(layer).grad).all()
+
+
+# ---- keys, copies, checkpoints ----------------------------------------------------------------------------------
+
+
+def test_deepcopy_is_independent() -> None:
+    layer = spectral_norm(nn.Linear(9, 7))
+    twin = copy.deepcopy(layer)
+    before = {k: x.clone() for k, x in twin.state_dict().items()}
+    for _ in range(3):
+        layer(torch.randn(2, 9)).sum().backward()
+    for k, x in twin.state_dict().items():
+        assert torch.equal(x, before[k])
+    old = torch.nn.utils.spectral_norm(nn.Linear(9, 7), n_power_iterations=20)
+    old(torch.randn(2, 9))
+    twin.load_state_dict(old.state_dict())  # the hooks travel with the copy
+    assert torch.equal(original(twin), old.weight_orig)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(9, 7), lambda: nn.ConvTranspose2d(4, 6, 3)])
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_old_api_checkpoint(make, nested: bool) -> None:
+    torch.manual_seed(0)
+    old, new = torch.nn.utils.spectral_norm(make()), spectral_norm(make())
+    shape = (2, old.weight.shape[1]) if old.weight.dim() == 2 else (2, 4, 5, 5)
+    x = torch.randn(shape)
+    for _ in range(20):
+        old(x)
+    a, b = (nn.Sequential(nn.ReLU(), m) if nested else m for m in (old, new))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = b.load_state_dict(a.state_dict())
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+    torch.testing.assert_close(b.eval()(x), a.eval()(x), rtol=1e-5, atol=1e-6)
+
+
+def test_the_old_api_checkpoint_of_a_named_weight() -> None:
+    old = torch.nn.utils.spectral_norm(nn.GRUCell(5, 4), name="weight_hh", n_power_iterations=20)
+    old(torch.randn(2, 5))
+    new = spectral_norm(nn.GRUCell(5, 4), name="weight_hh")
+    new.load_state_dict(old.state_dict())
+    assert torch.equal(original(new, "weight_hh"), old.weight_hh_orig)
+    assert torch.equal(entry(new, "weight_hh")._u, old.weight_hh_u)
+
+
+def test_remove_parametrizations_leaves_the_normalized_weight() -> None:
+    layer = spectral_norm(nn.Linear(9, 7)).eval()
+    weight = layer.weight.clone()
+    parametrize.remove_parametrizations(layer, "weight")
+    assert isinstance(layer.weight, nn.Parameter)
+    assert torch.equal(layer.weight, weight)
+
+
+# ---- faults -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_bad_step_leaves_u_and_v_and_recovers(bad: float) -> None:
+    torch.manual_seed(0)
+    layer = spectral_norm(nn.Linear(9, 7))
+    x, good = torch.randn(2, 9), original(layer).detach().clone()
+    u, v = entry(layer)._u.clone(), entry(layer)._v.clone()
+    with torch.no_grad():
+        original(layer)[3, 4] = bad
+    assert torch.isnan(layer(x)).all()
+    assert torch.isnan(layer.eval()(x)).all()
+    assert torch.equal(u, entry(layer)._u)
+    assert torch.equal(v, entry(layer)._v)
+    with torch.no_grad():
+        original(layer).copy_(good)
+    layer.train()
+    assert torch.isfinite(layer(x)).all()
+    assert norm(layer.eval().weight) == pytest.approx(1, abs=0.05)
+
+
+def test_a_zero_weight() -> None:
+    layer = spectral_norm(nn.Linear(9, 7))
+    good = original(layer).detach().clone()
+    with torch.no_grad():
+        original(layer).zero_()
+    for training in (True, False):
+        layer.train(training)
+        weight = layer.weight
+        assert torch.equal(weight, torch.zeros_like(weight))
+        original(layer).grad = None
+        weight.sum().backward()
+        assert torch.isfinite(original(layer).grad).all()
+    with torch.no_grad():
+        original(layer).copy_(good)
+    layer.train()
+    layer(torch.randn(2, 9))
+    assert norm(layer.eval().weight) == pytest.approx(1, abs=0.05)
+
+
+SCALES = {
+    torch.float32: [1e-42, 1e-38, 1e-30, 1e-13, 1e13, 1e20, 1e30, 1e37],
+    torch.float64: [1e-300, 1e-160, 1e160, 1e300],
+    torch.bfloat16: [1e-36, 1e-30, 1e30, 1e36],
+    torch.float16: [1e-6, 1e-4, 1e3, 1e4],
+}
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(d, s) for d, ss in SCALES.items() for s in ss])
+def test_scales(dtype: torch.dtype, scale: float) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(40, 30, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.copy_(torch.rand(30, 40) - 0.3)  # a leading value well apart: 15 iterations converge
+        layer.weight.mul_(scale / layer.weight.abs().max())
+    layer = spectral_norm(layer.to(dtype))
+    for training in (True, False):
+        weight = layer.train(training).weight
+        # W / sigma is rounded to dtype once more: each element by at most eps / 2, so its norm by eps. A denormal
+        # sigma is rounded to half a step of 2^-149.
+        denormal = 2.0**-150 / norm(original(layer)) if dtype != torch.float64 else 0.0
+        assert norm(weight) == pytest.approx(1, abs=2 * torch.finfo(dtype).eps + 1e-6 + denormal)
+
+
+def test_half_weights_with_a_norm_past_65504() -> None:
+    layer = nn.Linear(256, 256).half()
+    with torch.no_grad():
+        layer.weight.fill_(60000.0)
+    layer = spectral_norm(layer)
+    assert entry(layer)._u.dtype == torch.float32
+    assert norm(layer.weight) == pytest.approx(1, abs=1e-3)
+
+
+def test_bfloat16_sigma_is_float32_accurate() -> None:
+    torch.manual_seed(0)
+    layer = spectral_norm(nn.Linear(64, 48).bfloat16(), n_power_iterations=200)
+    sigma = specnorm_ext.functional.sigma(original(layer).detach(), entry(layer)._u, entry(layer)._v)
+    assert sigma.item() == pytest.approx(norm(original(layer)), rel=1e-5)
+
+
+def test_weight_decay_alone_for_28000_steps_stays_finite() -> None:
+    # W shrinks by 0.99 a step to 1e-122 of its size, through float32's denormals, to 0
+    layer = spectral_norm(nn.Linear(6, 5))
+    for _ in range(28):
+        with torch.no_grad():
+            for _ in range(1000):
+                original(layer).mul_(0.99)
+        weight = layer.weight
+        assert torch.isfinite(weight).all()
+        assert norm(weight) <= 1.5  # few bits are left of a denormal weight
+
+
+def test_a_start_orthogonal_to_the_leading_vector_finds_it() -> None:
+    layer = nn.Linear(3, 3, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.diag(torch.tensor([10.0, 1.0, 0.5])))
+    layer = spectral_norm(layer)
+    with torch.no_grad():
+        for x in (entry(layer)._u, entry(layer)._v):
+            x.copy_(torch.tensor([0.0, 1.0, 0.0]))
+    for _ in range(10):
+        weight = layer.weight
+    assert norm(weight) == pytest.approx(1, abs=1e-4)
+
+
+def test_u_and_v_of_another_length_are_normalized_on_load() -> None:
+    layer = spectral_norm(nn.Linear(9, 7), n_power_iterations=30)
+    state = {
+        k: x * 0.9 if k.endswith(("_u", "_v")) else x.clone() for k, x in layer.state_dict().items()
+    }
+    with pytest.warns(UserWarning, match="were not normalized") as record:
+        layer.load_state_dict(state)
+    assert len(record) == 1
+    assert norm(layer.eval().weight) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0])
+def test_bad_u_and_v_are_drawn_anew_on_load(bad: float) -> None:
+    layer = spectral_norm(nn.Linear(9, 7))
+    state = copy.deepcopy(layer.state_dict())
+    if bad == 0:
+        state["parametrizations.weight.0._v"].zero_()
+    else:
+        state["parametrizations.weight.0._v"][2] = bad
+    with pytest.warns(UserWarning, match="drawn anew") as record:
+        layer.load_state_dict(state)
+    assert len(record) == 1
+    assert norm(layer.eval().weight) == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_weights_loaded_without_u_and_v(training: bool) -> None:
+    torch.manual_seed(0)
+    layer = spectral_norm(nn.Linear(64, 64)).train(training)
+    with pytest.warns(UserWarning, match="do not belong to it") as record:
+        layer.load_state_dict(
+            {
+                "parametrizations.weight.original": torch.randn(64, 64),
+                "bias": torch.zeros(64),
+            },
+            strict=False,
+        )
+    assert len(record) == 1
+    assert norm(layer.eval().weight) == pytest.approx(1, abs=0.1)
+
+
+def test_a_healthy_checkpoint_loads_without_a_word_and_bit_for_bit() -> None:
+    torch.manual_seed(0)
+    source = spectral_norm(nn.Linear(64, 64))
+    for _ in range(3):
+        source(torch.randn(2, 64))
+    target = spectral_norm(nn.Linear(64, 64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        target.load_state_dict(source.state_dict())
+        target.eval()(torch.randn(2, 64))
+    for k, x in target.state_dict().items():
+        assert torch.equal(x, source.state_dict()[k]), k
+
+
+def test_a_weight_replaced_in_eval_is_noticed() -> None:
+    torch.manual_seed(0)
+    layer = spectral_norm(nn.Linear(64, 64)).eval()
+    layer(torch.randn(2, 64))
+    with torch.no_grad():
+        original(layer).normal_()
+    with pytest.warns(UserWarning, match="do not belong to it"):
+        weight = layer.weight
+    assert norm(weight) == pytest.approx(1, abs=0.1)
+
+
+def test_assigning_a_weight_keeps_it_and_is_noticed() -> None:
+    torch.manual_seed(0)
+    layer = spectral_norm(nn.Linear(64, 64))
+    value = torch.randn(64, 64)
+    layer.weight = value
+    assert torch.equal(original(layer), value)
+    with pytest.warns(UserWarning, match="do not belong to it"):
+        weight = layer.weight
+    assert norm(weight) == pytest.approx(1, abs=0.1)
+
+
+def test_sigma_stays_positive_when_the_weight_changes_sign() -> None:
+    torch.manual_seed(0)
+    layer = spectral_norm(nn.Linear(9, 7).double()).eval()
+    weight = layer.weight.detach().clone()
+    layer.zero_grad()
+    (layer.weight * torch.arange(63.0).view(7, 9)).sum().backward()
+    gradient = original(layer).grad.clone()
+    with torch.no_grad():
+        original(layer).neg_()
+    torch.testing.assert_close(layer.weight, -weight)
+    layer.zero_grad()
+    (layer.weight * torch.arange(63.0).view(7, 9)).sum().backward()
+    torch.testing.assert_close(original(layer).grad, gradient)  # even in W
+
+
+def test_meta_then_to_empty() -> None:
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        layer = spectral_norm(nn.Linear(20, 30))
+    layer = layer.to_empty(device="cpu")
+    with torch.no_grad():
+        original(layer).normal_()
+        for x in (entry(layer)._u, entry(layer)._v):
+            x.fill_(math.nan)  # whatever lay there
+    assert norm(layer.weight) == pytest.approx(1, abs=0.1)
+
+
+def test_meta_then_load_keeps_the_loaded_state() -> None:
+    source = spectral_norm(nn.Linear(20, 30))
+    with torch.device("meta"):
+        layer = spectral_norm(nn.Linear(20, 30))
+    layer.to_empty(device="cpu").load_state_dict(source.state_dict())
+    assert torch.equal(entry(layer)._u, entry(source)._u)
+    with torch.device("meta"):
+        layer = spectral_norm(nn.Linear(20, 30))
+    layer.load_state_dict(source.state_dict(), assign=True)
+    layer(torch.randn(2, 20)).sum().backward()
+
+
+def test_registered_under_inference_mode_trains_later() -> None:
+    layer = nn.Linear(9, 7)
+    with torch.inference_mode():
+        spectral_norm(layer)
+        layer(torch.randn(2, 9))
+    layer(torch.randn(2, 9)).sum().backward()
+    assert torch.isfinite(original(layer).grad).all()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing(reentrant: bool) -> None:
+    torch.manual_seed(0)
+    plain = spectral_norm(nn.Linear(16, 16).double(), n_power_iterations=3)
+    with torch.no_grad():
+        original(plain).normal_()
+    saved = copy.deepcopy(plain)
+    for _ in range(3):  # several steps: the counters must not pile up
+        x = torch.randn(4, 16, dtype=torch.float64, requires_grad=True)
+        plain.zero_grad()
+        saved.zero_grad()
+        plain(x).square().sum().backward()
+        checkpoint(saved, x, use_reentrant=reentrant).square().sum().backward()
+        torch.testing.assert_close(original(saved).grad, original(plain).grad, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(entry(saved)._u, entry(plain)._u)
+        with torch.no_grad():
+            for layer in (plain, saved):
+                original(layer).sub_(0.1 * original(layer).grad)
+
+
+def test_two_checkpointed_forwards_before_one_backward_raise() -> None:
+    layer = spectral_norm(nn.Linear(16, 16))
+    x, y = torch.randn(2, 4, 16, requires_grad=True)
+    loss = sum(checkpoint(layer, z, use_reentrant=False).sum() for z in (x, y))
+    with pytest.raises(RuntimeError, match="at most one training forward"):
+        loss.backward()
+
+
+def test_moving_dtypes() -> None:
+    layer = spectral_norm(nn.Linear(9, 7))
+    u = entry(layer)._u.clone()
+    layer.half()
+    assert torch.equal(entry(layer)._u, u)  # not rounded
+    layer(torch.randn(2, 9).half())
+    layer.double()
+    assert entry(layer)._u.dtype == torch.float64
+    layer(torch.randn(2, 9).double())
+    layer.float()
+    layer(torch.randn(2, 9))
+
+
+def test_tied_weights_are_refused() -> None:
+    model = nn.ModuleDict({"in": nn.Embedding(9, 5), "out": nn.Linear(5, 9, bias=False)})
+    model["out"].weight = model["in"].weight
+    with pytest.raises(ValueError, match="tied to a Embedding"):
+        spectral_norm(model["out"])
+    assert not parametrize.is_parametrized(model["out"])
+    holder = [p for p in model["in"].parameters()]  # held by a list: not tied to a module
+    model["out"].weight = nn.Parameter(holder[0].detach().clone())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    spectral_norm(model["out"])
+    assert optimizer.param_groups
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"name": "wieght"}, ValueError, "'wieght'"),
+        ({"name": "in_features"}, ValueError, "got int"),
+        ({"n_power_iterations": 0}, ValueError, "got 0"),
+        ({"n_power_iterations": -2}, ValueError, "got -2"),
+        ({"dim": 2}, IndexError, r"\[-2, 1\], got 2"),
+        ({"dim": -3}, IndexError, "got -3"),
+        ({"eps": -1.0}, ValueError, "eps"),
+        ({"eps": math.nan}, ValueError, "eps"),
+        ({"n_vectors": 0}, ValueError, "between 1 and 8"),
+        ({"n_vectors": 9}, ValueError, "between 1 and 8"),
+        ({"bound": 0.0}, ValueError, "bound"),
+        ({"bound": math.nan}, ValueError, "bound"),
+        ({"bound": 1.0, "learnable_scale": True}, ValueError, "bound or learnable_scale"),
+    ],
+)
+def test_bad_arguments(options, error, text) -> None:
+    layer = nn.Linear(4, 4)
+    with pytest.raises(error, match=text):
+        spectral_norm(layer, **options)
+    assert not parametrize.is_parametrized(layer)
+
+
+def test_registering_twice_is_refused() -> None:
+    for first in (spectral_norm, torch_spectral_norm):
+        layer = first(nn.Linear(4, 4))
+        with pytest.raises(ValueError, match="without spectral norm"):
+            spectral_norm(layer)
+    layer = nn.Linear(4, 4)
+    layer.register_buffer("ints", torch.ones(3, 3, dtype=torch.int64))
+    with pytest.raises(TypeError, match="int64"):
+        spectral_norm(layer, "ints")
+
+
+def test_complex_weights_go_to_torch() -> None:
+    layer = nn.Linear(4, 4, dtype=torch.complex64)
+    with pytest.raises(TypeError, match="complex64"):
+        spectral_norm(layer, bound=1.0)
+    spectral_norm(layer)
+    assert torch.linalg.matrix_norm(layer.weight, 2).item() == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.parametrize("shape", [(1, 9), (9, 1), (0, 4), (4, 0), (1, 1)])
+def test_thin_and_empty_weights(shape: tuple[int, int]) -> None:
+    layer = nn.Module()
+    layer.weight = nn.Parameter(torch.ones(shape))
+    spectral_norm(layer, n_vectors=4)
+    weight = layer.weight
+    assert weight.shape == shape
+    if weight.numel():
+        assert norm(weight) == pytest.approx(1, abs=1e-6)
+    layer.eval()
+    weight = layer.weight
+    weight.sum().backward()
+
+
+# ---- the extras -------------------------------------------------------------------------------------------------
+
+
+def test_n_vectors_tracks_better_than_one_vector() -> None:
+    # The claim that the option rests on, on training itself: Adam moves the weight every step.
+    worst = {}
+    for b in (1, 4):
+        torch.manual_seed(0)
+        layers = [spectral_norm(nn.Linear(128, 128), n_vectors=b) for _ in range(3)]
+        model = nn.Sequential(
+            layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2], nn.ReLU(), nn.Linear(128, 1)
+        )
+        optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+        excess = []
+        for step in range(130):
+            x = torch.randn(64, 128)
+            (model(x) - x.sum(1, keepdim=True).sin()).square().mean().backward()
+            if step >= 100:
+                excess += [norm(original(y) / layer_sigma(y)) - 1 for y in layers]
+            optimizer.step()
+            optimizer.zero_grad()
+        worst[b] = max(excess)
+    assert worst[4] <= 0.01
+    assert worst[4] <= worst[1] / 5
+
+
+def layer_sigma(layer: nn.Module) -> Tensor:
+    p = entry(layer)
+    u, v = (x if x.dim() == 1 else x[:, 0] for x in (p._u, p._v))
+    return torch.dot(u, original(layer).detach() @ v)
+
+
+def test_n_vectors_reads_and_writes_checkpoints_of_one_vector() -> None:
+    torch.manual_seed(0)
+    one, four = spectral_norm(nn.Linear(9, 7)), spectral_norm(nn.Linear(9, 7), n_vectors=4)
+    assert entry(four)._u.shape == (7, 4)
+    four.load_state_dict(one.state_dict())
+    assert torch.equal(entry(four)._u[:, 0], entry(one)._u)
+    four(torch.randn(2, 9))
+    one.load_state_dict(four.state_dict())
+    assert torch.equal(entry(one)._u, entry(four)._u[:, 0])
+    same = spectral_norm(nn.Linear(9, 7), n_vectors=4)
+    same.load_state_dict(four.state_dict())
+    assert torch.equal(entry(same)._v, entry(four)._v)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("scale", [0.3, 3.0])
+def test_bound(scale: float, training: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(9, 7).double()
+    with torch.no_grad():
+        layer.weight.mul_(scale / norm(layer.weight))
+    raw = layer.weight.detach().clone()
+    spectral_norm(layer, n_power_iterations=500, bound=0.95).train(training)
+    weight = layer.weight
+    if scale < 0.95:
+        assert torch.equal(weight, raw)
+    else:
+        assert norm(weight) == pytest.approx(0.95, rel=1e-6)
+    g = torch.randn(7, 9, dtype=torch.float64)
+    (weight * g).sum().backward()
+    w = raw.clone().requires_grad_()
+    sigma = torch.linalg.matrix_norm(w, 2)
+    (w / torch.clamp_min(sigma / 0.95, 1.0) * g).sum().backward()
+    torch.testing.assert_close(original(layer).grad, w.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_a_nan_weight_is_not_within_the_bound() -> None:
+    layer = spectral_norm(nn.Linear(4, 4), bound=1.0)
+    with torch.no_grad():
+        original(layer)[0, 0] = math.nan
+    assert torch.isnan(layer.weight).all()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_learnable_scale(training: bool) -> None:
+    torch.manual_seed(0)
+    layer = spectral_norm(
+        nn.Linear(9, 7).double(), n_power_iterations=500, learnable_scale=True
+    ).train(training)
+    assert "parametrizations.weight.0.scale" in layer.state_dict()
+    assert norm(layer.weight) == pytest.approx(1, rel=1e-6)
+    with torch.no_grad():
+        entry(layer).scale.fill_(2.5)
+    assert norm(layer.weight) == pytest.approx(2.5, rel=1e-6)
+    g = torch.randn(7, 9, dtype=torch.float64)
+    (layer.weight * g).sum().backward()
+    w = original(layer).detach().clone().requires_grad_()
+    gamma = torch.tensor(2.5, dtype=torch.float64, requires_grad=True)
+    (gamma * w / torch.linalg.matrix_norm(w, 2) * g).sum().backward()
+    torch.testing.assert_close(entry(layer).scale.grad, gamma.grad, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(original(layer).grad, w.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_detach_sigma(training: bool) -> None:
+    torch.manual_seed(0)
+    layer = spectral_norm(nn.Linear(9, 7).double(), n_power_iterations=500, detach_sigma=True)
+    layer.train(training)
+    g = torch.randn(7, 9, dtype=torch.float64)
+    (layer.weight * g).sum().backward()
+    torch.testing.assert_close(original(layer).grad, g / norm(original(layer)), rtol=1e-6, atol=1e-8)
+
+
+# ---- torch's newer machinery ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("options", [{}, {"n_vectors": 3}, {"bound": 0.5, "detach_sigma": True}])
+def test_compile_fullgraph(backend: str, options: dict) -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    eager = spectral_norm(nn.Conv2d(3, 8, 3), **options)
+    compiled = copy.deepcopy(eager)
+    f = torch.compile(compiled, fullgraph=True, backend=backend)
+    x = torch.randn(2, 3, 6, 6)
+    for step in range(3):
+        for layer, call in ((eager, eager), (compiled, f)):
+            layer.zero_grad(set_to_none=False)
+            with torch._dynamo.config.patch(error_on_recompile=step > 1):
+                call(x).square().sum().backward()
+        torch.testing.assert_close(original(compiled).grad, original(eager).grad, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(entry(compiled)._u, entry(eager)._u)
+    eager.eval()
+    compiled.eval()
+    torch.testing.assert_close(f(x), eager(x), rtol=1e-4, atol=1e-5)
+
+
+def test_export_in_eval_and_training() -> None:
+    layer = spectral_norm(nn.Linear(9, 7))
+    x = torch.randn(2, 9)
+    program = torch.export.export(layer.eval(), (x,))
+    torch.testing.assert_close(program.module()(x), layer(x))
+    torch.export.export(layer.train(), (x,))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = spectral_norm(nn.Linear(33, 17))
+    with torch.autocast("cpu", dtype=dtype):
+        y = layer(torch.randn(4, 33))
+    assert y.dtype == dtype
+    assert entry(layer)._u.dtype == torch.float32
+    y.float().sum().backward()
+    assert original(layer).grad.dtype == torch.float32
+
+
+def test_stacked_ensembles_in_training() -> None:
+    torch.manual_seed(0)
+    layers = [spectral_norm(nn.Linear(6, 5).double())]
+    for _ in range(2):
+        layers.append(copy.deepcopy(layers[0]))
+        with torch.no_grad():
+            for x in layers[-1].parameters():
+                x.normal_()
+    params, buffers = torch.func.stack_module_state(layers)
+    base = copy.deepcopy(layers[0])
+    x = torch.randn(2, 6, dtype=torch.float64)
+
+    def call(p, b):
+        return torch.func.functional_call(base, (p, b), (x,))
+
+    stacked = torch.func.vmap(call)(params, buffers)
+    for i, layer in enumerate(layers):
+        torch.testing.assert_close(stacked[i], layer(x))
+        torch.testing.assert_close(buffers["parametrizations.weight.0._u"][i], entry(layer)._u)
