@@ -225,6 +225,17 @@ def is_plain(x: Tensor) -> bool:
     )
 
 
+def are_plain_on_cpu(*groups: list[Tensor]) -> bool:
+    """Whether a call on these lists may take the short cuts below."""
+    first = groups[0]
+    if not first or not is_plain(first[0]) or not first[0].is_cpu:
+        return False
+    kinds: set[type] = set()
+    for group in groups:
+        kinds.update(map(type, group))
+    return kinds <= {Tensor, torch.nn.Parameter}
+
+
 def power_iteration_direct(
     weights: list[Tensor], u: list[Tensor], v: list[Tensor], n_iterations: int, eps: float
 ) -> Tensor:

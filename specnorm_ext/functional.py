@@ -8,7 +8,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from ._checks import state_dtype
+from . import _ops
+from ._checks import raise_typed, state_dtype
 
 Tensors = Tensor | Sequence[Tensor]
 
@@ -66,7 +67,13 @@ def power_iteration(
         3.0
     """
     single, (ws, us, vs) = _lists(weights, u, v)
-    sigma = torch.ops.specnorm_ext.power_iteration_(ws, us, vs, n_iterations, eps)
+    if _ops.are_plain_on_cpu(ws, us, vs):
+        try:
+            sigma = _ops.power_iteration_direct(ws, us, vs, n_iterations, eps)
+        except RuntimeError as error:
+            raise_typed(error)
+    else:
+        sigma = torch.ops.specnorm_ext.power_iteration_(ws, us, vs, n_iterations, eps)
     return sigma[0] if single else sigma
 
 

@@ -133,9 +133,9 @@ def matrix_with_spectrum(
     """
     s = torch.as_tensor(singular_values, dtype=F64)
     generator = torch.Generator().manual_seed(seed)
-    return (
-        (_orthogonal(m, len(s), generator) * s) @ _orthogonal(n, len(s), generator).mT
-    ).to(dtype)
+    return ((_orthogonal(m, len(s), generator) * s) @ _orthogonal(n, len(s), generator).mT).to(
+        dtype
+    )
 
 
 def geometric(k: int, ratio: float) -> Tensor:
@@ -211,7 +211,9 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def bits(x: Tensor) -> Tensor:
     """x as integers, so that NaN equals NaN and -0 differs from 0."""
-    return x.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize])
+    return (
+        x.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize])
+    )
 
 
 def same_bits(x: Tensor, y: Tensor) -> bool:
@@ -225,7 +227,9 @@ class Step(NamedTuple):
     u: Tensor  # [m, b]
     v: Tensor  # [n, b]
     sigma: float
-    condition: float  # S / smallest singular value of W V: how errors of W V are magnified in span(W V)
+    condition: (
+        float  # S / smallest singular value of W V: how errors of W V are magnified in span(W V)
+    )
 
 
 def exact_step(w: Tensor, v: Tensor) -> Step:
@@ -307,4 +311,6 @@ def check_pair(
     residual = torch.linalg.vector_norm(z - v * lengths, dim=0)
     bound = torch.full_like(residual, (1 + condition) * product * norm)
     bound[0] = 2 * product * norm
-    assert (residual <= bound).all(), f"W^T u is not sigma v: {residual / norm}, bounds {bound / norm}"
+    assert (residual <= bound).all(), (
+        f"W^T u is not sigma v: {residual / norm}, bounds {bound / norm}"
+    )

@@ -1,10 +1,12 @@
-// Runs the CPU kernels of one instruction set over many shapes, strides, dtypes and columns on buffers of exactly the
-// size they need. tests/test_sanitizers.py compiles it with the kernels under AddressSanitizer, UBSan and
-// ThreadSanitizer: a read or write past an element, an undefined operation or a data race ends the run.
+// Runs the CPU kernels of one instruction set over many shapes, strides, dtypes and columns on
+// buffers of exactly the size they need. tests/test_sanitizers.py compiles it with the kernels
+// under AddressSanitizer, UBSan and ThreadSanitizer: a read or write past an element, an undefined
+// operation or a data race ends the run.
 //
-// Beyond the sanitizers: what lies between the elements of a strided operand is NaN and must not be read, nor
-// written where it is an output; scratch memory is filled with a byte pattern, and two patterns must give the same
-// bits (nothing uninitialized is read); values are compared with loops in double.
+// Beyond the sanitizers: what lies between the elements of a strided operand is NaN and must not be
+// read, nor written where it is an output; scratch memory is filled with a byte pattern, and two
+// patterns must give the same bits (nothing uninitialized is read); values are compared with loops
+// in double.
 #include <cfloat>
 #include <cmath>
 #include <cstdio>
@@ -31,18 +33,20 @@ void* acquire_workspace(int64_t bytes) {
   if (memory != nullptr) std::memset(memory, scratch_fill, size_t((bytes + 63) / 64 * 64));
   return memory;
 }
-void release_workspace(void* workspace) { std::free(workspace); }
+void release_workspace(void* workspace) {
+  std::free(workspace);
+}
 }  // namespace specnorm
 
 static std::string context;
 
-#define REQUIRE(condition)                                                             \
-  do {                                                                                 \
-    if (!(condition)) {                                                                \
-      std::fprintf(stderr, "%s:%d: %s\n  in %s\n", __FILE__, __LINE__, #condition,     \
-                   context.c_str());                                                   \
-      std::exit(1);                                                                    \
-    }                                                                                  \
+#define REQUIRE(condition)                                                         \
+  do {                                                                             \
+    if (!(condition)) {                                                            \
+      std::fprintf(stderr, "%s:%d: %s\n  in %s\n", __FILE__, __LINE__, #condition, \
+                   context.c_str());                                               \
+      std::exit(1);                                                                \
+    }                                                                              \
   } while (0)
 
 static const Parallel pool{3, [](int slots, void (*body)(void*), void* ctx) {
@@ -75,22 +79,24 @@ struct Kind<isa::f16> {
   static constexpr double epsilon = 0x1p-10;
 };
 
-// A strided 2-D operand in a block of exactly (m-1) rs + (n-1) cs + 1 elements behind `offset` more, which make the
-// first element as unaligned as an element may be. Holes are NaN.
+// A strided 2-D operand in a block of exactly (m-1) rs + (n-1) cs + 1 elements behind `offset`
+// more, which make the first element as unaligned as an element may be. Holes are NaN.
 template <class S>
 struct Buffer {
   int64_t m, n, rs, cs, offset;
   S* memory;
   Buffer(int64_t m, int64_t n, int64_t rs, int64_t cs, int64_t offset = 0)
-      : m(m), n(n), rs(rs), cs(cs), offset(offset),
+      : m(m),
+        n(n),
+        rs(rs),
+        cs(cs),
+        offset(offset),
         memory(static_cast<S*>(std::malloc(size_t(count()) * sizeof(S)))) {
     for (int64_t i = 0; i < count(); ++i) memory[i] = isa::Elem<S>::put(NAN);
   }
   Buffer(const Buffer&) = delete;
   ~Buffer() { std::free(memory); }
-  int64_t count() const {
-    return m == 0 || n == 0 ? 0 : offset + (m - 1) * rs + (n - 1) * cs + 1;
-  }
+  int64_t count() const { return m == 0 || n == 0 ? 0 : offset + (m - 1) * rs + (n - 1) * cs + 1; }
   S* data() const { return memory + (count() == 0 ? 0 : offset); }
   S& at(int64_t r, int64_t c) const { return data()[r * rs + c * cs]; }
   double get(int64_t r, int64_t c) const { return double(isa::Elem<S>::get(at(r, c))); }
@@ -123,18 +129,26 @@ struct Layout {
 
 static const Layout layouts[] = {
     {"rows", [](int64_t, int64_t n) { return n; }, [](int64_t, int64_t) { return int64_t(1); }},
-    {"rows apart", [](int64_t, int64_t n) { return n + 3; }, [](int64_t, int64_t) { return int64_t(1); }},
+    {"rows apart", [](int64_t, int64_t n) { return n + 3; },
+     [](int64_t, int64_t) { return int64_t(1); }},
     {"columns", [](int64_t, int64_t) { return int64_t(1); }, [](int64_t m, int64_t) { return m; }},
-    {"columns apart", [](int64_t, int64_t) { return int64_t(1); }, [](int64_t m, int64_t) { return m + 5; }},
-    {"neither", [](int64_t, int64_t n) { return 2 * n + 1; }, [](int64_t, int64_t) { return int64_t(2); }},
-    {"one row", [](int64_t, int64_t) { return int64_t(0); }, [](int64_t, int64_t) { return int64_t(1); }},
-    {"one column", [](int64_t, int64_t) { return int64_t(1); }, [](int64_t, int64_t) { return int64_t(0); }},
-    {"one element", [](int64_t, int64_t) { return int64_t(0); }, [](int64_t, int64_t) { return int64_t(0); }},
+    {"columns apart", [](int64_t, int64_t) { return int64_t(1); },
+     [](int64_t m, int64_t) { return m + 5; }},
+    {"neither", [](int64_t, int64_t n) { return 2 * n + 1; },
+     [](int64_t, int64_t) { return int64_t(2); }},
+    {"one row", [](int64_t, int64_t) { return int64_t(0); },
+     [](int64_t, int64_t) { return int64_t(1); }},
+    {"one column", [](int64_t, int64_t) { return int64_t(1); },
+     [](int64_t, int64_t) { return int64_t(0); }},
+    {"one element", [](int64_t, int64_t) { return int64_t(0); },
+     [](int64_t, int64_t) { return int64_t(0); }},
 };
 static constexpr int kDense = 5;  // the layouts before this have one address per element
 
 static std::mt19937 generator(1);
-static double gauss() { return std::normal_distribution<double>()(generator); }
+static double gauss() {
+  return std::normal_distribution<double>()(generator);
+}
 
 enum Content { kPlain, kZero, kNaN, kInf, kHuge, kTiny, kContents };
 
@@ -151,7 +165,8 @@ void fill(const Buffer<S>& w, Content content) {
   if (w.m > 0 && w.n > 0 && content == kInf) w.put(w.m - 1, 0, INFINITY);
 }
 
-// ---- power_iteration --------------------------------------------------------------------------------------------
+// ---- power_iteration
+// --------------------------------------------------------------------------------------------
 
 template <class S>
 void power_iteration(int64_t m, int64_t n, const Layout& layout, int b, Content content, int steps,
@@ -202,7 +217,8 @@ void power_iteration(int64_t m, int64_t n, const Layout& layout, int b, Content 
   }
 }
 
-// ---- sigma ------------------------------------------------------------------------------------------------------
+// ---- sigma
+// ------------------------------------------------------------------------------------------------------
 
 template <class S>
 void bilinear(int64_t m, int64_t n, const Layout& layout, Content content) {
@@ -237,7 +253,8 @@ void bilinear(int64_t m, int64_t n, const Layout& layout, Content content) {
   }
 }
 
-// ---- normalize and its backward ---------------------------------------------------------------------------------
+// ---- normalize and its backward
+// ---------------------------------------------------------------------------------
 
 template <class S>
 void normalize(int64_t m, int64_t n, const Layout& w_layout, const Layout& g_layout,
@@ -263,7 +280,7 @@ void normalize(int64_t m, int64_t n, const Layout& w_layout, const Layout& g_lay
     for (const int pattern : {0xff, 0x00}) {
       scratch_fill = pattern;
       Buffer<S> out(m, n, out_layout.rs(m, n), out_layout.cs(m, n), 1);
-      const NormalizeItem item{w.matrix(), out.data(), out.rs,     out.cs,
+      const NormalizeItem item{w.matrix(), out.data(), out.rs,    out.cs,
                                g.matrix(), u.vector(), v.vector()};
       const NormalizeParams params{Kind<S>::dtype, 1, &item, sigma};
       REQUIRE((backward ? isa::normalize_backward_cpu(params, pool)
@@ -276,11 +293,13 @@ void normalize(int64_t m, int64_t n, const Layout& w_layout, const Layout& g_lay
           const double uv = u.get(r, 0) * v.get(k, 0);
           const double exact =
               sigma_value == 0 ? 0 : (backward ? g.get(r, k) - c * uv : w.get(r, k)) / sigma_value;
-          const double size = backward ? std::fabs(g.get(r, k)) + std::fabs(c * uv) : std::fabs(w.get(r, k));
+          const double size =
+              backward ? std::fabs(g.get(r, k)) + std::fabs(c * uv) : std::fabs(w.get(r, k));
           double tol = 0x1p-24;  // half's smallest number
           if (sigma_value != 0) {
             tol += (Kind<S>::epsilon + 4 * Kind<C>::epsilon) * size / sigma_value;
-            if (backward) tol += double(n + 4) * Kind<C>::epsilon * terms * std::fabs(uv) / sigma_value;
+            if (backward)
+              tol += double(n + 4) * Kind<C>::epsilon * terms * std::fabs(uv) / sigma_value;
           }
           REQUIRE(std::fabs(out.get(r, k) - exact) <= tol);
         }
@@ -289,12 +308,14 @@ void normalize(int64_t m, int64_t n, const Layout& w_layout, const Layout& g_lay
   std::free(sigma);
 }
 
-// ---- a ragged list on several threads ---------------------------------------------------------------------------
+// ---- a ragged list on several threads
+// ---------------------------------------------------------------------------
 
 template <class S>
 void ragged() {
   using C = typename isa::Elem<S>::C;
-  const int64_t shapes[][2] = {{0, 5}, {320, 400}, {1, 1}, {400, 330}, {7, 0}, {64, 129}, {33, 1}, {0, 0}};
+  const int64_t shapes[][2] = {{0, 5}, {320, 400}, {1, 1},  {400, 330},
+                               {7, 0}, {64, 129},  {33, 1}, {0, 0}};
   std::vector<Buffer<S>*> ws, outs;
   std::vector<Buffer<C>*> us, vs;
   std::vector<PowerIterationItem> power;
@@ -330,7 +351,8 @@ void ragged() {
     const bool empty = ws[size_t(k)]->count() == 0;
     REQUIRE(empty ? sigma[k] == 0 && again[k] == 0 : sigma[k] > 0);
     // after a step u^T W v = sigma exactly, so the two ops agree to rounding
-    REQUIRE(std::fabs(double(sigma[k] - again[k])) <= 2 * 730 * Kind<C>::epsilon * double(sigma[k]));
+    REQUIRE(std::fabs(double(sigma[k] - again[k])) <=
+            2 * 730 * Kind<C>::epsilon * double(sigma[k]));
     if (empty) sigma[k] = 1;
   }
   const NormalizeParams d{Kind<S>::dtype, count, divide.data(), sigma};
@@ -346,12 +368,13 @@ void ragged() {
 
 template <class S>
 void all(const char* name, bool quick) {
-  const int64_t shapes[][2] = {{1, 1},   {1, 7},   {7, 1},  {1, 65}, {65, 1}, {2, 2},
-                               {5, 16},  {16, 5},  {31, 33}, {33, 31}, {8, 64}, {17, 100},
-                               {100, 17}, {0, 3},  {3, 0},  {0, 0},  {70, 70}};
-  const auto say = [&](const char* op, int64_t m, int64_t n, const char* layout, int b, int content) {
-    context = std::string(name) + " " + op + " " + std::to_string(m) + " x " + std::to_string(n) + " " +
-              layout + ", columns " + std::to_string(b) + ", content " + std::to_string(content);
+  const int64_t shapes[][2] = {{1, 1},   {1, 7},   {7, 1},    {65, 1}, {2, 2}, {5, 16},
+                               {31, 33}, {33, 31}, {17, 100}, {0, 3},  {3, 0}, {0, 0}};
+  const auto say = [&](const char* op, int64_t m, int64_t n, const char* layout, int b,
+                       int content) {
+    context = std::string(name) + " " + op + " " + std::to_string(m) + " x " + std::to_string(n) +
+              " " + layout + ", columns " + std::to_string(b) + ", content " +
+              std::to_string(content);
   };
   context = std::string(name) + " ragged";
   ragged<S>();
@@ -364,8 +387,10 @@ void all(const char* name, bool quick) {
         if (b > 1 && (b > m || b > n)) continue;
         for (int content = 0; content < kContents; ++content) {
           say("power_iteration", m, n, layout.name, b, content);
-          // expanded matrices have rank 1 or one element: only what is finite and not NaN'd in place
+          // expanded matrices have rank 1 or one element: only what is finite and not NaN'd in
+          // place
           if (!dense && (content == kNaN || content == kInf)) continue;
+          if (content != kPlain && b != 1 && b != 3) continue;
           power_iteration<S>(m, n, layout, b, Content(content), content == kPlain ? 3 : 1, false);
         }
         power_iteration<S>(m, n, layout, b, kPlain, 2, true);
@@ -374,13 +399,11 @@ void all(const char* name, bool quick) {
         say("sigma", m, n, layout.name, 1, content);
         bilinear<S>(m, n, layout, Content(content));
       }
-      for (int k = 0; k < kDense; ++k)
-        for (const double s : {0.0, 2.5}) {
-          say("normalize", m, n, layout.name, 1, k);
-          // all operands in one layout, then the output in another
-          normalize<S>(m, n, layout, dense ? layout : layouts[k], dense ? layout : layouts[k], s);
-          normalize<S>(m, n, layout, layouts[(k + 2) % kDense], layouts[k], s);
-        }
+      say("normalize", m, n, layout.name, 1, 0);
+      normalize<S>(m, n, layout, layouts[0], layouts[0], 0);  // sigma = 0
+      if (dense) normalize<S>(m, n, layout, layout, layout, 2.5);
+      for (int k = 0; k < kDense; ++k)  // and every mix
+        normalize<S>(m, n, layout, layouts[k], layouts[(k + 2) % kDense], 2.5);
     }
   }
   say("power_iteration", 320, 400, "several chunks", 1, kPlain);

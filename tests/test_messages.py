@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import pytest
@@ -48,12 +47,25 @@ def shared(op):
     """Bad weights, u and v, which every op refuses in the same words."""
 
     def case(error, message, **change):
-        return Case(op, lambda: good(op, **{k: f() for k, f in change.items()}), error, f"{op}: expected {message}")
+        return Case(
+            op,
+            lambda: good(op, **{k: f() for k, f in change.items()}),
+            error,
+            f"{op}: expected {message}",
+        )
 
     yield case(ValueError, "2 tensors in u, as in weights, got 1", u=lambda: [x(3)])
     yield case(ValueError, "2 tensors in v, as in weights, got 3", v=lambda: [x(4), x(2), x(2)])
     yield case(ValueError, "0 tensors in u, as in weights, got 2", weights=list)
-    for dtype in (torch.complex64, torch.complex128, torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool):
+    for dtype in (
+        torch.complex64,
+        torch.complex128,
+        torch.int64,
+        torch.int32,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+    ):
         yield case(
             TypeError,
             f"weights[1] to be torch.float32, torch.float64, torch.bfloat16 or torch.float16, got {dtype}",
@@ -69,7 +81,12 @@ def shared(op):
         "one dtype a call, weights[0] is torch.bfloat16, got torch.float16 in weights[1]",
         weights=lambda: [x(3, 4, dtype=BF16), x(5, 2, dtype=F16)],
     )
-    for shape, text in (((3, 4, 1), "[3, 4, 1]"), ((12,), "[12]"), ((), "[]"), ((0, 3, 3), "[0, 3, 3]")):
+    for shape, text in (
+        ((3, 4, 1), "[3, 4, 1]"),
+        ((12,), "[12]"),
+        ((), "[]"),
+        ((0, 3, 3), "[0, 3, 3]"),
+    ):
         yield case(
             ValueError,
             f"weights[0] to be a matrix [m, n], got shape {text}",
@@ -78,8 +95,12 @@ def shared(op):
     yield case(ValueError, "v[1] to have shape [2] or [2, b], got [3]", v=lambda: [x(4), x(3)])
     yield case(ValueError, "u[0] to have shape [3] or [3, b], got [4]", u=lambda: [x(4), x(5)])
     yield case(ValueError, "u[0] to have shape [3] or [3, b], got []", u=lambda: [x(), x(5)])
-    yield case(ValueError, "u[0] to have shape [3] or [3, b], got [3, 1, 1]", u=lambda: [x(3, 1, 1), x(5)])
-    yield case(ValueError, "u[0] to have shape [3] or [3, b], got [1, 3]", u=lambda: [x(1, 3), x(5)])
+    yield case(
+        ValueError, "u[0] to have shape [3] or [3, b], got [3, 1, 1]", u=lambda: [x(3, 1, 1), x(5)]
+    )
+    yield case(
+        ValueError, "u[0] to have shape [3] or [3, b], got [1, 3]", u=lambda: [x(1, 3), x(5)]
+    )
     yield case(
         TypeError,
         "u[1] to be torch.float32 beside a torch.float32 weight, got torch.float64",
@@ -108,7 +129,9 @@ def shared(op):
         v=lambda: [x(4, 3), x(2)],
     )
     yield case(
-        ValueError, "u[1] and v[1] to have the same columns, got [5, 1] and [2]", u=lambda: [x(3), x(5, 1)]
+        ValueError,
+        "u[1] and v[1] to have the same columns, got [5, 1] and [2]",
+        u=lambda: [x(3), x(5, 1)],
     )
     yield case(
         ValueError,
@@ -120,7 +143,12 @@ def shared(op):
 
 def special():
     def case(op, error, message, **change):
-        return Case(op, lambda: good(op, **{k: f() for k, f in change.items()}), error, f"{op}: expected {message}")
+        return Case(
+            op,
+            lambda: good(op, **{k: f() for k, f in change.items()}),
+            error,
+            f"{op}: expected {message}",
+        )
 
     op = "power_iteration_"
     yield case(
@@ -170,12 +198,29 @@ def special():
         (-math.inf, "-inf"),
         (-1e16, "-1e+16"),
     ):
-        yield case(op, ValueError, f"eps to be finite and >= 0, got {text}", eps=lambda eps=eps: eps)
+        yield case(
+            op, ValueError, f"eps to be finite and >= 0, got {text}", eps=lambda eps=eps: eps
+        )
     for op in ("normalize", "normalize_backward"):
         for shape, text in (((3,), "[3]"), ((), "[]"), ((2, 1), "[2, 1]"), ((0,), "[0]")):
-            yield case(op, ValueError, f"sigma to have shape [2], got {text}", sigma=lambda shape=shape: x(*shape))
-        yield case(op, TypeError, "sigma to be torch.float32, got torch.float64", sigma=lambda: x(2, dtype=F64))
-        yield case(op, TypeError, "sigma to be torch.float32, got torch.bfloat16", sigma=lambda: x(2, dtype=BF16))
+            yield case(
+                op,
+                ValueError,
+                f"sigma to have shape [2], got {text}",
+                sigma=lambda shape=shape: x(*shape),
+            )
+        yield case(
+            op,
+            TypeError,
+            "sigma to be torch.float32, got torch.float64",
+            sigma=lambda: x(2, dtype=F64),
+        )
+        yield case(
+            op,
+            TypeError,
+            "sigma to be torch.float32, got torch.bfloat16",
+            sigma=lambda: x(2, dtype=BF16),
+        )
     yield case(op, ValueError, "2 tensors in grads, as in weights, got 1", grads=lambda: [x(3, 4)])
     yield case(
         op,
@@ -193,21 +238,31 @@ def special():
 
 
 CASES = [
-    *(c for op in ("power_iteration_", "sigma", "normalize", "normalize_backward") for c in shared(op)),
+    *(
+        c
+        for op in ("power_iteration_", "sigma", "normalize", "normalize_backward")
+        for c in shared(op)
+    ),
     *special(),
 ]
 SAME_TENSOR_TWICE = (
-    "power_iteration_: expected every tensor in u and v to have memory of its own, got the same tensor twice"
+    "power_iteration_: expected every tensor in u and v to have memory of its own, "
+    "got the same tensor twice"
 )
 
 
 def tensors_of(args):
-    return [t for value in args.values() for t in (value if isinstance(value, list) else [value]) if isinstance(t, torch.Tensor)]
+    values = (t for value in args.values() for t in (value if isinstance(value, list) else [value]))
+    return [t for t in values if isinstance(t, torch.Tensor)]
 
 
 def mapped(args, f):
     return {
-        k: [f(t) for t in value] if isinstance(value, list) else f(value) if isinstance(value, torch.Tensor) else value
+        k: [f(t) for t in value]
+        if isinstance(value, list)
+        else f(value)
+        if isinstance(value, torch.Tensor)
+        else value
         for k, value in args.items()
     }
 
@@ -225,11 +280,8 @@ def call_checks(op, args):
 
 
 def on_meta(op, args):
-    return call_op(op, mapped(args, lambda t: t.to("meta") if t.numel() == 0 or 0 not in t.stride() else expanded_meta(t)))
-
-
-def expanded_meta(t):
-    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+    like = lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")  # noqa: E731
+    return call_op(op, mapped(args, like))
 
 
 def on_fake(op, args):
@@ -261,10 +313,15 @@ def forward_mode(op, args):
         return call_op(op, args)
 
 
+def in_inference_mode_functional(op, args):
+    with torch.inference_mode():
+        return call_functional(op, args)
+
+
 PATHS = {
     "torch.ops": call_op,
     "functional": call_functional,
-    "functional in inference mode": lambda op, args: in_inference_mode_functional(op, args),
+    "functional in inference mode": in_inference_mode_functional,
     "_checks": call_checks,
     "meta": on_meta,
     "fake": on_fake,
@@ -275,13 +332,10 @@ PATHS = {
 }
 
 
-def in_inference_mode_functional(op, args):
-    with torch.inference_mode():
-        return call_functional(op, args)
-
-
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.op}-{c.message.split('expected ')[1][:60]}")
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda c: f"{c.op}-{c.message.split('expected ')[1][:60]}"
+)
 def test_class_and_text(case, path):
     if "functional" in path and case.op == "normalize_backward":
         return  # not public there
@@ -293,7 +347,9 @@ def test_class_and_text(case, path):
     assert str(caught.value) == case.message
     assert case.op in case.message
     after = [bits(t) if t.is_floating_point() else t for t in tensors_of(args)]
-    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True)), "written before the error"
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True)), (
+        "written before the error"
+    )
 
 
 def test_right_arguments_are_right():
@@ -354,6 +410,20 @@ def test_what_only_looks_like_overlap_is_accepted():
     assert ops.sigma([w], [t], [t]).item() == 16  # reading the same twice is fine
 
 
+@pytest.mark.parametrize("requires", [False, True])
+@pytest.mark.parametrize("op", ["sigma", "normalize", "normalize_backward", "power_iteration_"])
+def test_list_lengths_that_add_up(op, requires):
+    """1 u and 3 v for 2 weights, all of one shape: an autograd that splits one flat list would not notice."""
+    args = good(
+        op, weights=[x(3, 3).requires_grad_(requires), x(3, 3)], u=[x(3)], v=[x(3), x(3), x(3)]
+    )
+    if op == "normalize_backward":
+        args["grads"] = [x(3, 3), x(3, 3)]
+    with pytest.raises(ValueError, match="tensors in") as caught:
+        call_op(op, args)
+    assert str(caught.value) == f"{op}: expected 2 tensors in u, as in weights, got 1"
+
+
 DEVICE_CASES = (
     ("power_iteration_", "u", "u[0] on the device of weights[0]"),
     ("power_iteration_", "v", "v[0] on the device of weights[0]"),
@@ -364,7 +434,9 @@ DEVICE_CASES = (
 )
 
 
-@pytest.mark.parametrize("call", [call_op, call_functional, call_checks], ids=["torch.ops", "functional", "_checks"])
+@pytest.mark.parametrize(
+    "call", [call_op, call_functional, call_checks], ids=["torch.ops", "functional", "_checks"]
+)
 @pytest.mark.parametrize(("op", "name", "text"), DEVICE_CASES)
 def test_two_devices(op, name, text, call):
     if call is call_functional and op == "normalize_backward":
@@ -392,7 +464,9 @@ def test_weights_on_two_devices(op, call):
 # ---- under transforms -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.jacfwd, torch.func.hessian])
+@pytest.mark.parametrize(
+    "transform", [torch.func.grad, torch.func.jacrev, torch.func.jacfwd, torch.func.hessian]
+)
 def test_under_torch_func(transform):
     w, u, v = x(3, 4), x(4), x(4)
     for op, f in (
@@ -420,7 +494,9 @@ def test_under_compile():
     """torch wraps the error; its text comes through."""
     torch._dynamo.reset()
     f = torch.compile(lambda w, u, v: ops.sigma([w], [u], [v]), backend="eager", fullgraph=True)
-    with pytest.raises(Exception, match=r"sigma: expected u\[0\] to have shape \[3\] or \[3, b\], got \[4\]"):
+    with pytest.raises(
+        Exception, match=r"sigma: expected u\[0\] to have shape \[3\] or \[3, b\], got \[4\]"
+    ):
         f(x(3, 4), x(4), x(4))
 
 
@@ -434,7 +510,10 @@ def test_one_tensor_beside_a_list():
         lambda: F.sigma(x(3, 4), x(3), (x(4),)),
         lambda: F.normalize([x(3, 4)], [x(3)], x(4), x(1)),
     ):
-        with pytest.raises(TypeError, match=r"expected weights, u and v to be all tensors or all lists of tensors, got "):
+        with pytest.raises(
+            TypeError,
+            match="to be all tensors or all lists of tensors, got ",
+        ):
             call()
 
 
@@ -451,10 +530,15 @@ def test_sigma_that_is_not_a_tensor():
 
 
 def test_init_uv():
-    with pytest.raises(ValueError, match=r"init_uv: expected weight to be a matrix \[m, n\], got shape \[3, 4, 5\]"):
+    with pytest.raises(
+        ValueError, match=r"init_uv: expected weight to be a matrix \[m, n\], got shape \[3, 4, 5\]"
+    ):
         F.init_uv(x(3, 4, 5))
     for n in (0, 4, 9, -1):
-        with pytest.raises(ValueError, match=rf"init_uv: expected n_vectors between 1 and min\(m, n, 8\) = 3, got {n}"):
+        with pytest.raises(
+            ValueError,
+            match=rf"init_uv: expected n_vectors between 1 and min\(m, n, 8\) = 3, got {n}",
+        ):
             F.init_uv(x(3, 4), n)
     with pytest.raises(ValueError, match="got 9"):
         F.init_uv(x(30, 40), 9)

@@ -32,7 +32,10 @@ from specnorm_ext import functional as F
 from specnorm_ext import reference
 
 ops = torch.ops.specnorm_ext
-SHAPES = ((1, 1), (1, 9), (9, 1), (1, 1000), (1000, 1), (31, 33), (33, 31), (64, 64), (16, 1024), (97, 1000), (257, 130))
+SHAPES = (
+    (1, 1), (1, 9), (9, 1), (1, 1000), (1000, 1), (31, 33), (33, 31), (64, 64), (16, 1024), (97, 1000),
+    (257, 130),
+)  # fmt: skip
 
 
 def pair(w, b=None, seed=0):
@@ -76,7 +79,10 @@ def test_sigma_value(dtype, layout, b):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sigma_of_a_ragged_list_has_the_bits_of_single_calls(dtype):
     layouts = list(LAYOUTS.values())
-    ws = [layouts[i % 6](random_weight(*s, dtype, seed=i)) for i, s in enumerate((*SHAPES, (300, 700)))]
+    ws = [
+        layouts[i % 6](random_weight(*s, dtype, seed=i))
+        for i, s in enumerate((*SHAPES, (300, 700)))
+    ]
     ws += [torch.empty(0, 5, dtype=dtype), torch.empty(5, 0, dtype=dtype)]
     us, vs = (list(x) for x in zip(*(start(w) for w in ws), strict=True))
     results = []
@@ -105,7 +111,9 @@ def test_sigma_of_strided_u_and_v_and_expanded_w(dtype):
     for x in (w, w.mT):
         a, b = (u, v) if x is w else (v, u)
         expected, terms = exact_sigma(x, a, b)
-        assert abs(ops.sigma([x], [a], [b]).item() - expected) <= tolerance("dot", dtype, 30) * terms
+        assert (
+            abs(ops.sigma([x], [a], [b]).item() - expected) <= tolerance("dot", dtype, 30) * terms
+        )
     ones = torch.ones(1, dtype=u.dtype)  # constant vectors as expanded views
     got = ops.sigma([x], [ones.expand(30)], [ones.expand(20)]).item()
     expected, terms = exact_sigma(x, ones.expand(30), ones.expand(20))
@@ -142,7 +150,11 @@ def test_sigma_that_is_zero_or_cancels(dtype):
         w = torch.eye(n, dtype=dtype) * torch.tensor(scale, dtype=F64).to(dtype)
         state = state_dtype(dtype)
         e = torch.eye(n, dtype=state)
-        for u, v in ((e[0], e[1]), (torch.zeros(n, dtype=state), e[1]), (e[3], torch.zeros(n, dtype=state))):
+        for u, v in (
+            (e[0], e[1]),
+            (torch.zeros(n, dtype=state), e[1]),
+            (e[3], torch.zeros(n, dtype=state)),
+        ):
             for x in (w, w.mT.contiguous().mT):
                 assert ops.sigma([x], [u.clone()], [v.clone()]).item() == 0, scale
 
@@ -177,7 +189,10 @@ def test_normalize_value(dtype, layout):
         error = (y.double() - expected).abs()
         assert (error <= tolerance("quotient", dtype) * expected.abs() + smallest(dtype)).all()
         (twin,) = reference.normalize([w], [u], [v], sigma)
-        assert ((y - twin).abs().double() <= tolerance("quotient", dtype) * expected.abs() + smallest(dtype)).all()
+        assert (
+            (y - twin).abs().double()
+            <= tolerance("quotient", dtype) * expected.abs() + smallest(dtype)
+        ).all()
         assert y.stride() == torch.empty_like(w).stride()
 
 
@@ -236,7 +251,8 @@ def test_zero_sigma_in_second_order_and_forward_mode(dtype):
     (g,) = grad(y.sum(), w, create_graph=True)
     (h,) = grad(g.sum() + y.sum(), w)
     assert (h == 0).all()
-    _, t = torch.func.jvp(lambda x: ops.normalize([x], [u], [v], zero)[0], (w.detach(),), (torch.ones(5, 4, dtype=dtype),))
+    along = torch.ones(5, 4, dtype=dtype)
+    _, t = torch.func.jvp(lambda x: ops.normalize([x], [u], [v], zero)[0], (w.detach(),), (along,))
     assert (t == 0).all()
 
 
@@ -299,7 +315,9 @@ def test_normalize_backward_value(dtype, w_layout, g_layout):
         error = (got.double() - exact_backward(g, w, u, v, s)).abs()
         bound = normalize_backward_bound(g, w, lead(u), lead(v), s)
         assert (error <= bound).all()
-        twin = reference.normalize_backward([g.double()], [w.double()], [u.double()], [v.double()], sigma.double())[0]
+        twin = reference.normalize_backward(
+            [g.double()], [w.double()], [u.double()], [v.double()], sigma.double()
+        )[0]
         assert ((got.double() - twin).abs() <= bound).all()
 
 
@@ -334,14 +352,19 @@ def test_normalize_backward_at_any_scale(dtype):
         (got,) = ops.normalize_backward([g], [w], [u], [v], sigma)
         error = (got.double() * s - exact_backward(g, w.double() / s, u, v, 1.0)).abs()
         bound = normalize_backward_bound(g, (w.double() / s).to(F64), u, v, 1.0)
-        bound = bound * eps_of(state_dtype(dtype)) / eps_of(F64)  # the formula is for float64 inputs
+        bound = (
+            bound * eps_of(state_dtype(dtype)) / eps_of(F64)
+        )  # the formula is for float64 inputs
         bound = bound + eps_of(dtype) * exact_backward(g, w.double() / s, u, v, 1.0).abs()
         assert (error <= bound + smallest(dtype) * s).all(), scale
 
 
 def test_normalize_same_bits_run_to_run_and_for_any_number_of_threads():
     for dtype in DTYPES:
-        ws = [random_weight(*s, dtype, seed=i) for i, s in enumerate(((700, 900), (20, 30), (64, 4096)))]
+        ws = [
+            random_weight(*s, dtype, seed=i)
+            for i, s in enumerate(((700, 900), (20, 30), (64, 4096)))
+        ]
         ws.append(random_weight(900, 700, dtype).mT)
         gs = [torch.randn_like(w) for w in ws]
         us, vs = (list(x) for x in zip(*(start(w) for w in ws), strict=True))
@@ -349,7 +372,9 @@ def test_normalize_same_bits_run_to_run_and_for_any_number_of_threads():
         results = []
         for threads in (1, 2, 2):
             torch.set_num_threads(threads)
-            results.append([*ops.normalize(ws, us, vs, sigma), *ops.normalize_backward(gs, ws, us, vs, sigma)])
+            results.append(
+                [*ops.normalize(ws, us, vs, sigma), *ops.normalize_backward(gs, ws, us, vs, sigma)]
+            )
         for other in results[1:]:
             assert all(same_bits(x, y) for x, y in zip(other, results[0], strict=True))
         for i in range(len(ws)):
@@ -378,7 +403,9 @@ def test_random_cases(m, n, dtype, layouts, b, exponent, seed):
     (y,) = ops.normalize([w], [u], [v], sigma)
     s = sigma.double().item()
     exact = w.double() / s
-    assert ((y.double() - exact).abs() <= tolerance("quotient", dtype) * exact.abs() + smallest(dtype)).all()
+    assert (
+        (y.double() - exact).abs() <= tolerance("quotient", dtype) * exact.abs() + smallest(dtype)
+    ).all()
     (dw,) = ops.normalize_backward([g], [w], [u], [v], sigma)
     error = (dw.double() - exact_backward(g, w, u, v, s)).abs()
     assert (error <= normalize_backward_bound(g, w, lead(u), lead(v), s)).all()
@@ -422,7 +449,9 @@ def test_normalize_gradcheck(layout, b):
     assert gradgradcheck(f, (w,), check_fwd_over_rev=True)
 
 
-@pytest.mark.parametrize("function", [lambda w, u, v: ops.sigma([w], [u], [v]) * w[0], normalized, plain])
+@pytest.mark.parametrize(
+    "function", [lambda w, u, v: ops.sigma([w], [u], [v]) * w[0], normalized, plain]
+)
 def test_is_grads_batched(function):
     """grad(..., is_grads_batched=True), which autograd.functional.jacobian(vectorize=True) rests on."""
     w, u, v = problem()
@@ -437,12 +466,19 @@ def test_is_grads_batched(function):
 def test_normalize_backward_gradcheck():
     w, u, v = problem()
     g = random_weight(4, 5, F64, seed=1).requires_grad_()
-    f = lambda g, w: ops.normalize_backward([g], [w], [u], [v], ops.sigma([w.detach()], [u], [v]))[0]  # noqa: E731
+
+    def f(g, w):
+        return ops.normalize_backward([g], [w], [u], [v], ops.sigma([w.detach()], [u], [v]))[0]
+
     assert gradcheck(f, (g, w), check_forward_ad=True)
     assert gradgradcheck(f, (g, w))
 
 
-@pytest.mark.parametrize("f", [normalized, lambda w, u, v: ops.sigma([w], [u], [v])[0].exp()], ids=["normalize", "sigma"])
+def exp_sigma(w, u, v):
+    return ops.sigma([w], [u], [v])[0].exp()
+
+
+@pytest.mark.parametrize("f", [normalized, exp_sigma])
 def test_derivatives_up_to_the_fourth(f):
     w, u, v = problem()
     other = plain if f is normalized else (lambda w, u, v: torch.dot(u, torch.mv(w, v)).exp())
@@ -502,12 +538,18 @@ def test_gradients_in_low_precision(dtype):
     sigma.sum().backward()
     assert w.grad.dtype == dtype
     exact = torch.outer(u.double(), v.double())
-    assert ((w.grad.double() - exact).abs() <= tolerance("quotient", dtype) * exact.abs() + smallest(dtype)).all()
+    assert (
+        (w.grad.double() - exact).abs()
+        <= tolerance("quotient", dtype) * exact.abs() + smallest(dtype)
+    ).all()
     w.grad = None
     g = random_weight(33, 35, dtype, seed=1)
     ops.normalize([w], [u], [v], sigma.detach())[0].backward(g)
     s = sigma.double().item()
-    assert ((w.grad.double() - exact_backward(g, w, u, v, s)).abs() <= normalize_backward_bound(g, w, u, v, s)).all()
+    assert (
+        (w.grad.double() - exact_backward(g, w, u, v, s)).abs()
+        <= normalize_backward_bound(g, w, u, v, s)
+    ).all()
 
 
 def test_sigma_passed_to_normalize_gets_no_gradient():
@@ -563,7 +605,9 @@ def ragged(requires_grad=(True, True, True)):
     return [w.requires_grad_(r) for w, r in zip(ws, requires_grad, strict=True)], us, vs
 
 
-@pytest.mark.parametrize("used", [s for k in (1, 2, 3) for s in itertools.combinations(range(3), k)], ids=str)
+@pytest.mark.parametrize(
+    "used", [s for k in (1, 2, 3) for s in itertools.combinations(range(3), k)], ids=str
+)
 def test_some_outputs_used(used):
     ws, us, vs = ragged()
     ys = ops.normalize(ws, us, vs, ops.sigma([w.detach() for w in ws], us, vs))
@@ -573,7 +617,9 @@ def test_some_outputs_used(used):
             assert w.grad is None or (w.grad == 0).all()
             continue
         (expected,) = grad((plain(w, us[i], vs[i]) ** 2).sum(), w)
-        assert (w.grad - expected).abs().max() <= 100 * eps_of(F64) * expected.abs().max().clamp_min(1)
+        assert (w.grad - expected).abs().max() <= 100 * eps_of(
+            F64
+        ) * expected.abs().max().clamp_min(1)
 
 
 @pytest.mark.parametrize("mask", list(itertools.product((True, False), repeat=3)), ids=str)
@@ -591,7 +637,9 @@ def test_some_weights_require_grad(mask):
             assert w.grad is None
             continue
         (expected,) = grad((plain(w, u, v) ** 2).sum() + torch.dot(u, torch.mv(w, v)), w)
-        assert (w.grad - expected).abs().max() <= 100 * eps_of(F64) * expected.abs().max().clamp_min(1)
+        assert (w.grad - expected).abs().max() <= 100 * eps_of(
+            F64
+        ) * expected.abs().max().clamp_min(1)
 
 
 def test_the_same_weight_twice_in_a_list():
@@ -612,7 +660,10 @@ def test_two_forwards_then_one_backward():
     for k in (1, 2):
         ops.power_iteration_([w], [u], [v])
         a, b = u.clone(), v.clone()
-        total = total + (ops.normalize([w], [a], [b], ops.sigma([w.detach()], [a], [b]))[0] * x).sum() * k
+        total = (
+            total
+            + (ops.normalize([w], [a], [b], ops.sigma([w.detach()], [a], [b]))[0] * x).sum() * k
+        )
         expected = expected + (plain(w, a, b) * x).sum() * k
     (got,) = grad(total, w)
     (want,) = grad(expected, w)

@@ -1,4 +1,4 @@
-"""What torch does around the ops: opcheck, torch.func, torch.compile, export, meta, autocast, inference mode, threads."""
+"""What torch does around the ops: opcheck, torch.func, compile, export, meta, autocast, inference mode, threads."""
 
 from __future__ import annotations
 
@@ -18,8 +18,12 @@ SHAPES = ((3, 4), (5, 2), (4, 4), (1, 6), (7, 1), (0, 3))
 
 
 def ragged(dtype=F64, requires_grad=False, b=None, shapes=SHAPES):
-    ws = [random_weight(*s, dtype, seed=i).requires_grad_(requires_grad) for i, s in enumerate(shapes)]
-    ws[0] = ws[0].detach().mT.contiguous().mT.requires_grad_(requires_grad)  # one of them transposed
+    ws = [
+        random_weight(*s, dtype, seed=i).requires_grad_(requires_grad) for i, s in enumerate(shapes)
+    ]
+    ws[0] = (
+        ws[0].detach().mT.contiguous().mT.requires_grad_(requires_grad)
+    )  # one of them transposed
     pairs = [start(w, b if b and b <= min(w.shape) else None) for w in ws]
     return ws, [u for u, _ in pairs], [v for _, v in pairs]
 
@@ -142,7 +146,10 @@ def test_jvp_is_never_silently_zero():
         (lambda w: ops.normalize([w], [u], [v], s)[0], lambda w: w / plain_sigma(w, u, v)),
         (
             lambda w: ops.normalize_backward([t], [w], [u], [v], s)[0],
-            lambda w: (t - (t * w).sum() / plain_sigma(w, u, v) * torch.outer(u, v)) / plain_sigma(w, u, v),
+            lambda w: (
+                (t - (t * w).sum() / plain_sigma(w, u, v) * torch.outer(u, v))
+                / plain_sigma(w, u, v)
+            ),
         ),
         (lambda w: F.sigma(w, u, v), lambda w: plain_sigma(w, u, v)),
         (lambda w: F.normalize(w, u, v, s), lambda w: w / plain_sigma(w, u, v)),
@@ -195,7 +202,9 @@ def test_vmap_of_values():
     out = vmap(lambda w, u, v: ops.sigma([w, ws[0]], [u, us[0]], [v, vs[0]]))(ws, us, vs)
     close(out, torch.stack([s, s[0].expand(3)], 1))
     g = torch.randn(3, 4, 5, dtype=F64)
-    got = vmap(lambda g, w, u, v, s: ops.normalize_backward([g], [w], [u], [v], s.reshape(1))[0])(g, ws, us, vs, s)
+    got = vmap(lambda g, w, u, v, s: ops.normalize_backward([g], [w], [u], [v], s.reshape(1))[0])(
+        g, ws, us, vs, s
+    )
     close(got, torch.stack(ops.normalize_backward(list(g), list(ws), list(us), list(vs), s)))
 
 
@@ -212,11 +221,18 @@ def test_vmap_of_grad_and_grad_of_vmap():
     (got,) = torch.autograd.grad(vmap(weighted)(y, us, vs, s).sum(), y)
     close(got, expected)
     h = torch.stack(
-        [torch.autograd.functional.hessian(lambda w, i=i: weighted_plain(w, us[i], vs[i], None), ws[i]) for i in range(3)]
+        [
+            torch.autograd.functional.hessian(
+                lambda w, i=i: weighted_plain(w, us[i], vs[i], None), w
+            )
+            for i, w in enumerate(ws)
+        ]
     )
     close(vmap(hessian(weighted))(ws, us, vs, s), h, 1000)
     t = torch.randn(3, 4, 5, dtype=F64)
-    got = vmap(lambda w, u, v, s, t: jvp(lambda w: weighted(w, u, v, s), (w,), (t,))[1])(ws, us, vs, s, t)
+    got = vmap(lambda w, u, v, s, t: jvp(lambda w: weighted(w, u, v, s), (w,), (t,))[1])(
+        ws, us, vs, s, t
+    )
     close(got, (expected * t).sum((1, 2)))
 
 
@@ -234,8 +250,8 @@ def test_vmap_of_power_iteration(n_iterations):
     ws = torch.stack([random_weight(4, 5, F64, seed=i) for i in range(3)])
     pairs = [start(w, seed=i) for i, w in enumerate(ws)]
     expected = [(u.clone(), v.clone()) for u, v in pairs]
-    s = torch.stack([ops.power_iteration_([w], [u], [v], n_iterations)[0] for w, (u, v) in zip(ws, expected, strict=True)])
     step = lambda w, u, v: ops.power_iteration_([w], [u], [v], n_iterations)[0]  # noqa: E731
+    s = torch.stack([step(w, u, v) for w, (u, v) in zip(ws, expected, strict=True)])
 
     us, vs = torch.stack([u for u, _ in pairs]), torch.stack([v for _, v in pairs])
     assert same_bits(vmap(step)(ws, us, vs), s)
@@ -254,9 +270,9 @@ def test_vmap_of_power_iteration(n_iterations):
     # the order of a list of several: [list, batch] each
     us, vs = torch.stack([u for u, _ in pairs]), torch.stack([v for _, v in pairs])
     us2, vs2 = us.clone(), vs.clone()
-    out = vmap(lambda w, u, v, u2, v2: ops.power_iteration_([w, 2 * w], [u, u2], [v, v2], n_iterations))(
-        ws, us, vs, us2, vs2
-    )
+    out = vmap(
+        lambda w, u, v, u2, v2: ops.power_iteration_([w, 2 * w], [u, u2], [v, v2], n_iterations)
+    )(ws, us, vs, us2, vs2)
     assert same_bits(out, torch.stack([s, 2 * s], 1))
 
 
@@ -265,11 +281,10 @@ def test_vmap_of_power_iteration_with_one_u_for_many_weights_is_an_error(name):
     ws, us, vs = batched()
     u, v = us[0].clone(), vs[0].clone()
     before = (u.clone(), v.clone(), us.clone(), vs.clone())
-    with pytest.raises(ValueError, match=rf"power_iteration_: expected {name}\[0\] to be batched under vmap"):
-        if name == "u":
-            vmap(lambda w, v: ops.power_iteration_([w], [u], [v]))(ws, vs)
-        else:
-            vmap(lambda w, u: ops.power_iteration_([w], [u], [v]))(ws, us)
+    with_one_u = lambda w, v: ops.power_iteration_([w], [u], [v])  # noqa: E731
+    with_one_v = lambda w, u: ops.power_iteration_([w], [u], [v])  # noqa: E731
+    with pytest.raises(ValueError, match=rf"power_iteration_: expected {name}\[0\] to be batched"):
+        vmap(with_one_u if name == "u" else with_one_v)(ws, vs if name == "u" else us)
     assert all(same_bits(x, y) for x, y in zip((u, v, us, vs), before, strict=True))
 
 
@@ -285,7 +300,9 @@ def test_power_iteration_inside_grad():
     a, b = u.clone(), v.clone()
     ops.power_iteration_([w], [a], [b])
     x = w.clone().requires_grad_()
-    (expected,) = torch.autograd.grad(((x / plain_sigma(x, a, b)) ** 3).sum() + plain_sigma(x, a, b), x)
+    (expected,) = torch.autograd.grad(
+        ((x / plain_sigma(x, a, b)) ** 3).sum() + plain_sigma(x, a, b), x
+    )
     close(grad(loss)(w, u, v), expected)
 
 
@@ -510,10 +527,14 @@ def test_inference_mode():
     s = ops.power_iteration_([w], [expected[0]], [expected[1]], 2)
     y = normalized(w, *expected, s)
     with torch.inference_mode():
-        assert same_bits(ops.power_iteration_([w], [u], [v], 2), s)  # tensors from outside, written inside
+        assert same_bits(
+            ops.power_iteration_([w], [u], [v], 2), s
+        )  # tensors from outside, written inside
         assert same_bits(u, expected[0])
         assert same_bits(normalized(w, u, v, s), y)
-        assert same_bits(ops.sigma([w], [u], [v]), ops.sigma([w], list(expected[:1]), list(expected[1:])))
+        assert same_bits(
+            ops.sigma([w], [u], [v]), ops.sigma([w], list(expected[:1]), list(expected[1:]))
+        )
         u2, v2 = start(w)
         ops.power_iteration_([w], [u2], [v2])
         w2 = w * 1
