@@ -332,6 +332,8 @@ def groups() -> list[tuple[str, harness.Builder]]:
     add("4096 x 4096 float32", [(4096, 4096)], 1.3)
     add("512 x 4608 float32", [(512, 4608)], 2.0)
     add("1024 x 4096 float32", [(1024, 4096)], 2.0)
+    add("512 x 4608 float32, in cache", [(512, 4608)], cached=True)
+    add("1024 x 4096 float32, in cache", [(1024, 4096)], cached=True)
     add("4096 x 4096 bfloat16, reads of its own bytes", [(4096, 4096)], 1.5, dtype=torch.bfloat16)
     add("4096 x 4096 float32, b = 4", [(4096, 4096)], 2.5, columns=4)
     add("11 weights of an SN-GAN discriminator, one call", SN_GAN, 1.6)

@@ -40,6 +40,10 @@ POOL_OVER_LLC = 4
 OUT = Path(__file__).resolve().parent / "out"
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector load
 
+# In CPUs, used by other programs beyond those that our threads leave free. A thread that shares its CPU loses it
+# every few milliseconds for as long; a parallel op then waits for it, whoever wrote the op. Ratios cannot hide that.
+DISTURBED_ABOVE = 0.1
+
 EXIT_WRONG, EXIT_MISSED = 1, 3  # 2 is argparse's, and what cannot run for want of a file
 
 
@@ -156,6 +160,8 @@ class Result:
     group: Group
     rows: list[Row]
     facts: dict[str, Any] = field(default_factory=dict)
+    others: float | None = None  # CPUs that other programs kept busy while this was timed
+    disturbed: bool = False
 
 
 def require_close(what: str, got: Any, expected: Any, rtol: float) -> float:
@@ -306,8 +312,9 @@ def _plan(clock: _Clock, variant: Variant, rounds: int, min_sample: float, budge
         calls = max(calls + 1, math.ceil(1.1 * calls * min_sample / max(elapsed, 1e-9)))
         elapsed = clock.seconds(variant.call, calls)
     every = math.ceil(rounds * elapsed / budget)
-    # A median wants at least 5 samples.
-    return _Plan(calls, max(1, min(every, rounds // 5)))
+    # A median wants at least 5 samples; 3 have to do where those would take several budgets.
+    least = 5 if 5 * elapsed <= 3 * budget else 3
+    return _Plan(calls, max(1, min(every, rounds // least)))
 
 
 def measure(group: Group, *, rounds: int, min_sample: float, budget: float) -> dict[str, Samples]:
@@ -428,7 +435,10 @@ def _heading(result: Result) -> str:
         f"{key} {value if isinstance(value, (str, int)) else f'{value:.2g}'}"
         for key, value in result.facts.items()
     ]
-    return "; ".join(x for x in (group.name, data, *facts, group.note) if x)
+    disturbed = ""
+    if result.disturbed:
+        disturbed = f"DISTURBED by other programs (they used {result.others:.1f} CPUs)"
+    return "; ".join(x for x in (group.name, data, *facts, group.note, disturbed) if x)
 
 
 def print_table(results: Sequence[Result], file: Any = None) -> None:
@@ -485,7 +495,6 @@ def to_json(name: str, results: Sequence[Result], options: argparse.Namespace) -
         "machine": machine(options.threads),
         "quick": options.quick,
         "rounds": options.rounds,
-        "load_average_before": options.load,
         "groups": [
             {
                 "name": result.group.name,
@@ -495,6 +504,8 @@ def to_json(name: str, results: Sequence[Result], options: argparse.Namespace) -
                 "entries": result.group.entries,
                 "note": result.group.note,
                 "facts": result.facts,
+                "cpus_used_by_others": result.others,
+                "disturbed": result.disturbed,
                 "rows": [
                     {
                         "what": row.what,
@@ -539,18 +550,19 @@ def plot(name: str, results: Sequence[Result], path: Path, subtitle: str) -> Non
             error_kw={"elinewidth": 0.8, "ecolor": "#555555"},
         )
         for i, row in enumerate(rows):
+            targets = result.group.variants[i].targets
+            limits = [t.limit for t in targets if not t.than and not t.faster]
+            for limit in limits:
+                axis.plot([limit] * 2, [i - 0.45, i + 0.45], color="black", lw=1.6)
             text = f"{_number(row.ratio.median)}   {seconds_text(row.time.median)}"
             axis.annotate(
                 text,
-                (row.ratio.high, i),
+                (max(row.ratio.high, *limits, 0), i),
                 xytext=(5, 0),
                 textcoords="offset points",
                 va="center",
                 fontsize=7.5,
             )
-            for target, verdict in zip(result.group.variants[i].targets, row.verdicts, strict=True):
-                if not target.than and not target.faster:
-                    axis.plot([verdict.limit] * 2, [i - 0.45, i + 0.45], color="black", lw=1.6)
         axis.set_xscale("log")
         axis.set_xlim(floor, max(row.ratio.high for row in rows) * 6)
         axis.axvline(1, color="#888888", lw=0.7, zorder=0)
@@ -611,7 +623,6 @@ def run(
         arguments.error(f"--only: no group has {options.only!r} in its name")
     results = []
     with threads(options.threads):
-        options.load = _load()
         for i, (title, build) in enumerate(wanted, 1):
             start = time.perf_counter()
             print(f"[{i}/{len(wanted)}] {title} ...", end="", flush=True, file=sys.stderr)
@@ -639,6 +650,8 @@ def run(
         print("--quick: sizes are not those of the targets; no figure here means anything")
     else:
         print(f"{sum(v.met is True for v in verdicts)} of {len(verdicts)} targets met; {subtitle}")
+    if any(result.disturbed for result in results):
+        print("some groups were DISTURBED by other programs: run again on a quiet machine")
     print(f"{' and '.join(written)} in {_shown(options.out)}")
     missed = any(v.met is False for v in verdicts)
     return EXIT_MISSED if missed and options.require_targets else 0
@@ -674,24 +687,37 @@ def _run_group(build: Builder, options: argparse.Namespace) -> Result:
     quick = options.quick
     with group.context(), _no_garbage_collection():
         facts = group.check()
+        watch = _Others()
         times = measure(
             group,
             rounds=options.rounds,
             min_sample=2e-4 if quick else 2e-3,
             budget=0.1 if quick else 2.0,
         )
-    return Result(group, summarize(group, times, judge=not quick), facts)
+        others = watch.cpus()
+    disturbed = others is not None and options.threads + others > _cpus() + DISTURBED_ABOVE
+    return Result(group, summarize(group, times, judge=not quick), facts, others, disturbed)
 
 
-def _load() -> float | None:
-    """The load average before the start, which the JSON keeps; warns if others are at work here."""
+class _Others:
+    """CPUs that other programs (other virtual machines, too) use from here on: all busy time less our own."""
+
+    def __init__(self) -> None:
+        self.start, self.busy, self.own = time.perf_counter(), _busy_seconds(), time.process_time()
+
+    def cpus(self) -> float | None:
+        """None where /proc does not tell, or too early for its clock of 10 ms."""
+        elapsed, busy = time.perf_counter() - self.start, _busy_seconds()
+        if self.busy is None or busy is None or elapsed < 0.5:
+            return None
+        others = busy - self.busy - (time.process_time() - self.own)
+        return round(max(0.0, others / elapsed), 2)
+
+
+def _busy_seconds() -> float | None:
+    """Of all CPUs since the machine started: user, nice, system, irq, softirq and stolen time."""
     try:
-        load = os.getloadavg()[0]
-    except (OSError, AttributeError):
+        fields = [int(x) for x in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+        return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
         return None
-    if load > 0.5 * _cpus():
-        print(
-            f"the machine is busy (load {load:.1f} on {_cpus()} CPUs): no figure will mean much",
-            file=sys.stderr,
-        )
-    return round(load, 2)

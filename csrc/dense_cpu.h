@@ -18,12 +18,14 @@ inline void jacobi_eigen(Small& s, int n, Small& q, double* values) {
   for (int i = 0; i < n; ++i)
     for (int j = 0; j < n; ++j) q.a[i][j] = i == j;
   for (int sweep = 0; sweep < 30; ++sweep) {
-    double off = 0;
+    bool rotated = false;
     for (int i = 0; i < n; ++i)
       for (int j = i + 1; j < n; ++j) {
         const double x = s.a[i][j];
-        if (std::fabs(x) <= 1e-17 * std::sqrt(std::fabs(s.a[i][i] * s.a[j][j]))) continue;
-        off += x * x;
+        // square roots first: the product of two small squares would underflow
+        const double size = std::sqrt(std::fabs(s.a[i][i])) * std::sqrt(std::fabs(s.a[j][j]));
+        if (std::fabs(x) <= 1e-17 * size) continue;
+        rotated = true;
         const double theta = (s.a[j][j] - s.a[i][i]) / (2 * x);
         const double t =
             (theta >= 0 ? 1.0 : -1.0) / (std::fabs(theta) + std::sqrt(theta * theta + 1));
@@ -44,7 +46,7 @@ inline void jacobi_eigen(Small& s, int n, Small& q, double* values) {
           q.a[k][j] = sn * ki + c * kj;
         }
       }
-    if (off == 0) break;
+    if (!rotated) break;
   }
   for (int i = 0; i < n; ++i) values[i] = s.a[i][i];
   for (int i = 0; i < n; ++i) {

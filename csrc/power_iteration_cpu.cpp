@@ -28,7 +28,8 @@ namespace SPECNORM_ISA {
 namespace {
 
 template <class C>
-struct Range;  // |t| in here needs no scaling: t^2 * sigma^2 and its terms stay normal numbers
+struct Range;  // |t| in here needs no scaling: |z|^2 = |t|^2 sigma^2 and its terms stay normal
+               // numbers
 template <>
 struct Range<float> {
   static constexpr double low = 1e-14, high = 1e14, epsilon = FLT_EPSILON, largest = FLT_MAX;
@@ -36,7 +37,7 @@ struct Range<float> {
 };
 template <>
 struct Range<double> {
-  static constexpr double low = 1e-120, high = 1e120, epsilon = DBL_EPSILON, largest = DBL_MAX;
+  static constexpr double low = 1e-70, high = 1e70, epsilon = DBL_EPSILON, largest = DBL_MAX;
   static constexpr int max_shift = 1000;
 };
 
@@ -182,7 +183,10 @@ int whitening(const Small& g, int b, Small& whiten) {
   for (int i = 0; i < b; ++i)
     for (int j = 0; j < b; ++j) scaled.a[i][j] = g.a[i][j] * inverse_length[i] * inverse_length[j];
   jacobi_eigen(scaled, b, q, value);
-  const double threshold = std::fmax(1e-14 * b, 1e4 * Range<C>::epsilon * Range<C>::epsilon);
+  // A direction in which the unit columns all but agree carries their rounding, epsilon /
+  // sqrt(value). Kept only where that stays small; a dropped one is drawn anew and found again from
+  // a better start.
+  const double threshold = sizeof(C) == 4 ? 1e-7 : 1e-10;
   int rank = 0;
   while (rank < b && value[rank] > threshold) ++rank;
   for (int i = 0; i < b; ++i)
@@ -198,6 +202,11 @@ void load_start(State<S>& s) {
     const C* from = column<C>(s.item->v, i);
     C* to = s.start + i * s.n;
     for (int64_t j = 0; j < s.n; ++j) to[j] = from[j * s.item->v.row_stride];
+    double top = 0;
+    for (int64_t j = 0; j < s.n; ++j) top = std::fmax(top, std::fabs(double(to[j])));
+    if (top > 0 && (top < 1e-100 || top > 1e100) &&
+        top <= DBL_MAX)  // whose squares float64 cannot hold
+      for (int64_t j = 0; j < s.n; ++j) to[j] = C(double(to[j]) / top);
     double length = std::sqrt(sum_of_squares(to, s.n));
     if (!(length > 0) || !std::isfinite(length)) {
       seed(to, s.n, uint32_t(i));
@@ -211,6 +220,17 @@ void load_start(State<S>& s) {
     const C amount = C(Range<C>::epsilon / std::sqrt(double(s.n)));
     for (int64_t j = 0; j < s.n; ++j)
       to[j] += amount * C(int32_t(hash(uint32_t(j), uint32_t(100 + i)) & 2u) - 1);
+  }
+  // Nearly dependent columns would make W V ill-conditioned and drown sigma in its rounding; one's
+  // own columns from the last call are orthonormal already.
+  if (s.b > 1) {
+    Small g{};
+    gram_matrix(s.start, s.n, s.n, s.b, g);
+    double off = 0;
+    for (int i = 0; i < s.b; ++i)
+      for (int j = 0; j < i; ++j)
+        off = std::fmax(off, std::fabs(g.a[i][j]) / std::sqrt(g.a[i][i] * g.a[j][j]));
+    if (off > 1e-3) orthonormalize(s.start, s.n, s.n, 0, s.b);
   }
 }
 
@@ -390,11 +410,14 @@ int invert(const double* sigma, int b, double* inverse) {
   return rank;
 }
 
-// Unit columns for the caller. Where the spectrum decays fast the small columns carry the rounding
-// errors of the large ones; a Gram-Schmidt sweep in leading-first order removes them.
+// The length of the leading column, then orthonormal columns for the caller. Whitening by a Gram
+// matrix loses orthogonality with the square of the condition; a Gram-Schmidt sweep in
+// leading-first order restores it and keeps the leading direction.
 template <class C>
-void polish(C* x, int64_t stride, int64_t n, int b, const double* sigma) {
-  if (b > 1 && sigma[b - 1] < 0.05 * sigma[0]) orthonormalize(x, stride, n, 1, b);
+double polish(C* x, int64_t stride, int64_t n, int b) {
+  const double length = std::sqrt(sum_of_squares(x, n));
+  orthonormalize(x, stride, n, 0, b);
+  return length;
 }
 
 template <class S>
@@ -460,16 +483,16 @@ void after_pass_by_rows(State<S>& s, double eps) {
   for (int i = 0; i < b; ++i)
     for (int j = 0; j < rank; ++j) to_v.a[i][j] *= inverse[j];
   combine(s.z, s.length_stride, s.n, b, to_v, kept);
-  polish(s.z, s.length_stride, s.n, b, sigma);
+  const double length_v = polish(s.z, s.length_stride, s.n, b);
   if (--s.iterations_left > 0) {
     for (int i = 0; i < b; ++i)
       scale_into(s.z + i * s.length_stride, s.n, unit, s.a + i * s.length_stride);
     return;
   }
   combine(s.t, s.rows_stride, s.m, b, rotate, rank);
-  polish(s.t, s.rows_stride, s.m, b, sigma);
+  const double length_u = polish(s.t, s.rows_stride, s.m, b);
   commit(s, s.t, s.rows_stride, s.z, s.length_stride);
-  finish(s, sigma[0] / unit);
+  finish(s, sigma[0] * length_v / length_u / unit);  // |W^T u| for the u handed out
 }
 
 // Stored by columns. kStart leaves T = W V in z, kPass Z in t and T' = W Z in z, kLast Z in t. The
@@ -486,7 +509,7 @@ void orthonormal_u(State<S>& s, double eps) {
   if (!acceptable(s, std::sqrt(longest), eps)) return recover(s);
   const int rank = whitening<C>(g, b, whiten);
   combine(s.z, s.length_stride, s.extent, b, whiten, rank);
-  if (rank < b) orthonormalize(s.z, s.length_stride, s.m, rank, b);
+  if (b > 1) orthonormalize(s.z, s.length_stride, s.m, 0, b);
   const double unit = s.unit;
   for (int i = 0; i < b; ++i)
     for (int64_t k = 0; k < s.extent; ++k)
@@ -519,13 +542,15 @@ void after_pass_by_columns(State<S>& s, double eps) {
   --s.iterations_left;
   if (s.phase == Phase::kLast) {
     combine(s.t, s.rows_stride, s.n, b, to_v, kept);
-    polish(s.t, s.rows_stride, s.n, b, sigma);
+    const double length_v =
+        b == 1 ? std::sqrt(sum_of_squares(s.t, s.n)) : polish(s.t, s.rows_stride, s.n, b);
     for (int i = 0; i < b; ++i)
       for (int64_t k = 0; k < s.extent; ++k)
         s.a[i * s.length_stride + k] = C(double(s.a[i * s.length_stride + k]) / unit);
     combine(s.a, s.length_stride, s.extent, b, x, b);
+    if (b > 1) polish(s.a, s.length_stride, s.m, b);
     commit(s, s.a, s.length_stride, s.t, s.rows_stride);
-    return finish(s, sigma[0] / unit);
+    return finish(s, sigma[0] * length_v / unit);
   }
   combine(s.z, s.length_stride, s.extent, b, to_v, kept);  // T' = W V for the Ritz vectors V
   orthonormal_u(s, eps);

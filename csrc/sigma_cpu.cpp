@@ -31,11 +31,12 @@ struct SigmaState {
   int64_t rows, length, ld, inner_stride;
   bool packed;
   int64_t chunks, chunk_rows, pending;
-  C* dotted;   // [length] scaled by 2^shift
-  C* weights;  // [rows]
-  C* t;        // [rows]
-  double* part;
-  C* scratch;  // [chunks, length] gathered rows, when no stride is 1
+  C* dotted;     // [length] scaled by 2^shift
+  C* weights;    // [rows]
+  C* t;          // [rows]
+  double* part;  // [chunks, 2] sum, and largest |t|
+  double first;  // the sum of the first attempt
+  C* scratch;    // [chunks, length] gathered rows, when no stride is 1
   C* sigma;
   int shift, attempt;
   bool done;
@@ -74,35 +75,44 @@ struct SigmaJob {
             .run();
       }
     }
-    double sum = 0;
-    for (int64_t r = r0; r < r1; ++r) sum += double(s.t[r]) * double(s.weights[r]);
-    s.part[chunk] = sum;
+    double sum = 0, size = 0;
+    for (int64_t r = r0; r < r1; ++r) {
+      sum += double(s.t[r]) * double(s.weights[r]);
+      size = std::fmax(size, std::fabs(double(s.t[r])));
+    }
+    s.part[2 * chunk] = sum;
+    s.part[2 * chunk + 1] = size;
   }
 
   static void conclude(SigmaState<S>& s) {
-    double sum = 0;
-    for (int64_t c = 0; c < s.chunks; ++c) sum += s.part[c];
-    // Huge terms first: an Inf that only scaling removes must not be taken for an Inf of W. Then
-    // tiny ones.
-    int shift = 0;
-    if (!std::isfinite(sum))
-      shift = -kShift<C>;
-    else if (std::fabs(sum) < kLow<C>)
-      shift = kShift<C>;
-    if (s.attempt == 0 && shift != 0) {
+    double sum = 0, size = 0;
+    for (int64_t c = 0; c < s.chunks; ++c) {
+      sum += s.part[2 * c];
+      size = std::fmax(size, s.part[2 * c + 1]);
+    }
+    if (s.attempt == 0) {
+      // An Inf that scaling removes is not an Inf of W; tiny dot products may have lost bits to
+      // denormal terms.
       s.attempt = 1;
-      s.shift = shift;
-      for (int64_t k = 0; k < padded_length<C>(s.length); ++k)
-        s.dotted[k] = C(std::ldexp(double(s.dotted[k]), shift));
+      s.shift = !std::isfinite(sum) ? -kShift<C> : size < kLow<C> ? kShift<C> : 0;
+      if (s.shift != 0) {
+        s.first = sum;
+        for (int64_t k = 0; k < padded_length<C>(s.length); ++k)
+          s.dotted[k] = C(std::ldexp(double(s.dotted[k]), s.shift));
+        return;
+      }
+    } else if (!std::isfinite(sum) && std::isfinite(s.first)) {
+      sum = s.first;  // the dot products were small by cancellation, not by W: scaled up, they
+                      // overflow
+      s.shift = 0;
+    }
+    s.done = true;
+    if (!std::isfinite(sum)) {
+      *s.sigma = C(NAN);
       return;
     }
     const double value = std::ldexp(sum, -s.shift);
-    *s.sigma = C(std::isnan(value)      ? value
-                 : value > kLargest<C>  ? kLargest<C>
-                 : value < -kLargest<C> ? -kLargest<C>
-                                        : value);
-    if (!std::isfinite(sum)) *s.sigma = C(NAN);
-    s.done = true;
+    *s.sigma = C(value > kLargest<C> ? kLargest<C> : value < -kLargest<C> ? -kLargest<C> : value);
   }
 };
 
@@ -112,7 +122,7 @@ void lay_out(Arena& arena, SigmaState<S>& s) {
   s.dotted = arena.take<C>(padded_length<C>(s.length));
   s.weights = arena.take<C>(padded_length<C>(s.rows));
   s.t = arena.take<C>(padded_length<C>(s.rows));
-  s.part = arena.take<double>(s.chunks);
+  s.part = arena.take<double>(2 * s.chunks);
   s.scratch = arena.take<C>((s.packed          ? s.chunks
                              : Elem<S>::kPairs ? 1
                                                : 0) *

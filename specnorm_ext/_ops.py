@@ -18,6 +18,7 @@ from torch.autograd.graph import increment_version
 
 from . import reference
 from ._checks import (
+    check_lengths,
     check_normalize,
     check_normalize_backward,
     check_power_iteration,
@@ -27,6 +28,7 @@ from ._checks import (
 
 _ops = torch.ops.specnorm_ext
 _impl = torch.library.Library("specnorm_ext", "IMPL")
+_legacy_vmap = torch._C._dispatch_key_parse("Batched")
 _below_autograd = torch._C._after_autograd_keyset
 _below_inplace = torch._C._after_ADInplaceOrView_keyset
 
@@ -36,6 +38,12 @@ def _needs_composite() -> bool:
     return (
         torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
     )
+
+
+def _check_counts(op: str, weights: list[Tensor], u: list[Tensor], v: list[Tensor]) -> None:
+    """autograd.Function takes the lists as one flat run of tensors: their lengths must be right before."""
+    check_lengths(op, len(weights), "u", len(u))
+    check_lengths(op, len(weights), "v", len(v))
 
 
 # ---- power_iteration_ -------------------------------------------------------------------------------------------
@@ -120,6 +128,7 @@ def _sigma_autograd(keyset, weights, u, v):
         if _needs_composite():
             return reference.sigma(weights, u, v)
         if torch.is_grad_enabled() and any(x.requires_grad for x in (*weights, *u, *v)):
+            _check_counts("sigma", weights, u, v)
             return _Sigma.apply(keyset, len(weights), *weights, *u, *v)
         return _ops.sigma.default.redispatch(keyset & _below_autograd, weights, u, v)
     except RuntimeError as error:
@@ -184,6 +193,7 @@ def _normalize_autograd(keyset, weights, u, v, sigma):
         if _needs_composite():
             return reference.normalize(weights, u, v, sigma)
         if torch.is_grad_enabled() and any(w.requires_grad for w in weights):
+            _check_counts("normalize", weights, u, v)
             return list(_Normalize.apply(keyset, len(weights), sigma, *weights, *u, *v))
         return _ops.normalize.default.redispatch(keyset & _below_autograd, weights, u, v, sigma)
     except RuntimeError as error:
@@ -194,9 +204,11 @@ def _normalize_backward_autograd(keyset, grads, weights, u, v, sigma):
     try:
         # Only a second derivative gets here with anything that requires grad; it is written in plain
         # operations, which differentiate on to any order.
-        if _needs_composite() or (
-            torch.is_grad_enabled() and any(x.requires_grad for x in (*grads, *weights))
-        ):
+        if (
+            _needs_composite()
+            # is_grads_batched of torch.autograd.grad: an older vmap, which knows no rules for lists
+            or (len(grads) > 0 and torch._C._dispatch_keys(grads[0]).has(_legacy_vmap))
+        ) or (torch.is_grad_enabled() and any(x.requires_grad for x in (*grads, *weights))):
             return reference.normalize_backward(grads, weights, u, v, sigma)
         return _ops.normalize_backward.default.redispatch(
             keyset & _below_autograd, grads, weights, u, v, sigma

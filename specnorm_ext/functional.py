@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import overload
+from collections.abc import Callable, Sequence
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -25,6 +25,14 @@ def _lists(*args: Tensors) -> tuple[bool, list[list[Tensor]]]:
             )
         lists.append([x] if isinstance(x, Tensor) else list(x))
     return single, lists
+
+
+def _typed(op: Callable[..., Any], *args: Any) -> Any:
+    """Under inference_mode torch skips the kernels that turn C++ errors into TypeError and ValueError."""
+    try:
+        return op(*args)
+    except RuntimeError as error:
+        raise_typed(error)
 
 
 def power_iteration(
@@ -67,13 +75,9 @@ def power_iteration(
         3.0
     """
     single, (ws, us, vs) = _lists(weights, u, v)
-    if _ops.are_plain_on_cpu(ws, us, vs):
-        try:
-            sigma = _ops.power_iteration_direct(ws, us, vs, n_iterations, eps)
-        except RuntimeError as error:
-            raise_typed(error)
-    else:
-        sigma = torch.ops.specnorm_ext.power_iteration_(ws, us, vs, n_iterations, eps)
+    direct = _ops.are_plain_on_cpu(ws, us, vs)
+    run = _ops.power_iteration_direct if direct else torch.ops.specnorm_ext.power_iteration_
+    sigma = _typed(run, ws, us, vs, n_iterations, eps)
     return sigma[0] if single else sigma
 
 
@@ -103,7 +107,7 @@ def sigma(weights: Tensors, u: Tensors, v: Tensors) -> Tensor:
                 [0., 0.]])
     """
     single, (ws, us, vs) = _lists(weights, u, v)
-    out = torch.ops.specnorm_ext.sigma(ws, us, vs)
+    out = _typed(torch.ops.specnorm_ext.sigma, ws, us, vs)
     return out[0] if single else out
 
 
@@ -144,7 +148,8 @@ def normalize(weights, u, v, sigma):
                 [0.0000, 0.5000]])
     """
     single, (ws, us, vs) = _lists(weights, u, v)
-    out = torch.ops.specnorm_ext.normalize(ws, us, vs, sigma.reshape(1) if single else sigma)
+    values = sigma.reshape(1) if single else sigma
+    out = _typed(torch.ops.specnorm_ext.normalize, ws, us, vs, values)
     return out[0] if single else out
 
 

@@ -10,6 +10,7 @@ exceed the bound by the model's worst case; the kernels add in vector lanes, whi
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -117,6 +118,21 @@ def iterations_to(ratio: float, start: float, tol: float) -> int:
     return max(1, math.ceil((math.log(2 * tol * start**2) / (2 * math.log(ratio)) + 1) / 2))
 
 
+def on_one_thread(function):
+    """For the float64 truth: small SVDs on two threads are slow on a busy machine, and no faster on an idle one."""
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.set_num_threads(threads)
+
+    return run
+
+
 # ---- matrices ---------------------------------------------------------------------------------------------------
 
 
@@ -124,6 +140,7 @@ def _orthogonal(m: int, k: int, generator: torch.Generator) -> Tensor:
     return torch.linalg.qr(torch.randn(m, k, dtype=F64, generator=generator)).Q
 
 
+@on_one_thread
 def matrix_with_spectrum(
     m: int, n: int, singular_values: Tensor | list[float], dtype: torch.dtype = F64, seed: int = 0
 ) -> Tensor:
@@ -158,6 +175,7 @@ SPECTRA: dict[str, Callable[[int], Tensor]] = {
 }
 
 
+@on_one_thread
 def true_norm(w: Tensor) -> float:
     """Spectral norm of W as stored, by a float64 SVD; W is scaled first so that denormals keep their bits."""
     if w.numel() == 0:
@@ -170,6 +188,7 @@ def true_norm(w: Tensor) -> float:
     return torch.linalg.svdvals(w64 * scale)[0].item() / scale
 
 
+@on_one_thread
 def start(
     w: Tensor, b: int | None = None, seed: int = 0, orthonormal: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -232,6 +251,7 @@ class Step(NamedTuple):
     )
 
 
+@on_one_thread
 def exact_step(w: Tensor, v: Tensor) -> Step:
     """One iteration from v [n] or [n, b]: u = orth(W v), rotated so that W^T u = v diag(sigma), leading first."""
     w64 = w.detach().double()
@@ -251,6 +271,7 @@ def exact_step(w: Tensor, v: Tensor) -> Step:
     return Step(u, right, sigma[0].item(), condition.item())
 
 
+@on_one_thread
 def check_step(w: Tensor, v0: Tensor, u: Tensor, v: Tensor, sigma: Tensor, norm: float) -> None:
     """u, v, sigma are what one iteration from v0 gives, to within its propagated rounding errors.
 
@@ -274,6 +295,7 @@ def check_step(w: Tensor, v0: Tensor, u: Tensor, v: Tensor, sigma: Tensor, norm:
     check_pair(w, u, v, sigma, norm, step.condition)
 
 
+@on_one_thread
 def check_pair(
     w: Tensor,
     u: Tensor,

@@ -232,6 +232,27 @@ def test_exit_code_of_a_missed_target(harness, tmp_path, capsys):
     assert target["measured"] > 1
 
 
+def test_disturbed_groups_say_so(harness, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(harness, "_cpus", lambda: 2)  # one of them for our one thread
+    for others, said in ((1.3, True), (1.0, False), (None, False)):
+        monkeypatch.setattr(harness._Others, "cpus", lambda _, found=others: found)
+        assert run_one(harness, harness.Variant("v", lambda _: None), tmp_path) == 0
+        assert ("DISTURBED" in capsys.readouterr().out) is said
+        group = json.loads((tmp_path / "x.json").read_text())["groups"][0]
+        assert (group["cpus_used_by_others"], group["disturbed"]) == (others, said)
+
+
+def test_what_others_use_is_what_we_do_not(harness, monkeypatch):
+    now = SimpleNamespace(wall=0.0, busy=100.0, own=50.0)
+    times = SimpleNamespace(perf_counter=lambda: now.wall, process_time=lambda: now.own)
+    monkeypatch.setattr(harness, "time", times)
+    monkeypatch.setattr(harness, "_busy_seconds", lambda: now.busy)
+    watch = harness._Others()
+    assert watch.cpus() is None
+    now.wall, now.busy, now.own = 10.0, 118.0, 65.0
+    assert watch.cpus() == 0.3
+
+
 def test_threads_are_put_back(harness, tmp_path):
     before = torch.get_num_threads()
     seen = []

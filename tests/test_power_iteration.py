@@ -510,6 +510,11 @@ def test_any_scale(dtype, layout, b):
         assert abs(sigma.double().item() - exact.sigma / unit) <= tol
         # the vectors know nothing of the scale: check them beside W brought back to 1
         check_pair_unit(w, u, v, unit, norm, dtype)
+        # in one call, as in single steps: Ritz values only grow, and stay below the norm
+        u, v = start(w, b)
+        three = run(w, u, v, 3).double().item()
+        assert sigma.double().item() - tol <= three <= norm * (1 + n_tol) + tol, scale
+        check_pair_unit(w, u, v, unit, norm, dtype)
 
 
 @pytest.mark.parametrize("b", [None, 2])
