@@ -118,25 +118,29 @@ inline void check_no_overlap(const char* op, const Operands& u, const Operands& 
       empty = empty || t.sizes[d] == 0;
       last += (t.sizes[d] - 1) * t.strides[d];
     }
-    if (!empty)
-      spans.emplace_back(begin, begin + (last + 1) * (t.dtype == ScalarType::Double ? 8 : 4));
+    if (!empty) spans.emplace_back(begin, begin + (last + 1) * t.element_size());
   };
   for (const Operand& t : u) add(t);
   for (const Operand& t : v) add(t);
   if (!std::is_sorted(spans.begin(), spans.end())) std::sort(spans.begin(), spans.end());
-  bool overlap = false;
+  bool crossing = false;
   for (size_t i = 1; i < spans.size(); ++i)
-    overlap = overlap || spans[i].first < spans[i - 1].second;
-  if (overlap) {
-    // Interleaved views (columns of one buffer) have spans that cross without sharing an element;
-    // only equal starts are certain to collide, and those are what a list built by mistake
-    // contains.
-    for (size_t i = 1; i < spans.size(); ++i)
-      if (spans[i].first == spans[i - 1].first)
-        fail("ValueError", op,
-             ": expected every tensor in u and v to have memory of its own, got the same tensor "
-             "twice");
-  }
+    crossing = crossing || spans[i].first < spans[i - 1].second;
+  if (!crossing) return;
+  // Spans may cross without sharing an element (columns of one buffer): look at the elements
+  // themselves.
+  std::vector<const char*> elements;
+  for (const Operands* list : {&u, &v})
+    for (const Operand& t : *list)
+      for (int64_t i = 0; i < t.sizes[0]; ++i)
+        for (int64_t j = 0; j < t.columns(); ++j)
+          elements.push_back(t.data + (i * t.strides[0] + (t.dim == 2 ? j * t.strides[1] : 0)) *
+                                          t.element_size());
+  std::sort(elements.begin(), elements.end());
+  if (std::adjacent_find(elements.begin(), elements.end()) != elements.end())
+    fail("ValueError", op,
+         ": expected every tensor in u and v to have memory of its own, got two that share "
+         "elements");
 }
 
 inline void check_power_iteration(const Operands& weights, const Operands& u, const Operands& v,

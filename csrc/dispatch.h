@@ -92,6 +92,7 @@ struct Operand {
     sizes = size_list;
     strides = stride_list;
   }
+  int64_t element_size() const { return dtype == ScalarType::Double ? 8 : 4; }  // of u, v and sigma
   int64_t columns() const { return dim == 2 ? sizes[1] : 1; }
   bool same_device(const Operand& other) const {
     return device_type == other.device_type && device_index == other.device_index;

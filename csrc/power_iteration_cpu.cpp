@@ -85,7 +85,11 @@ struct State {
   C* start;    // [b, n] v as given, cleaned: a restart begins here
 
   int64_t pending, iterations, iterations_left;
-  double unit;  // W is worked on as unit W, a power of two
+  // Powers of two: the first product of a pass takes W as dot_unit W (which makes max |W| about 1),
+  // the second as axpy_unit W. The second is nearer to 1, so that t axpy_unit does not fall among
+  // the denormals when W v is small beside W, and z still cannot overflow.
+  double dot_unit, axpy_unit;
+  double top;  // max |W|, once it has been looked up
   int restarts;
   bool rescaled;
   Phase phase;
@@ -186,7 +190,7 @@ int whitening(const Small& g, int b, Small& whiten) {
   // A direction in which the unit columns all but agree carries their rounding, epsilon /
   // sqrt(value). Kept only where that stays small; a dropped one is drawn anew and found again from
   // a better start.
-  const double threshold = sizeof(C) == 4 ? 1e-7 : 1e-10;
+  const double threshold = sizeof(C) == 4 ? 1e-7 : 1e-13;
   int rank = 0;
   while (rank < b && value[rank] > threshold) ++rank;
   for (int i = 0; i < b; ++i)
@@ -237,14 +241,14 @@ void load_start(State<S>& s) {
 template <class S>
 void begin(State<S>& s) {
   using C = typename Elem<S>::C;
-  if (s.by_columns) {  // kStart's axpy applies the unit
+  if (s.by_columns) {  // kStart's axpy scales
     for (int i = 0; i < s.b; ++i)
       std::memcpy(s.t + i * s.rows_stride, s.start + i * s.n, sizeof(C) * size_t(s.n));
     s.phase = Phase::kStart;
     return;
   }
   for (int i = 0; i < s.b; ++i)
-    scale_into(s.start + i * s.n, s.n, s.unit, s.a + i * s.length_stride);
+    scale_into(s.start + i * s.n, s.n, s.dot_unit, s.a + i * s.length_stride);
   if (s.paired) to_paired_order(s.a, s.n, s.z);
   s.phase = Phase::kPass;
 }
@@ -258,7 +262,7 @@ void run_chunk(State<S>& s, int64_t chunk) {
   const int64_t r0 = chunk * s.chunk_rows;
   const int64_t r1 = r0 + s.chunk_rows < s.rows ? r0 + s.chunk_rows : s.rows;
   const PassMode mode = s.phase == Phase::kStart ? kAxpy : s.phase == Phase::kLast ? kDot : kBoth;
-  const C scale = C(s.unit);
+  const C scale = C(s.axpy_unit);
   C* z = s.z + chunk * s.b * s.length_stride;
   if (!s.packed) {
     RowPass<S>{s.w + r0 * s.ld, s.ld, r1 - r0, s.length, s.a,  s.length_stride, s.t + r0,
@@ -349,7 +353,10 @@ void recover(State<S>& s) {
     int exponent;
     std::frexp(top, &exponent);
     const int limit = Range<C>::max_shift;
-    s.unit = std::ldexp(1.0, -exponent > limit ? limit : -exponent < -limit ? -limit : -exponent);
+    const int shift = -exponent > limit ? limit : -exponent < -limit ? -limit : -exponent;
+    s.dot_unit = std::ldexp(1.0, shift);
+    s.axpy_unit = std::ldexp(1.0, shift < 0 ? shift * 7 / 10 : shift);
+    s.top = top;
     s.rescaled = true;
   } else if (s.restarts < 3) {  // W v is the null vector: another v
     ++s.restarts;
@@ -363,10 +370,10 @@ void recover(State<S>& s) {
 }
 
 template <class S>
-bool acceptable(const State<S>& s, double length, double eps) {
+bool acceptable(const State<S>& s, double length, double unit, double eps) {
   using C = typename Elem<S>::C;
   if (!std::isfinite(length)) return false;
-  if (s.rescaled) return length > eps && length > 0;  // max |W| is about 1 here
+  if (s.rescaled) return length > eps * (s.top * unit) && length > 0;
   return length >= Range<C>::low && length <= Range<C>::high;
 }
 
@@ -429,23 +436,26 @@ void add_partial_sums(State<S>& s) {
   }
 }
 
-// Stored by rows: t = W V (scaled by unit), z = W^T T (by unit^2). One column needs no small
+// Stored by rows: t = dot_unit W V, z = axpy_unit W^T t. One column needs no small
 // matrices.
 template <class S>
 void after_vector_pass_by_rows(State<S>& s, double eps) {
   double length_t = 0;
   for (int64_t c = 0; c < s.chunks; ++c) length_t += s.gram[c];
   length_t = std::sqrt(length_t);
-  if (!acceptable(s, length_t, eps)) return recover(s);
+  if (!acceptable(s, length_t, s.dot_unit, eps)) return recover(s);
   add_partial_sums(s);
   const double length_z = std::sqrt(sum_of_squares(s.z, s.extent));
   if (!std::isfinite(length_z)) return s.rescaled ? finish(s, NAN) : recover(s);
   if (!(length_z > 0)) return recover(s);
-  if (--s.iterations_left > 0) return scale_into(s.z, s.extent, s.unit / length_z, s.a);
+  if (--s.iterations_left > 0) {  // two steps: dot_unit / length_z may be past the largest number
+    scale_into(s.z, s.extent, 1 / length_z, s.z);
+    return scale_into(s.z, s.extent, s.dot_unit, s.a);
+  }
   scale_into(s.t, s.m, 1 / length_t, s.t);
   scale_into(s.z, s.extent, 1 / length_z, s.z);
   commit(s, s.t, s.rows_stride, s.z, s.length_stride);
-  finish(s, length_z / length_t / s.unit);
+  finish(s, length_z / length_t / s.axpy_unit);
 }
 
 template <class S>
@@ -453,7 +463,6 @@ void after_pass_by_rows(State<S>& s, double eps) {
   using C = typename Elem<S>::C;
   if (s.b == 1) return after_vector_pass_by_rows(s, eps);
   const int b = s.b;
-  const double unit = s.unit;
   Small gt{}, gz{}, whiten{}, x{}, rotate{}, half{}, projected{}, to_v{};
   for (int i = 0; i < b; ++i)
     for (int j = 0; j < b; ++j)
@@ -461,14 +470,14 @@ void after_pass_by_rows(State<S>& s, double eps) {
   double longest = 0;
   for (int i = 0; i < b; ++i)
     longest = gt.a[i][i] > longest || std::isnan(gt.a[i][i]) ? gt.a[i][i] : longest;
-  if (!acceptable(s, std::sqrt(longest), eps)) return recover(s);
+  if (!acceptable(s, std::sqrt(longest), s.dot_unit, eps)) return recover(s);
   add_partial_sums(s);
   gram_matrix(s.z, s.length_stride, s.n, b, gz);
   for (int i = 0; i < b; ++i)
     if (!std::isfinite(gz.a[i][i])) return s.rescaled ? finish(s, NAN) : recover(s);
 
-  // T whitened has unit columns whatever its scale; Z carries unit^2 against T's unit. So the Ritz
-  // values of Z whiten are sigma times unit.
+  // T whitened has unit columns whatever its scale; Z = axpy_unit W^T T. So the Ritz values of Z
+  // whiten are sigma times axpy_unit.
   const int rank = whitening<C>(gt, b, whiten);
   double sigma[kMaxColumns] = {}, inverse[kMaxColumns];
   multiply(gz, whiten, b, b, rank, half);
@@ -486,13 +495,13 @@ void after_pass_by_rows(State<S>& s, double eps) {
   const double length_v = polish(s.z, s.length_stride, s.n, b);
   if (--s.iterations_left > 0) {
     for (int i = 0; i < b; ++i)
-      scale_into(s.z + i * s.length_stride, s.n, unit, s.a + i * s.length_stride);
+      scale_into(s.z + i * s.length_stride, s.n, s.dot_unit, s.a + i * s.length_stride);
     return;
   }
   combine(s.t, s.rows_stride, s.m, b, rotate, rank);
   const double length_u = polish(s.t, s.rows_stride, s.m, b);
   commit(s, s.t, s.rows_stride, s.z, s.length_stride);
-  finish(s, sigma[0] * length_v / length_u / unit);  // |W^T u| for the u handed out
+  finish(s, sigma[0] * length_v / length_u / s.axpy_unit);  // |W^T u| for the u handed out
 }
 
 // Stored by columns. kStart leaves T = W V in z, kPass Z in t and T' = W Z in z, kLast Z in t. The
@@ -506,11 +515,11 @@ void orthonormal_u(State<S>& s, double eps) {
   double longest = 0;
   for (int i = 0; i < b; ++i)
     longest = g.a[i][i] > longest || std::isnan(g.a[i][i]) ? g.a[i][i] : longest;
-  if (!acceptable(s, std::sqrt(longest), eps)) return recover(s);
+  if (!acceptable(s, std::sqrt(longest), s.axpy_unit, eps)) return recover(s);
   const int rank = whitening<C>(g, b, whiten);
   combine(s.z, s.length_stride, s.extent, b, whiten, rank);
   if (b > 1) orthonormalize(s.z, s.length_stride, s.m, 0, b);
-  const double unit = s.unit;
+  const double unit = s.dot_unit;
   for (int i = 0; i < b; ++i)
     for (int64_t k = 0; k < s.extent; ++k)
       s.a[i * s.length_stride + k] = C(double(s.z[i * s.length_stride + k]) * unit);
@@ -521,9 +530,9 @@ template <class S>
 void after_pass_by_columns(State<S>& s, double eps) {
   using C = typename Elem<S>::C;
   const int b = s.b;
-  const double unit = s.unit;
+  const double unit = s.dot_unit;
   if (s.phase != Phase::kLast) add_partial_sums(s);
-  if (s.phase == Phase::kStart) return orthonormal_u(s, eps);  // T = unit W V
+  if (s.phase == Phase::kStart) return orthonormal_u(s, eps);  // T = axpy_unit W V
   Small g{}, x{};
   double sigma[kMaxColumns] = {}, inverse[kMaxColumns];
   for (int i = 0; i < b; ++i)
@@ -585,7 +594,7 @@ void plan(const PowerIterationItem& item, int64_t n_iterations, State<S>& s) {
   const MatrixRef& w = item.weight;
   s = State<S>{};
   s.item = &item;
-  s.unit = 1;
+  s.dot_unit = s.axpy_unit = s.top = 1;
   s.m = w.m;
   s.n = w.n;
   s.b = int(item.columns);

@@ -137,6 +137,11 @@ def check_power_iteration(
                 raise ValueError(
                     f"{op}: expected {name}[{i}] to be writable, got an expanded tensor; pass a clone()"
                 )
+    written = [id(x) for x in (*u, *v) if x.numel() > 0]
+    if len(set(written)) < len(written):  # views that overlap are only seen where there is memory
+        raise ValueError(
+            f"{op}: expected every tensor in u and v to have memory of its own, got two that share elements"
+        )
     if n_iterations < 1:
         raise ValueError(f"{op}: expected n_iterations >= 1, got {n_iterations}")
     if not eps >= 0 or not math.isfinite(eps):

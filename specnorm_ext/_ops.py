@@ -176,7 +176,11 @@ class _Normalize(torch.autograd.Function):
         if wanted:
             if len(wanted) < k:
                 sigma = sigma[wanted]
-            found = _ops.normalize_backward(
+            # is_grads_batched of torch.autograd.grad rests on an older vmap, which stops ops with lists before
+            # any kernel of theirs is asked.
+            batched = any(torch._C._dispatch_keys(g[i]).has(_legacy_vmap) for i in wanted)
+            run = reference.normalize_backward if batched else _ops.normalize_backward
+            found = run(
                 [g[i] for i in wanted],
                 [weights[i] for i in wanted],
                 [u[i] for i in wanted],
@@ -204,11 +208,9 @@ def _normalize_backward_autograd(keyset, grads, weights, u, v, sigma):
     try:
         # Only a second derivative gets here with anything that requires grad; it is written in plain
         # operations, which differentiate on to any order.
-        if (
-            _needs_composite()
-            # is_grads_batched of torch.autograd.grad: an older vmap, which knows no rules for lists
-            or (len(grads) > 0 and torch._C._dispatch_keys(grads[0]).has(_legacy_vmap))
-        ) or (torch.is_grad_enabled() and any(x.requires_grad for x in (*grads, *weights))):
+        if _needs_composite() or (
+            torch.is_grad_enabled() and any(x.requires_grad for x in (*grads, *weights))
+        ):
             return reference.normalize_backward(grads, weights, u, v, sigma)
         return _ops.normalize_backward.default.redispatch(
             keyset & _below_autograd, grads, weights, u, v, sigma

@@ -148,7 +148,9 @@ def normalize(weights, u, v, sigma):
                 [0.0000, 0.5000]])
     """
     single, (ws, us, vs) = _lists(weights, u, v)
-    values = sigma.reshape(1) if single else sigma
+    if not isinstance(sigma, Tensor):
+        raise TypeError(f"normalize: expected sigma to be a tensor, got {type(sigma).__name__}")
+    values = sigma.unsqueeze(0) if single and sigma.dim() == 0 else sigma
     out = _typed(torch.ops.specnorm_ext.normalize, ws, us, vs, values)
     return out[0] if single else out
 

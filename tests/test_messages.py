@@ -247,7 +247,7 @@ CASES = [
 ]
 SAME_TENSOR_TWICE = (
     "power_iteration_: expected every tensor in u and v to have memory of its own, "
-    "got the same tensor twice"
+    "got two that share elements"
 )
 
 
@@ -341,10 +341,15 @@ def test_class_and_text(case, path):
         return  # not public there
     args = case.args()
     before = [bits(t).clone() if t.is_floating_point() else t.clone() for t in tensors_of(args)]
-    with pytest.raises(case.error) as caught:
+    error, message = case.error, case.message
+    if path == "inference mode" and case.op != "power_iteration_":
+        # Under inference_mode torch skips the Autograd key, where these ops turn the RuntimeError that torch makes
+        # of a C++ exception back; the class is then the message's first word. The functional face turns it back.
+        error, message = RuntimeError, f"{error.__name__}: {message}"
+    with pytest.raises(error) as caught:
         PATHS[path](case.op, args)
-    assert type(caught.value) is case.error
-    assert str(caught.value) == case.message
+    assert type(caught.value) is error
+    assert str(caught.value).split("\n")[0] == message
     assert case.op in case.message
     after = [bits(t) if t.is_floating_point() else t for t in tensors_of(args)]
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True)), (

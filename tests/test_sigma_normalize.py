@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +32,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad, grad, gradcheck, gradgradcheck
 
+import specnorm_ext
 from specnorm_ext import functional as F
 from specnorm_ext import reference
 
@@ -207,6 +212,46 @@ def test_normalize_is_a_division_bit_for_bit():
         u, v = pair(w)
         assert same_bits(ops.normalize([w], [u], [v], sigma)[0], w / sigma)
         assert same_bits(ops.normalize([w.mT], [v], [u], sigma)[0], w.mT / sigma)
+
+
+@pytest.mark.parametrize("sigma", [1.0, 3.0, 2.0**-6, 1000.0, 2.0**12, 1e-3])
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+def test_16_bit_floats_are_read_and_rounded_as_torch_does(dtype, sigma):
+    """All 65536 of them, through denormals, ties and overflow to Inf: a float32 quotient, rounded to nearest even."""
+    w = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    w = torch.where(w.isfinite(), w, torch.ones_like(w)).view(256, 256)
+    u, v = start(w)
+    for view in (w, w.mT, w[:, ::3], w[:, :251]):
+        a, b = u[: view.shape[0]], v[: view.shape[1]]
+        (y,) = ops.normalize([view], [a], [b], torch.tensor([sigma]))
+        assert torch.equal(y, (view.float() / sigma).to(dtype))
+        # G / sigma, for W = 0: the backward's own conversions
+        (y,) = ops.normalize_backward([view], [0 * view], [a], [b], torch.tensor([sigma]))
+        assert torch.equal(y, (view.float() / sigma).to(dtype))
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_on_a_lower_instruction_set(isa):
+    """SPECNORM_EXT_ISA is read once a process: a choice of these tests in another one."""
+    built = specnorm_ext.build_info()
+    if isa == built["cpu_kernels"] or isa not in built["cpu_kernels_built"]:
+        pytest.skip(f"{isa} is what runs here anyway, or is not in this build")
+    if isa == "avx2" and built["cpu_kernels"] == "baseline":
+        pytest.skip("this processor has no AVX2")
+    here = Path(__file__).parent
+    env = {**os.environ, "SPECNORM_EXT_ISA": isa}
+    code = f"import specnorm_ext; assert specnorm_ext.build_info()['cpu_kernels'] == {isa!r}"
+    subprocess.run([sys.executable, "-c", code], check=True, env=env)
+    chosen = "random_cases or random_lists or one_step_as_reference or 16_bit_floats"
+    files = [here / "test_sigma_normalize.py", here / "test_power_iteration.py"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", chosen],
+        env=env,
+        capture_output=True,
+        text=True,
+        cwd=here.parent,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
