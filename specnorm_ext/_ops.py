@@ -171,17 +171,18 @@ class _Normalize(torch.autograd.Function):
         k = ctx.count
         sigma, *tensors = ctx.saved_tensors
         weights, u, v = (tensors[i * k : (i + 1) * k] for i in range(3))
-        wanted = [i for i in range(k) if g[i] is not None and ctx.needs_input_grad[3 + i]]
+        given = {i: x for i, x in enumerate(g) if x is not None and ctx.needs_input_grad[3 + i]}
+        wanted = list(given)
         grads: list[Tensor | None] = [None] * (3 * k)
         if wanted:
             if len(wanted) < k:
                 sigma = sigma[wanted]
             # is_grads_batched of torch.autograd.grad rests on an older vmap, which stops ops with lists before
             # any kernel of theirs is asked.
-            batched = any(torch._C._dispatch_keys(g[i]).has(_legacy_vmap) for i in wanted)
+            batched = any(torch._C._dispatch_keys(x).has(_legacy_vmap) for x in given.values())
             run = reference.normalize_backward if batched else _ops.normalize_backward
             found = run(
-                [g[i] for i in wanted],
+                list(given.values()),
                 [weights[i] for i in wanted],
                 [u[i] for i in wanted],
                 [v[i] for i in wanted],

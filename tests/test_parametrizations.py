@@ -224,7 +224,9 @@ def test_one_dimensional_weights(shape: tuple[int, ...], scale: float) -> None:
     spectral_norm(layer)
     assert list(layer.state_dict()) == ["parametrizations.weight.original"]
     expected = 1.0 if scale and shape[0] else 0.0
-    assert float(torch.linalg.vector_norm(layer.weight.detach())) == pytest.approx(expected, rel=1e-6)
+    assert float(torch.linalg.vector_norm(layer.weight.detach())) == pytest.approx(
+        expected, rel=1e-6
+    )
     layer.weight.sum().backward()
     assert torch.isfinite(original(layer).grad).all()
 
@@ -335,7 +337,9 @@ def test_scales(dtype: torch.dtype, scale: float) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(40, 30, dtype=torch.float64)
     with torch.no_grad():
-        layer.weight.copy_(torch.rand(30, 40) - 0.3)  # a leading value well apart: 15 iterations converge
+        layer.weight.copy_(
+            torch.rand(30, 40) - 0.3
+        )  # a leading value well apart: 15 iterations converge
         layer.weight.mul_(scale / layer.weight.abs().max())
     layer = spectral_norm(layer.to(dtype))
     for training in (True, False):
@@ -358,7 +362,9 @@ def test_half_weights_with_a_norm_past_65504() -> None:
 def test_bfloat16_sigma_is_float32_accurate() -> None:
     torch.manual_seed(0)
     layer = spectral_norm(nn.Linear(64, 48).bfloat16(), n_power_iterations=200)
-    sigma = specnorm_ext.functional.sigma(original(layer).detach(), entry(layer)._u, entry(layer)._v)
+    sigma = specnorm_ext.functional.sigma(
+        original(layer).detach(), entry(layer)._u, entry(layer)._v
+    )
     assert sigma.item() == pytest.approx(norm(original(layer)), rel=1e-5)
 
 
@@ -525,7 +531,9 @@ def test_activation_checkpointing(reentrant: bool) -> None:
         saved.zero_grad()
         plain(x).square().sum().backward()
         checkpoint(saved, x, use_reentrant=reentrant).square().sum().backward()
-        torch.testing.assert_close(original(saved).grad, original(plain).grad, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            original(saved).grad, original(plain).grad, rtol=1e-10, atol=1e-12
+        )
         torch.testing.assert_close(entry(saved)._u, entry(plain)._u)
         with torch.no_grad():
             for layer in (plain, saved):
@@ -559,7 +567,7 @@ def test_tied_weights_are_refused() -> None:
     with pytest.raises(ValueError, match="tied to a Embedding"):
         spectral_norm(model["out"])
     assert not parametrize.is_parametrized(model["out"])
-    holder = [p for p in model["in"].parameters()]  # held by a list: not tied to a module
+    holder = list(model["in"].parameters())  # held by a list: not tied to a module
     model["out"].weight = nn.Parameter(holder[0].detach().clone())
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     spectral_norm(model["out"])
@@ -633,8 +641,12 @@ def test_n_vectors_tracks_better_than_one_vector() -> None:
     for b in (1, 4):
         torch.manual_seed(0)
         layers = [spectral_norm(nn.Linear(256, 256), n_vectors=b) for _ in range(3)]
-        model = nn.Sequential(*(x for y in layers for x in (y, nn.LeakyReLU(0.1))), nn.Linear(256, 1))
-        teacher = nn.Sequential(nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 1)).requires_grad_(False)
+        model = nn.Sequential(
+            *(x for y in layers for x in (y, nn.LeakyReLU(0.1))), nn.Linear(256, 1)
+        )
+        teacher = nn.Sequential(nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 1)).requires_grad_(
+            False
+        )
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         excess = []
         for step in range(130):
@@ -725,7 +737,9 @@ def test_detach_sigma(training: bool) -> None:
     layer.train(training)
     g = torch.randn(7, 9, dtype=torch.float64)
     (layer.weight * g).sum().backward()
-    torch.testing.assert_close(original(layer).grad, g / norm(original(layer)), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(
+        original(layer).grad, g / norm(original(layer)), rtol=1e-6, atol=1e-8
+    )
 
 
 # ---- torch's newer machinery ------------------------------------------------------------------------------------
@@ -745,7 +759,9 @@ def test_compile_fullgraph(backend: str, options: dict) -> None:
             layer.zero_grad(set_to_none=False)
             with torch._dynamo.config.patch(error_on_recompile=step > 1):
                 call(x).square().sum().backward()
-        torch.testing.assert_close(original(compiled).grad, original(eager).grad, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            original(compiled).grad, original(eager).grad, rtol=1e-4, atol=1e-5
+        )
         torch.testing.assert_close(entry(compiled)._u, entry(eager)._u)
     eager.eval()
     compiled.eval()
