@@ -43,6 +43,12 @@ def clock(monkeypatch, harness):
 
 
 @pytest.fixture
+def quiet(monkeypatch, harness):
+    """Nobody else on the machine: groups are judged."""
+    monkeypatch.setattr(harness._Others, "cpus", lambda _: 0.0)
+
+
+@pytest.fixture
 def checkpoint(tmp_path):
     generator = torch.Generator().manual_seed(0)
     shapes = {
@@ -221,7 +227,7 @@ def run_one(harness, variant, tmp_path, *more):
     return harness.run("x", one_group(harness, variant), harness.parser("x"), arguments)
 
 
-def test_exit_code_of_a_missed_target(harness, tmp_path, capsys):
+def test_exit_code_of_a_missed_target(harness, quiet, tmp_path, capsys):
     missed = harness.Variant("slow", lambda _: sum(range(9000)), (harness.Target(1.0),), ours=True)
     assert run_one(harness, missed, tmp_path) == 0
     assert "0 of 1 targets met" in capsys.readouterr().out
@@ -236,9 +242,12 @@ def test_disturbed_groups_say_so(harness, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(harness, "_cpus", lambda: 2)  # one of them for our one thread
     for others, said in ((1.3, True), (1.0, False), (None, False)):
         monkeypatch.setattr(harness._Others, "cpus", lambda _, found=others: found)
-        assert run_one(harness, harness.Variant("v", lambda _: None), tmp_path) == 0
+        variant = harness.Variant("v", lambda _: None, (harness.Target(1e9),))
+        code = run_one(harness, variant, tmp_path, "--require-targets")
+        assert code == (harness.EXIT_MISSED if said else 0)
         assert ("DISTURBED" in capsys.readouterr().out) is said
         group = json.loads((tmp_path / "x.json").read_text())["groups"][0]
+        assert group["rows"][1]["targets"][0]["met"] is (None if said else True)
         assert (group["cpus_used_by_others"], group["disturbed"]) == (others, said)
 
 
@@ -262,7 +271,7 @@ def test_threads_are_put_back(harness, tmp_path):
     assert torch.get_num_threads() == before
 
 
-def test_table_without_rich(harness, tmp_path, capsys, monkeypatch):
+def test_table_without_rich(harness, quiet, tmp_path, capsys, monkeypatch):
     for name in ("rich", "rich.console", "rich.table", "rich.text"):
         monkeypatch.setitem(sys.modules, name, None)
     variant = harness.Variant("other", lambda _: sum(range(500)), (harness.Target(100.0),))

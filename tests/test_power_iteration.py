@@ -219,6 +219,46 @@ def test_nearly_dependent_start_columns(dtype, d):
         check_pair(w, u, v, run(w, u, v), true_norm(w), related=False)
 
 
+@pytest.mark.parametrize("b", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "2nd_row_3rd_column"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_exact_zeros_beside_a_small_rank(dtype, layout, b):
+    """Rank 1 to 3 in a corner of zeros (pruned or dead units), fewer than the columns: W V has columns that are rounding
+    errors alone, which must not be blown up, in one call of many iterations as little as in many calls."""
+    for rank in (1, 2, 3):
+        for seed in range(6):
+            w = torch.zeros(11, 16, dtype=dtype)
+            w[:rank, :rank] = torch.diag(torch.tensor([1.0, 0.66, 0.16]))[:rank, :rank].to(dtype)
+            if seed % 2:
+                w[:rank, 3:7] = random_weight(rank, 4, dtype, seed)
+            w = LAYOUTS[layout](w)
+            norm = true_norm(w)
+            for n_iterations in (1, 2, 3, 5, 10, 30):
+                u, v = start(w, b, seed)
+                sigma = run(w, u, v, n_iterations)
+                check_pair(w, u, v, sigma, norm)
+                if (
+                    b >= rank and n_iterations >= 2
+                ):  # all of the range is in the span after one step
+                    assert abs(sigma.item() - norm) <= 2 * tolerance("sigma", dtype, 16) * norm
+            u, v = start(w, b, seed)
+            for _ in range(10):
+                check_pair(w, u, v, run(w, u, v), norm)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nearly_dependent_start_columns_of_wide_and_tall_weights(dtype, layout):
+    """As above, where W V keeps nothing of what told the columns apart."""
+    for i, d in enumerate(10.0**-k for k in range(1, 9)):
+        for shape, b in (((2, 41), 2), ((6, 10), 6), ((41, 2), 2), ((9, 64), 4)):
+            for seed in range(4):
+                w = LAYOUTS[layout](random_weight(*shape, dtype, seed=10 * i + seed))
+                u, v = start(w, b, seed)
+                v[:, 1:] = v[:, :1] + d * v[:, 1:]
+                check_pair(w, u, v, run(w, u, v), true_norm(w), related=False)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_square_block_finds_the_norm_at_once(dtype):
     """b = min(m, n) columns span everything: Rayleigh-Ritz is exact after one iteration."""
