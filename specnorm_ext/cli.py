@@ -348,7 +348,7 @@ def _bench_scripts(root: Path) -> dict[str, Path]:
         return {}
     return {
         path.stem: path
-        for path in sorted((root / "bench").glob("*.py"))
+        for path in sorted((root / "bench").glob("bench_*.py"))
         if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
     }
 
