@@ -187,6 +187,8 @@ inline void check_normalize_backward(const Operands& grads, const Operands& weig
     if (g.dtype != w.dtype)
       fail("TypeError", op, ": expected grads[", i, "] to be ", dtype_name(w.dtype), ", got ",
            dtype_name(g.dtype));
+    if (!g.same_device(w))
+      fail("TypeError", op, ": expected grads[", i, "] on the device of weights[", i, "]");
     if (g.dim != 2 || g.sizes[0] != w.sizes[0] || g.sizes[1] != w.sizes[1])
       fail("ValueError", op, ": expected grads[", i, "] to have shape ", shape_text(w), ", got ",
            shape_text(g));

@@ -177,7 +177,13 @@ void combine(C* x, int64_t stride, int64_t n, int b, const Small& c, int r) {
 template <class C>
 int whitening(const Small& g, int b, Small& whiten) {
   double inverse_length[kMaxColumns];
-  for (int i = 0; i < b; ++i) inverse_length[i] = g.a[i][i] > 0 ? 1 / std::sqrt(g.a[i][i]) : 0;
+  // A column shorter than the rounding of the longest is that rounding, and must not be blown up to
+  // a direction.
+  double longest = 0;
+  for (int i = 0; i < b; ++i) longest = std::fmax(longest, g.a[i][i]);
+  const double shortest = 4 * Range<C>::epsilon * Range<C>::epsilon * longest;
+  for (int i = 0; i < b; ++i)
+    inverse_length[i] = g.a[i][i] > shortest ? 1 / std::sqrt(g.a[i][i]) : 0;
   if (b == 1) {
     whiten.a[0][0] = inverse_length[0];
     return inverse_length[0] > 0;
@@ -190,7 +196,7 @@ int whitening(const Small& g, int b, Small& whiten) {
   // A direction in which the unit columns all but agree carries their rounding, epsilon /
   // sqrt(value). Kept only where that stays small; a dropped one is drawn anew and found again from
   // a better start.
-  const double threshold = sizeof(C) == 4 ? 1e-7 : 1e-13;
+  const double threshold = sizeof(C) == 4 ? 1e-4 : 1e-13;
   int rank = 0;
   while (rank < b && value[rank] > threshold) ++rank;
   for (int i = 0; i < b; ++i)

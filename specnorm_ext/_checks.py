@@ -173,6 +173,8 @@ def check_normalize_backward(
     for i, (g, w) in enumerate(zip(grads, weights, strict=True)):
         if g.dtype != w.dtype:
             raise TypeError(f"{op}: expected grads[{i}] to be {w.dtype}, got {g.dtype}")
+        if g.device != w.device:
+            raise TypeError(f"{op}: expected grads[{i}] on the device of weights[{i}]")
         if g.shape != w.shape:
             raise ValueError(
                 f"{op}: expected grads[{i}] to have shape {_shape(w)}, got {_shape(g)}"

@@ -194,6 +194,7 @@ class _Run:
         self.sigma = 0.0
         self.residual = math.inf
         self.reads = 0
+        self.next_look = 3
 
     def update(self, sigma: float, eps: float) -> None:
         """r = |W v - sigma u| / sigma of the last pair, from sigma alone: |W v|^2 - sigma_k^2 = r^2 sigma_k^2,
@@ -204,15 +205,23 @@ class _Run:
             self.residual = math.sqrt(max(1 - ratio * ratio, 0.0) + 8 * eps)
         self.sigma = sigma
 
-    def relative_error(self, second: float | None) -> float:
-        """A singular value lies within r of sigma; where the next one is `gap` away, within r^2 / gap (Kato-Temple,
-        as in Parlett, "The Symmetric Eigenvalue Problem", 11.7)."""
+    def trusted(self, second: float, last: float, tol: float) -> bool:
+        """Whether sigma is within `tol`. A singular value lies within r of it; where the next one is `gap` away,
+        within r^2 / gap (Kato-Temple, as in Parlett, "The Symmetric Eigenvalue Problem", 11.7).
+
+        That it is the largest one shows when the subspace reaches down to smaller ones. Where all its Ritz values lie
+        together (orthogonal weights), a value larger by `tol` could still hide: it must have had the time to outgrow
+        the start, (1 + tol)^(2 k) >= sqrt(n).
+        """
         error = self.residual
-        if second is not None and self.sigma > 0:
-            gap = 1 - second / self.sigma
-            if gap > 0:
-                error = min(error, self.residual**2 / gap)
-        return error
+        gap = 1 - second / self.sigma
+        if gap > 0:
+            error = min(error, self.residual**2 / gap)
+        if error > tol:
+            return False
+        whole_space = self.u.shape[1] == min(self.weight.shape)
+        spread = last < (1 - 10 * tol) * self.sigma
+        return whole_space or spread or self.reads >= math.log(max(self.weight.shape)) / (4 * tol)
 
     def finished(self, converged: bool, eps: float) -> Estimate:
         value = self.sigma
@@ -234,24 +243,28 @@ def _iterate_group(
         ).tolist()
         for run, sigma in zip(runs, sigmas, strict=True):
             run.update(sigma, eps)
-        # The gap costs a read: asked for only where it can decide.
+        # The other Ritz values cost reads: asked for only where they can decide, and ever more rarely.
         close = [
-            r for r in runs if r.reads > 2 and r.residual > tol >= r.residual**2 and r.u.dim() == 2
+            r for r in runs if r.u.dim() == 2 and r.reads >= r.next_look and r.residual**2 <= tol
         ]
-        second: dict[int, float] = {}
-        if close:
+        looked: dict[int, tuple[float, float]] = {}
+        for column in (1, -1) if close else ():
             values = ops.sigma(
-                [r.weight for r in close], [r.u[:, 1] for r in close], [r.v[:, 1] for r in close]
+                [r.weight for r in close],
+                [r.u[:, column] for r in close],
+                [r.v[:, column] for r in close],
             ).tolist()
             for run, value in zip(close, values, strict=True):
                 run.reads += 1
-                second[run.index] = value
+                looked[run.index] = (looked.get(run.index, (value, value))[0], value)
+        for run in close:
+            run.next_look = run.reads + 2 + run.reads // 8
         remaining = []
         for run in runs:
             exact = run.sigma == 0 or min(run.weight.shape) == 1
             if not math.isfinite(run.sigma):
                 done(run, False)
-            elif exact or (run.reads > 2 and run.relative_error(second.get(run.index)) <= tol):
+            elif exact or (run.index in looked and run.trusted(*looked[run.index], tol)):
                 done(run, True)
             elif run.reads >= max_reads:
                 done(run, False)
@@ -347,7 +360,8 @@ def spectral_norms(source, *, tol=1e-3, max_reads=1000, progress=None):
 
     Subspace iteration with 4 columns from a fixed pseudo-random start, all matrices in one op call an iteration. A
     matrix is done when the estimated relative error of sigma is at most ``tol``: min(r, r^2 / gap) with the
-    residual :math:`r = |W v - \sigma u| / \sigma` and the gap to the second Ritz value. Convolutions are flattened as
+    residual :math:`r = |W v - \sigma u| / \sigma` and the gap to the second Ritz value, and the Ritz values spread
+    or the iterations were enough for a hidden larger value to show. Convolutions are flattened as
     torch's spectral_norm does; that is not the norm of the operator.
 
     Args:

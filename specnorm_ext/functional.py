@@ -53,7 +53,8 @@ def power_iteration(
         v: [n] or [n, b], the start of the iteration, written. b is at most min(m, n, 8). It need not be
             normalized; one that is zero or not finite is replaced by a fixed pseudo-random vector.
         n_iterations: at least 1.
-        eps: W v counts as the null vector when :math:`|W v| \le eps \max|W|`; v is then drawn anew.
+        eps: where |W v| is outside 1e-14 to 1e14 (float64: 1e-70 to 1e70), W v counts as the null vector when
+            :math:`|W v| \le eps \max|W|`; v is then drawn anew.
 
     Returns:
         sigma, [len(weights)] or a scalar for a single weight, in u's dtype. A lower bound of the spectral norm, up to

@@ -225,7 +225,12 @@ class SpectralNorm(nn.Module):
             book.pending = book.pending + 1 if book.pending_version == version else 1
             book.pending_version = version
             return False
-        if book.pending > 1 and book.pending_version == version:
+        if book.pending > 0 and book.pending_version != version:
+            raise RuntimeError(
+                "spectral_norm: expected the weight that activation checkpointing recomputes with to be the one of "
+                "the forward, got one changed in place since; step the optimizer after backward"
+            )
+        if book.pending > 1:
             raise RuntimeError(
                 "spectral_norm: expected at most one training forward of this layer before activation "
                 f"checkpointing recomputes it, got {book.pending}: which u and v the recomputation needs is "
@@ -304,7 +309,10 @@ class SpectralNorm(nn.Module):
         x = weight.to(state_dtype(weight.dtype))
         with torch.no_grad():
             top = x.abs().amax() if x.numel() else x.new_zeros(())
-            safe = torch.where(torch.isfinite(top) & (top > 0), top, torch.ones_like(top))
+            usable = torch.isfinite(top) & (top > 0)
+            # at least the least normal number: its reciprocal, which the gradient meets, is finite
+            least = torch.finfo(x.dtype).tiny
+            safe = torch.where(usable, top.clamp_min(least), torch.ones_like(top))
         length = torch.linalg.vector_norm(x / safe)
         if self.detach_sigma:
             length = length.detach()
@@ -445,8 +453,8 @@ def spectral_norm(
         module: the module to change, in place.
         name: its parameter; 1-D parameters become w / |w|.
         n_power_iterations: in each training forward; none in eval. 15 run at registration.
-        eps: W v counts as the null vector when :math:`|W v| \le eps \max|W|`. (torch's eps is absolute, which makes
-            small weights come out wrong.)
+        eps: where |W v| is outside 1e-14 to 1e14 (float64: 1e-70 to 1e70), W v counts as the null vector when
+            :math:`|W v| \le eps \max|W|`. (torch's eps is absolute, which makes small weights come out wrong.)
         dim: the output dimension. Default 0, and 1 for ConvTranspose1d/2d/3d.
         n_vectors: columns of u and v, at most 8 (and at most min(m, n), to which it is cut). More than one is
             subspace iteration (Saad, "Numerical Methods for Large Eigenvalue Problems", ch. 5): the same one read of W
@@ -530,6 +538,7 @@ def spectral_norm(
     with torch.inference_mode(weight.is_inference()):
         parametrize.register_parametrization(module, name, parametrization)
     parametrization._book.registered = True
+    parametrization._book.pending = 0  # registration ran a forward that nobody will differentiate
     if _verify_loaded not in module._load_state_dict_post_hooks.values():
         module.register_load_state_dict_post_hook(_verify_loaded)
         module.register_load_state_dict_pre_hook(_read_old_keys)

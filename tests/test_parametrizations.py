@@ -540,6 +540,22 @@ def test_activation_checkpointing(reentrant: bool) -> None:
                 original(layer).sub_(0.1 * original(layer).grad)
 
 
+def test_the_first_step_of_a_fresh_layer_may_be_checkpointed() -> None:
+    layer = spectral_norm(nn.Linear(8, 8))
+    x = torch.randn(2, 8, requires_grad=True)
+    checkpoint(layer, x, use_reentrant=False).sum().backward()
+    assert torch.isfinite(original(layer).grad).all()
+
+
+def test_a_weight_changed_before_its_recomputation_raises() -> None:
+    layer = spectral_norm(nn.Linear(8, 8))
+    y = checkpoint(layer, torch.randn(2, 8, requires_grad=True), use_reentrant=False)
+    with torch.no_grad():
+        original(layer).add_(1.0)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        y.square().sum().backward()
+
+
 def test_two_checkpointed_forwards_before_one_backward_raise() -> None:
     layer = spectral_norm(nn.Linear(16, 16))
     x, y = torch.randn(2, 4, 16, requires_grad=True)

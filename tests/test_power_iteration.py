@@ -226,7 +226,8 @@ def test_nearly_dependent_start_columns(dtype, d):
 def test_fewer_nonzeros_than_columns(dtype, layout, b):
     """Rank 1 to 3 among exact zeros (pruned or dead units), below the number of columns: W V has columns that are
     rounding errors alone, or shrink to denormals from one iteration to the next. They must not be blown up."""
-    for rank, scale, seed in itertools.product((1, 2, 3), (1.0, 2.0**-12), range(6)):
+    for rank, seed in itertools.product((1, 2, 3), range(6)):
+        scale = (1.0, 2.0**-12)[seed % 2]
         generator = torch.Generator().manual_seed(seed)
         rows, columns = (torch.randperm(k, generator=generator)[:rank] for k in (11, 16))
         w = torch.zeros(11, 16, dtype=F64)
@@ -237,7 +238,7 @@ def test_fewer_nonzeros_than_columns(dtype, layout, b):
         for equal in (False, True):
             if equal:
                 v = v[:, :1].repeat(1, b)
-            for n_iterations in (1, 2, 3, 5, 10, 30):
+            for n_iterations in (1, 2, 3, 10, 30):
                 x, y = u.clone(), v.clone()
                 sigma = run(w, x, y, n_iterations)
                 check_pair(w, x, y, sigma, norm, related=False)
@@ -260,6 +261,17 @@ def test_nearly_dependent_start_columns_of_wide_and_tall_weights(dtype, layout):
                 u, v = start(w, b, seed)
                 v[:, 1:] = v[:, :1] + d * v[:, 1:]
                 check_pair(w, u, v, run(w, u, v), true_norm(w), related=False)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "seed"), [(4, 8, 5383), (6, 10, 5042), (6, 10, 4441), (4, 8, 130)]
+)
+def test_lower_bound_from_nearly_dependent_columns(m, n, seed):
+    """The worst of 18000: b = m, so that the span holds the leading vector and any excess shows."""
+    w = random_weight(m, n, F32, seed)
+    u, v = start(w, m, seed)
+    v[:, 1:] = v[:, :1] + 10.0 ** -(seed % 40 / 10 + 1) * v[:, 1:]
+    check_pair(w, u, v, run(w, u, v), true_norm(w), related=False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
