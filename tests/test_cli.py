@@ -551,16 +551,17 @@ def test_bench_lists_and_runs_the_scripts(tmp_path, monkeypatch):
     scripts = tmp_path / "bench"
     scripts.mkdir()
     main = 'if __name__ == "__main__":\n    raise SystemExit({})\n'
-    (scripts / "good.py").write_text(main.format(0))
-    (scripts / "bad.py").write_text(main.format(3))
+    (scripts / "bench_good.py").write_text(main.format(0))
+    (scripts / "bench_bad.py").write_text(main.format(3))
     (scripts / "module.py").write_text("x = 1\n")
+    (scripts / "demo.py").write_text(main.format(0))  # runs, but is no benchmark
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "specnorm_ext" / "cli.py"))
-    assert run("bench", "--list").stdout.split()[::2] == ["bad", "good"]
-    assert run("bench", "good").exit_code == 0
+    assert run("bench", "--list").stdout.split()[::2] == ["bench_bad", "bench_good"]
+    assert run("bench", "bench_good").exit_code == 0
     assert run("bench").exit_code == 1
     result = run("bench", "module")
     assert result.exit_code == 2
-    assert "expected one of bad, good" in result.stderr
+    assert "expected one of bench_bad, bench_good" in result.stderr
 
 
 def test_bench_without_the_repository(tmp_path, monkeypatch):
