@@ -21,7 +21,6 @@ struct PowerIterationParams {
   void* sigma;  // [count], state dtype
 };
 
-using PowerIterationCpu = Status (*)(const PowerIterationParams&, const Parallel&);
 namespace baseline {
 Status power_iteration_cpu(const PowerIterationParams&, const Parallel&);
 }

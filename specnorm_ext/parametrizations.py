@@ -477,7 +477,8 @@ def spectral_norm(
 
     Differentiable in W to any order, with u and v constant (torch's convention). An in-place change of W between
     forward and backward raises; one through ``.data`` cannot be seen and must not be made. Under activation
-    checkpointing the recomputation does not iterate again; two checkpointed forwards before one backward raise.
+    checkpointing the recomputation does not iterate again; two checkpointed forwards before one backward raise. Call
+    backward before the optimizer steps: of two forwards with a step between, the first recomputes with the new W.
 
     Raises:
         ValueError: no such tensor, registered twice, tied to another module's parameter, n_power_iterations < 1, eps
