@@ -1,0 +1,285 @@
+// The few device helpers that the .cu files are written with, and the launch call that replaces
+// <<<>>>. On a host compiler (SPECNORM_CUDA_ON_HOST) tests/cuda_on_host/cuda_on_host.h supplies the
+// CUDA vocabulary and the helpers of the first section; all below it is the same code in both
+// worlds.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "common.h"
+#include "cuda_call.h"
+
+#if defined(SPECNORM_CUDA_ON_HOST)
+#include "cuda_on_host.h"
+#else
+#include <cooperative_groups.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+namespace specnorm {
+namespace device {
+
+// ---- what the emulation supplies in its own way --------------------------------------------------
+
+// The dynamic shared memory of this block, aligned to 16 bytes. No kernel declares static shared
+// memory.
+__device__ __forceinline__ char* dynamic_shared() {
+  extern __shared__ __align__(16) char specnorm_shared[];
+  return specnorm_shared;
+}
+
+// A flag between blocks: what was written before add_release is seen after load_acquire returns its
+// sum.
+__device__ __forceinline__ unsigned load_acquire(const unsigned* p) {
+  unsigned x;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+  return x;
+}
+__device__ __forceinline__ void add_release(unsigned* p, unsigned x) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+}
+
+// Clusters (sm_90 on). On older devices a cluster is one block.
+__device__ __forceinline__ unsigned cluster_rank() {
+#if __CUDA_ARCH__ >= 900
+  return cooperative_groups::this_cluster().block_rank();
+#else
+  return 0;
+#endif
+}
+__device__ __forceinline__ unsigned cluster_size() {
+#if __CUDA_ARCH__ >= 900
+  return cooperative_groups::this_cluster().num_blocks();
+#else
+  return 1;
+#endif
+}
+__device__ __forceinline__ void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+  cooperative_groups::this_cluster().sync();
+#else
+  __syncthreads();
+#endif
+}
+// p, an address in this block's shared memory, in the block of that rank.
+template <class T>
+__device__ __forceinline__ T* cluster_map(T* p, unsigned rank) {
+#if __CUDA_ARCH__ >= 900
+  return cooperative_groups::this_cluster().map_shared_rank(p, rank);
+#else
+  return p;
+#endif
+}
+
+// Elements that are read once: past L1, first to leave L2.
+__device__ __forceinline__ uint4 load_once(const uint4* p) { return __ldcs(p); }
+
+__device__ __forceinline__ float half_bits_to_float(uint16_t bits) {
+  return __half2float(__ushort_as_half(bits));
+}
+__device__ __forceinline__ uint16_t float_to_half_bits(float x) {
+  return __half_as_ushort(__float2half_rn(x));
+}
+
+struct LaunchConfig {
+  unsigned grid, block;
+  size_t shared;     // bytes of dynamic shared memory
+  cudaStream_t stream;
+  unsigned cluster;  // blocks a cluster; 1: none
+  bool cooperative;  // all blocks live at once
+};
+
+// kernel<<<...>>>(arguments...), with clusters and cooperation. Raises the kernel's limit of dynamic
+// shared memory first where it must.
+template <class... P, class... A>
+cudaError_t launch(const LaunchConfig& c, void (*kernel)(P...), A&&... arguments) {
+  if (c.grid == 0) return cudaSuccess;
+  if (c.shared > (48 << 10)) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(c.shared));
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchAttribute attributes[2];
+  unsigned count = 0;
+  if (c.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim.x = c.cluster;
+    attributes[count].val.clusterDim.y = 1;
+    attributes[count++].val.clusterDim.z = 1;
+  }
+  if (c.cooperative) {
+    attributes[count].id = cudaLaunchAttributeCooperative;
+    attributes[count++].val.cooperative = 1;
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(c.grid);
+  config.blockDim = dim3(c.block);
+  config.dynamicSmemBytes = c.shared;
+  config.stream = c.stream;
+  config.attrs = attributes;
+  config.numAttrs = count;
+  return cudaLaunchKernelEx(&config, kernel, P(arguments)...);
+}
+
+}  // namespace device
+}  // namespace specnorm
+#endif
+
+namespace specnorm {
+namespace device {
+
+// ---- the device as the launchers see it ----------------------------------------------------------
+
+struct DeviceInfo {
+  int device, multiprocessors, shared_per_block, major;
+};
+
+// Asked once per device and kept: attribute queries are slow, and legal during graph capture all the
+// same.
+inline cudaError_t device_info(DeviceInfo* out) {
+  constexpr int kDevices = 64;
+  static DeviceInfo known[kDevices];
+  static bool have[kDevices];
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  if (device < kDevices && __atomic_load_n(&have[device], __ATOMIC_ACQUIRE)) {
+    *out = known[device];
+    return cudaSuccess;
+  }
+  DeviceInfo info{device, 0, 0, 0};
+  error = cudaDeviceGetAttribute(&info.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&info.shared_per_block,
+                                   cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&info.major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error != cudaSuccess) return error;
+  if (device < kDevices) {
+    known[device] = info;  // two threads write the same values
+    __atomic_store_n(&have[device], true, __ATOMIC_RELEASE);
+  }
+  *out = info;
+  return cudaSuccess;
+}
+
+inline CudaStatus status_of(cudaError_t error, const char* kernel) {
+  if (error == cudaSuccess) return {0, kernel, ""};
+  return {int(error), kernel, cudaGetErrorString(error)};
+}
+
+// ---- element types --------------------------------------------------------------------------------
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+// Elem<S>: how a stored element becomes the type C it is computed in.
+template <class S>
+struct Elem {
+  using C = S;
+  static __device__ __forceinline__ C get(S x) { return x; }
+  static __device__ __forceinline__ S put(C x) { return x; }
+};
+template <>
+struct Elem<bf16> {
+  using C = float;
+  static __device__ __forceinline__ C get(bf16 x) {
+    const uint32_t bits = uint32_t(x.bits) << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+  }
+  static __device__ __forceinline__ bf16 put(C x) {  // round to nearest even, NaN stays NaN
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return {uint16_t((bits >> 16) | 0x40u)};
+    return {uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+  }
+};
+template <>
+struct Elem<f16> {
+  using C = float;
+  static __device__ __forceinline__ C get(f16 x) { return half_bits_to_float(x.bits); }
+  static __device__ __forceinline__ f16 put(C x) { return {float_to_half_bits(x)}; }
+};
+
+// 16 bytes of elements, as one load.
+template <class S>
+struct Packed {
+  static constexpr int count = 16 / int(sizeof(S));
+  uint4 raw;
+  __device__ __forceinline__ typename Elem<S>::C get(int i) const {
+    S x[count];
+    memcpy(x, &raw, 16);
+    return Elem<S>::get(x[i]);
+  }
+};
+
+// ---- reductions -----------------------------------------------------------------------------------
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// The same sum in every lane. A butterfly adds the same two numbers in both lanes of each pair, and
+// addition commutes: all lanes hold the same bits.
+template <class T>
+__device__ __forceinline__ T warp_sum(T x) {
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
+  return x;
+}
+template <class T>
+__device__ __forceinline__ T warp_max(T x) {
+  for (int step = 16; step > 0; step /= 2) {
+    const T y = __shfl_xor_sync(kAllLanes, x, step);
+    x = y > x ? y : x;
+  }
+  return x;
+}
+
+// The same sum in every thread of the block; `scratch` has 32 elements of shared memory. Two
+// barriers, so that scratch may be used again at once.
+template <class T>
+__device__ __forceinline__ T block_sum(T x, T* scratch) {
+  const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  x = warp_sum(x);
+  if (lane == 0) scratch[warp] = x;
+  __syncthreads();
+  T total = warp_sum(lane < warps ? scratch[lane] : T(0));
+  __syncthreads();
+  return total;
+}
+template <class T>
+__device__ __forceinline__ T block_max(T x, T* scratch) {
+  const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  x = warp_max(x);
+  if (lane == 0) scratch[warp] = x;
+  __syncthreads();
+  const T y = scratch[lane < warps ? lane : 0];
+  const T total = warp_max(y);
+  __syncthreads();
+  return total;
+}
+
+// All blocks of a group have arrived, and see what the others wrote before. `arrived` counts for
+// ever; `round` is how often this barrier has been passed. The group's blocks must live at once (a
+// cooperative launch).
+__device__ __forceinline__ void group_barrier(unsigned* arrived, unsigned blocks, unsigned* round) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    add_release(arrived, 1u);
+    const unsigned target = (*round + 1) * blocks;
+    while (load_acquire(arrived) < target) {
+    }
+    __threadfence();
+  }
+  ++*round;
+  __syncthreads();
+}
+
+}  // namespace device
+}  // namespace specnorm
