@@ -164,6 +164,15 @@ inline cudaError_t device_info(DeviceInfo* out) {
   return cudaSuccess;
 }
 
+// Blocks of this kernel that one multiprocessor holds at once, with that much dynamic shared memory.
+template <class... P>
+cudaError_t occupancy(void (*kernel)(P...), int threads, int64_t shared, int* blocks) {
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+  if (error != cudaSuccess) return error;
+  return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, threads, size_t(shared));
+}
+
 inline CudaStatus status_of(cudaError_t error, const char* kernel) {
   if (error == cudaSuccess) return {0, kernel, ""};
   return {int(error), kernel, cudaGetErrorString(error)};
