@@ -24,6 +24,8 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __noinline__  // (empty, so that __attribute__((__noinline__)) in the compiler's headers
+                      // holds)
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
@@ -516,7 +518,8 @@ template <class... P, class... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...),
                                A&&... arguments) {
   using namespace specnorm::emulation;
-  static_assert((sizeof(P) + ... + 0) <= 4096, "a kernel's parameters have 4096 bytes");
+  // From CUDA 12.1 and sm_70 on; 4096 before.
+  static_assert((sizeof(P) + ... + 0) <= 32764, "a kernel's parameters have 32764 bytes");
   static_assert((std::is_trivially_copyable<P>::value && ... && true),
                 "a kernel's parameters are copied as bytes");
   const Grid grid = grid_of(*config);
