@@ -73,7 +73,7 @@ __host__ __device__ inline Layout layout_of(int64_t rows, int64_t length, int64_
 // Shared memory of a block, in this order: Fixed, row groups, then (if they fit) own record, a, the
 // cluster's z, and the slice of W.
 template <class C>
-struct Fixed {
+struct alignas(16) Fixed {
   DenseShared dense;
   PassShared<C> pass;
 };
