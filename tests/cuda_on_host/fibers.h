@@ -23,11 +23,8 @@
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
-#if !defined(__x86_64__)
-#define SPECNORM_EMULATION_UCONTEXT
-#endif
-#if defined(SPECNORM_EMULATION_UCONTEXT)
-#include <ucontext.h>
+#if !defined(__x86_64__) || !defined(__linux__)
+#error "the switch between fibers is written for x86-64 Linux"
 #endif
 
 // The emulation's own bookkeeping is not what the sanitizers are asked about, and runs at every
@@ -44,11 +41,7 @@ struct Fiber {
   size_t bytes = 0;
   void* fake_stack = nullptr;  // ASan's, while the fiber is not running
   Thread* thread = nullptr;    // what it runs
-#if defined(SPECNORM_EMULATION_UCONTEXT)
-  ucontext_t context;
-#else
   void* stopped_at = nullptr;  // stack pointer while not running
-#endif
 };
 
 struct Switch {
@@ -59,7 +52,6 @@ struct Switch {
 };
 inline Switch switches = {};
 
-#if !defined(SPECNORM_EMULATION_UCONTEXT)
 // System V: the callee keeps rbx, rbp and r12 to r15; everything else the compiler has saved around
 // the call. The floating-point control words are the same everywhere.
 #if defined(__clang__)
@@ -86,7 +78,6 @@ inline void exchange_stacks(void** /* rdi: save */, void* /* rsi: load */) {
       "ret" ::
           : "memory");
 }
-#endif
 
 // ASan must know whose stack is the current one: without that it takes every frame for an overflow
 // of the thread's own stack as soon as it unwinds.
@@ -108,13 +99,8 @@ SPECNORM_EMULATION_UNCHECKED inline void switch_to(Fiber* to) {
 #if defined(SPECNORM_EMULATION_ASAN)
   __sanitizer_start_switch_fiber(&from->fake_stack, to->low, to->bytes);
 #endif
-#if defined(SPECNORM_EMULATION_UCONTEXT)
-  switches.running = to;
-  swapcontext(&from->context, &to->context);
-#else
   switches.running = to;
   exchange_stacks(&from->stopped_at, to->stopped_at);
-#endif
   landed(from);
 }
 
@@ -137,12 +123,6 @@ inline Fiber* new_fiber() {
   auto* fiber = new Fiber;
   fiber->low = static_cast<char*>(memory) + page;
   fiber->bytes = stack;
-#if defined(SPECNORM_EMULATION_UCONTEXT)
-  getcontext(&fiber->context);
-  fiber->context.uc_stack.ss_sp = static_cast<char*>(memory) + page;
-  fiber->context.uc_stack.ss_size = stack;
-  makecontext(&fiber->context, begin_fiber, 0);
-#else
   // As if exchange_stacks had been called from an empty function about to call begin_fiber: six
   // registers, the address to return to, and begin_fiber's own return address (0 ends a stack
   // trace), which leaves the stack pointer 8 past a multiple of 16 as after a call.
@@ -151,7 +131,6 @@ inline Fiber* new_fiber() {
   *--top = reinterpret_cast<void*>(&begin_fiber);
   for (int i = 0; i < 6; ++i) *--top = nullptr;
   fiber->stopped_at = top;
-#endif
   return fiber;
 }
 
