@@ -132,7 +132,7 @@ namespace device {
 // ---- the device as the launchers see it ----------------------------------------------------------
 
 struct DeviceInfo {
-  int device, multiprocessors, shared_per_block, major;
+  int device, multiprocessors, shared_per_block, major, cooperative;
 };
 
 // Asked once per device and kept: attribute queries are slow, and legal during graph capture all the
@@ -148,13 +148,15 @@ inline cudaError_t device_info(DeviceInfo* out) {
     *out = known[device];
     return cudaSuccess;
   }
-  DeviceInfo info{device, 0, 0, 0};
+  DeviceInfo info{device, 0, 0, 0, 0};
   error = cudaDeviceGetAttribute(&info.multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&info.shared_per_block,
                                    cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&info.major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&info.cooperative, cudaDevAttrCooperativeLaunch, device);
   if (error != cudaSuccess) return error;
   if (device < kDevices) {
     known[device] = info;  // two threads write the same values
@@ -171,6 +173,31 @@ cudaError_t occupancy(void (*kernel)(P...), int threads, int64_t shared, int* bl
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
   if (error != cudaSuccess) return error;
   return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, threads, size_t(shared));
+}
+
+// The largest cluster of this kernel that the device can place, with that much shared memory a block:
+// GPCs differ in size between chips, and a MIG slice has few multiprocessors.
+template <class... P>
+cudaError_t largest_cluster(void (*kernel)(P...), int threads, int64_t shared, unsigned most,
+                            int* blocks) {
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+  for (*blocks = int(most); error == cudaSuccess && *blocks > 1; *blocks /= 2) {
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = unsigned(*blocks);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(unsigned(*blocks));
+    config.blockDim = dim3(unsigned(threads));
+    config.dynamicSmemBytes = size_t(shared);
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int clusters = 0;
+    error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+    if (error == cudaSuccess && clusters > 0) break;
+  }
+  return error;
 }
 
 inline CudaStatus status_of(cudaError_t error, const char* kernel) {

@@ -22,6 +22,7 @@ namespace {
 constexpr int kFewItems = 32;    // parameters of 4 KB: every device and driver
 constexpr int kManyItems = 256;  // 32 KB: one launch for hundreds of small matrices
 constexpr int kThreads = 512;
+constexpr unsigned kMostClustered = 8;  // what every device with clusters allows
 constexpr int64_t kBarrierBytes = 256;  // one counter a group, on cache lines of its own
 constexpr int kFewThreads = 128;  // of small matrices, where barriers are most of the work
 
@@ -146,7 +147,8 @@ struct Plan {
   const CudaCall& call;
   DeviceInfo device;
   List lists[4];  // by strategy, kBlock first
-  int cluster = 1;
+  int widest = 1;   // cluster that the device can place
+  int cluster = 1;  // that this call uses
 
   int64_t limit() const { return device.shared_per_block; }
   bool on_chip(const DeviceItem& item, int kind, int blocks) const {
@@ -154,12 +156,28 @@ struct Plan {
     return x.fixed + x.vectors + x.slice <= limit();
   }
   List& list(Strategy s) { return lists[int(s) - 1]; }
-  int most_clustered() const { return device.major >= 9 ? 8 : 1; }
+  int most_clustered() const { return widest; }
 
-  // Rows of shared-memory slices are read by many, so a matrix of few rows gains nothing from more
-  // blocks than rows.
   bool clusters(const DeviceItem& item) const {
     return on_chip(item, kClusterOfBlocks, most_clustered());
+  }
+
+  // Asked once per device: 0 is "not yet".
+  cudaError_t find_widest() {
+    constexpr int kDevices = 64;
+    static int known[kDevices];
+    if (device.major < 9) return cudaSuccess;
+    if (device.device < kDevices) widest = __atomic_load_n(&known[device.device], __ATOMIC_RELAXED);
+    if (widest > 0 && device.device < kDevices) return cudaSuccess;
+    const cudaError_t error =
+        several()
+            ? largest_cluster(&power_iteration_team<S, kMaxColumns, kFewItems>, kThreads, limit(),
+                              kMostClustered, &widest)
+            : largest_cluster(&power_iteration_team<S, 1, kFewItems>, kThreads, limit(),
+                              kMostClustered, &widest);
+    if (error == cudaSuccess && device.device < kDevices)
+      __atomic_store_n(&known[device.device], widest, __ATOMIC_RELAXED);
+    return error;
   }
 
   cudaError_t sort_items() {
@@ -239,7 +257,7 @@ struct Plan {
   cudaError_t spread_resident(bool* fits) {
     std::vector<DeviceItem>& items = list(Strategy::kResident).items;
     *fits = false;
-    if (items.size() > size_t(kFewItems)) return cudaSuccess;
+    if (!device.cooperative || items.size() > size_t(kFewItems)) return cudaSuccess;
     int64_t fixed = 0, vectors = 0, total = 0;
     for (const DeviceItem& item : items) {
       const Needs x = needs_of<S>(item, kGroupOfBlocks, 1, kThreads);
@@ -358,6 +376,8 @@ struct Plan {
   CudaStatus run() {
     cudaError_t error = device_info(&device);
     if (error != cudaSuccess) return status_of(error, "device query");
+    error = find_widest();
+    if (error != cudaSuccess) return status_of(error, "cluster query");
     error = sort_items();
     if (error != cudaSuccess) return status_of(error, "occupancy query");
     List& block = list(Strategy::kBlock);
@@ -402,7 +422,7 @@ struct Plan {
 
 template <class S>
 CudaStatus run(const PowerIterationParams& p, const CudaCall& call) {
-  Plan<S> plan{p, call, {}, {}, 1};
+  Plan<S> plan{p, call, {}, {}};
   return plan.run();
 }
 
