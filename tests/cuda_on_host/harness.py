@@ -25,7 +25,7 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 CXX = os.environ.get("CXX") or "g++"
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SANITIZE = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
 FLAGS = [
     "-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fno-omit-frame-pointer",
     "-DSPECNORM_CUDA_ON_HOST", f"-I{CSRC}", f"-I{HERE}", *SANITIZE,
@@ -59,30 +59,50 @@ def no_sanitizers(out: Path) -> str | None:
     return f"{CXX} has no working {SANITIZE[0]}: {built.stderr.strip()[-200:]}"
 
 
-def compile_all(jobs: dict[Path, Sequence[str | Path]]) -> dict[Path, subprocess.CompletedProcess]:
-    """{target: arguments of the compiler} side by side, in the given order."""
+class Build:
+    """The runner, with every op that has a .cu, and the emulation's own tests, compiled side by side."""
 
-    def one(job):
-        target, arguments = job
-        return target, call([CXX, *FLAGS, *arguments, "-o", target])
+    def __init__(self, out: Path) -> None:
+        have = [f"-DSPECNORM_HAVE_{op.upper()}" for op in OPS if FILE_OF[op].exists()]
+        # the longest first
+        sources = sorted(CSRC.glob("*_cuda.cu"), key=lambda path: -path.stat().st_size)
+        jobs: dict[str, list[str | Path]] = {s.stem: ["-x", "c++", "-c", s] for s in sources}
+        jobs["emulator_test"] = ["-x", "c++", HERE / "emulator_test.cu"]
+        jobs["runner"] = [*have, "-c", HERE / "runner.cpp"]
+        self.out = out
+        self.objects = [out / name for name in jobs if name != "emulator_test"]
 
-    with ThreadPoolExecutor(os.cpu_count() or 2) as pool:
-        return dict(pool.map(one, jobs.items()))
+        def one(name: str) -> subprocess.CompletedProcess:
+            return call([CXX, *FLAGS, *jobs[name], "-o", out / name])
+
+        with ThreadPoolExecutor(os.cpu_count() or 2) as pool:
+            self.done = dict(zip(jobs, pool.map(one, jobs), strict=True))
+
+    def _check(self, names: Sequence[str]) -> None:
+        for name in names:
+            done = self.done[name]
+            assert done.returncode == 0, done.stderr[-4000:]
+            assert not done.stderr, f"warnings:\n{done.stderr[:4000]}"
+
+    def emulator_test(self) -> Path:
+        self._check(["emulator_test"])
+        return self.out / "emulator_test"
+
+    def runner(self) -> Path:
+        self._check([path.name for path in self.objects])
+        program = self.out / "run"
+        linked = call([CXX, *SANITIZE, *self.objects, "-o", program])
+        assert linked.returncode == 0, linked.stderr[-4000:]
+        return program
 
 
-def build_runner(out: Path) -> Path:
-    """The runner with every op that has a .cu; where one has none, its tests skip."""
-    have = [f"-DSPECNORM_HAVE_{op.upper()}" for op in OPS if FILE_OF[op].exists()]
-    # the longest first
-    sources = sorted(CSRC.glob("*_cuda.cu"), key=lambda path: -path.stat().st_size)
-    jobs = {out / f"{s.stem}.o": ["-x", "c++", "-c", s] for s in sources}
-    jobs[out / "runner.o"] = [*have, "-c", HERE / "runner.cpp"]
-    for done in compile_all(jobs).values():
-        assert done.returncode == 0, done.stderr[-4000:]
-        assert not done.stderr, f"warnings:\n{done.stderr[:4000]}"
-    linked = call([CXX, *SANITIZE, *jobs, "-o", out / "runner"])
-    assert linked.returncode == 0, linked.stderr[-4000:]
-    return out / "runner"
+def refused(out: Path, body: str) -> str:
+    """The compiler's words about a kernel that must not compile."""
+    source = out / "refused.cu"
+    source.write_text(f'#include "device.cuh"\n{body}\n')
+    done = call([CXX, *FLAGS, "-fsyntax-only", "-x", "c++", source])
+    assert done.returncode != 0, "it compiles"
+    return done.stderr
 
 
 @dataclass(frozen=True)
