@@ -1,11 +1,11 @@
-// Work between two passes over W: columns X [b, stride] of length n, handled by one block, and small
-// symmetric problems (b x b, b <= 8) in float64, handled by its first warp. Sums run in an order that
-// depends on n and the block's size alone.
+// Work between two passes over W: columns X [b, stride] of length n, handled by one block, and
+// small symmetric problems (b x b, b <= 8) in float64, handled by its first warp. Sums run in an
+// order that depends on n and the block's size alone.
 //
 // Everything here is called by all threads of the block with the same arguments, unless its name
 // begins with warp_: then by all lanes of the first warp. Results are visible to all callers on
-// return. Called rather than inlined: it is called from many places, and takes no part of its time in
-// the call.
+// return. Called rather than inlined: it is called from many places, and takes no part of its time
+// in the call.
 #pragma once
 
 #include "device.cuh"
@@ -60,7 +60,8 @@ __device__ __noinline__ double block_inner(const C* x, const C* y, int64_t n, do
 
 // out[i][j] = x_i . x_j
 template <class C>
-__device__ __noinline__ void block_gram(const C* x, int64_t stride, int64_t n, int b, Small* out, double* sums) {
+__device__ __noinline__ void block_gram(const C* x, int64_t stride, int64_t n, int b, Small* out,
+                                        double* sums) {
   for (int i = 0; i < b; ++i)
     for (int j = 0; j <= i; ++j) {
       const double g = block_inner(x + i * stride, x + j * stride, n, sums);
@@ -86,7 +87,8 @@ __device__ __noinline__ void block_seed(C* x, int64_t n, uint32_t which) {
 // x_i for i in [from, b) made unit and orthogonal to those before, columns that vanish drawn anew.
 // Twice is enough: a second sweep removes what rounding left of the first.
 template <class C>
-__device__ __noinline__ void block_orthonormalize(C* x, int64_t stride, int64_t n, int b, double* sums) {
+__device__ __noinline__ void block_orthonormalize(C* x, int64_t stride, int64_t n, int b,
+                                                  double* sums) {
   for (int i = 0; i < b; ++i) {
     C* xi = x + i * stride;
     for (int attempt = 0; attempt < 4; ++attempt) {
@@ -113,7 +115,8 @@ __device__ __noinline__ void block_orthonormalize(C* x, int64_t stride, int64_t 
 
 // x := x c for a small c [b, r]; columns r..b of the result are 0.
 template <class C>
-__device__ __noinline__ void block_combine(C* x, int64_t stride, int64_t n, int b, const Small* c, int r) {
+__device__ __noinline__ void block_combine(C* x, int64_t stride, int64_t n, int b, const Small* c,
+                                           int r) {
   for (int64_t k = threadIdx.x; k < n; k += blockDim.x) {
     double in[kMaxColumns], out[kMaxColumns];
 #pragma unroll
@@ -140,11 +143,12 @@ __device__ __noinline__ double block_polish(C* x, int64_t stride, int64_t n, int
   return length;
 }
 
-// ---- b x b, the first warp -----------------------------------------------------------------------
+// ---- b x b, the first warp
+// -----------------------------------------------------------------------
 
 // out = x^T y or x y for [p, q] and [q, r].
-__device__ __noinline__ inline void warp_multiply(const Small* x, bool transposed, const Small* y, int p, int q,
-                                     int r, Small* out) {
+__device__ __noinline__ inline void warp_multiply(const Small* x, bool transposed, const Small* y,
+                                                  int p, int q, int r, Small* out) {
   const int lane = int(threadIdx.x);
   for (int e = lane; e < p * r; e += 32) {
     const int i = e / r, j = e % r;
@@ -155,8 +159,8 @@ __device__ __noinline__ inline void warp_multiply(const Small* x, bool transpose
   __syncwarp();
 }
 
-// s = q diag(values) q^T, values descending; s is destroyed. Cyclic Jacobi: every lane finds the same
-// rotation, lane k applies it to the k-th row or column.
+// s = q diag(values) q^T, values descending; s is destroyed. Cyclic Jacobi: every lane finds the
+// same rotation, lane k applies it to the k-th row or column.
 __device__ __noinline__ inline void warp_jacobi(Small* s, int n, Small* q, double* values) {
   const int k = int(threadIdx.x);
   for (int e = k; e < n * n; e += 32) q->a[e / n][e % n] = e / n == e % n;
@@ -216,8 +220,8 @@ __device__ __noinline__ inline void warp_jacobi(Small* s, int n, Small* q, doubl
 
 // With g = x^T x: the columns of x whiten are orthonormal. Returns the numerical rank. Scaling to a
 // unit diagonal first keeps columns of very different lengths apart from truly dependent ones. A
-// direction in which the unit columns all but agree carries their rounding, epsilon / sqrt(value): it
-// is dropped, drawn anew by the caller, and found again from a better start.
+// direction in which the unit columns all but agree carries their rounding, epsilon / sqrt(value):
+// it is dropped, drawn anew by the caller, and found again from a better start.
 template <class C>
 __device__ __noinline__ int warp_whitening(const Small* g, int b, DenseShared* d) {
   const int lane = int(threadIdx.x);
@@ -249,7 +253,8 @@ __device__ __noinline__ inline void warp_ritz(Small* g, int b, Small* x, double*
   __syncwarp();
 }
 
-// Columns of z scaled by 1 / sigma to make v; those with sigma about 0 have no direction of their own.
+// Columns of z scaled by 1 / sigma to make v; those with sigma about 0 have no direction of their
+// own.
 template <class C>
 __device__ __noinline__ int warp_invert(const double* sigma, int b, double* inverse) {
   const int lane = int(threadIdx.x);

@@ -4,10 +4,10 @@
 //   inner      partial sums of <G, W>, in float64                   one read of G and W
 //   update     c = <G, W> / sigma;  dW = (G - c u v^T) / sigma      one read of G, one write
 //
-// A block owns a tile: consecutive packs of 16 bytes, row after row. Every block of `update` adds the
-// tiles' sums of its matrix in the same order, so c has the same bits in all of them and from run to
-// run. <G, W> is taken against W times a power of two near 1 / sigma, as on the CPU, so that neither a
-// huge nor a tiny W over- or underflows. sigma = 0 gives Y = 0 and dW = 0.
+// A block owns a tile: consecutive packs of 16 bytes, row after row. Every block of `update` adds
+// the tiles' sums of its matrix in the same order, so c has the same bits in all of them and from
+// run to run. <G, W> is taken against W times a power of two near 1 / sigma, as on the CPU, so that
+// neither a huge nor a tiny W over- or underflows. sigma = 0 gives Y = 0 and dW = 0.
 #include "normalize.h"
 
 #include "device.cuh"
@@ -22,8 +22,8 @@ namespace {
 constexpr int kItems = 20, kThreads = 256;
 constexpr int kAhead = 4;  // packs a thread has in flight
 
-// A matrix as `rows` runs of `length`. Rows and columns change roles where all operands are stored by
-// columns; `packed`: every operand may be moved 16 bytes at a time.
+// A matrix as `rows` runs of `length`. Rows and columns change roles where all operands are stored
+// by columns; `packed`: every operand may be moved 16 bytes at a time.
 struct Walk {
   int64_t rows, length;
   int64_t w_row, w_col, out_row, out_col, g_row, g_col;
@@ -63,11 +63,27 @@ TileItem tile_item(const NormalizeItem& from, bool backward) {
   Walk& x = item.walk;
   x.swapped = by_columns && !by_rows;
   if (!x.swapped)
-    x = {w.m, w.n, w.row_stride, w.col_stride, from.out_row_stride, from.out_col_stride,
-         g.row_stride, g.col_stride, false, false};
+    x = {w.m,
+         w.n,
+         w.row_stride,
+         w.col_stride,
+         from.out_row_stride,
+         from.out_col_stride,
+         g.row_stride,
+         g.col_stride,
+         false,
+         false};
   else
-    x = {w.n, w.m, w.col_stride, w.row_stride, from.out_col_stride, from.out_row_stride,
-         g.col_stride, g.row_stride, true, false};
+    x = {w.n,
+         w.m,
+         w.col_stride,
+         w.row_stride,
+         from.out_col_stride,
+         from.out_row_stride,
+         g.col_stride,
+         g.row_stride,
+         true,
+         false};
   item.by_run = x.swapped ? from.v : from.u;
   item.in_run = x.swapped ? from.u : from.v;
   if (by_rows || by_columns) {
@@ -138,7 +154,7 @@ __device__ __forceinline__ void for_packs(const TileItem& item, Load load, Use u
       const int64_t q = base + i * kThreads;
       if (q >= q1) continue;
       // 64-bit division costs as much as the rest of a pack
-      row[i] = item.walk.rows == 1    ? 0
+      row[i] = item.walk.rows == 1        ? 0
                : all < (int64_t(1) << 32) ? int64_t(uint32_t(q) / uint32_t(per_row))
                                           : q / per_row;
       column[i] = (q - row[i] * per_row) * kPack;
@@ -175,8 +191,7 @@ __global__ void __launch_bounds__(kThreads) normalize_divide(const __grid_consta
 }
 
 template <class S>
-__global__ void __launch_bounds__(kThreads)
-    normalize_inner(const __grid_constant__ TileLaunch p) {
+__global__ void __launch_bounds__(kThreads) normalize_inner(const __grid_constant__ TileLaunch p) {
   using C = typename Elem<S>::C;
   constexpr int kPack = Packed<S>::count;
   const TileItem& item = item_of_block(p);
@@ -210,15 +225,15 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class S>
-__global__ void __launch_bounds__(kThreads)
-    normalize_update(const __grid_constant__ TileLaunch p) {
+__global__ void __launch_bounds__(kThreads) normalize_update(const __grid_constant__ TileLaunch p) {
   using C = typename Elem<S>::C;
   constexpr int kPack = Packed<S>::count;
   const TileItem& item = item_of_block(p);
   const Walk& x = item.walk;
   const C sigma = static_cast<const C*>(p.sigma)[item.index];
   double c = 0;
-  for (int k = int(threadIdx.x); k < item.blocks; k += kThreads) c += p.partial[item.first_block + k];
+  for (int k = int(threadIdx.x); k < item.blocks; k += kThreads)
+    c += p.partial[item.first_block + k];
   c = block_sum(c, reinterpret_cast<double*>(dynamic_shared()));
   const S* g = static_cast<const S*>(item.g);
   S* out = static_cast<S*>(item.out);
@@ -249,8 +264,9 @@ CudaStatus run(const NormalizeParams& p, const CudaCall& call) {
   if (error != cudaSuccess) return status_of(error, "device query");
   int64_t total = 0;
   for (int64_t i = 0; i < p.count; ++i) total += p.items[i].weight.m * p.items[i].weight.n;
-  constexpr int64_t kLeast = kThreads * kAhead * Packed<S>::count;  // elements: one round of a block
-  int64_t tile = total / (8 * info.multiprocessors) + 1;           // eight blocks of 256 on each
+  constexpr int64_t kLeast =
+      kThreads * kAhead * Packed<S>::count;               // elements: one round of a block
+  int64_t tile = total / (8 * info.multiprocessors) + 1;  // eight blocks of 256 on each
   tile = (tile + kLeast - 1) / kLeast * kLeast;
   if (tile > 16 * kLeast) tile = 16 * kLeast;
   const auto blocks_of = [&](const NormalizeItem& item) {

@@ -41,8 +41,9 @@ Tensor power_iteration_cuda_op(const std::vector<Tensor>& weights, const std::ve
     items[i] = {w[i].matrix(), us[i].vector(), vs[i].vector(), us[i].columns()};
   Tensor sigma =
       torch::stable::new_empty(weights[0], {int64_t(weights.size())}, state_dtype(w[0].dtype));
-  const PowerIterationParams params{*kernel_dtype(w[0].dtype), int64_t(items.size()), items.data(),
-                                    n_iterations,              eps,                   sigma.data_ptr()};
+  const PowerIterationParams params{
+      *kernel_dtype(w[0].dtype), int64_t(items.size()), items.data(), n_iterations, eps,
+      sigma.data_ptr()};
   call.check(cuda::power_iteration_cuda(params, call.call()), w.size());
   return sigma;
 }

@@ -3,7 +3,8 @@
 // A matrix goes to the first of these that can take it (Strategy forces one, for tests):
 //  kBlock     one block. Also everything that needs no speed: strides that no other way can load,
 //             matrices to be done again with a scale.
-//  kCluster   a cluster of up to 8 blocks, W in their shared memory, sums through distributed shared
+//  kCluster   a cluster of up to 8 blocks, W in their shared memory, sums through distributed
+//  shared
 //             memory: one launch for all such matrices, all iterations inside, and no barrier wider
 //             than the cluster (0.2 us where one across the grid costs 1.1).
 //  kResident  a group of blocks per matrix in one cooperative launch, when all that is left fits on
@@ -24,7 +25,7 @@ constexpr int kManyItems = 256;  // 32 KB: one launch for hundreds of small matr
 constexpr int kThreads = 512;
 constexpr unsigned kMostClustered = 8;  // what every device with clusters allows
 constexpr int64_t kBarrierBytes = 256;  // one counter a group, on cache lines of its own
-constexpr int kFewThreads = 128;  // of small matrices, where barriers are most of the work
+constexpr int kFewThreads = 128;        // of small matrices, where barriers are most of the work
 
 template <int N>
 struct TeamParams {
@@ -116,7 +117,8 @@ __global__ void __launch_bounds__(kThreads)
   s.solve();
 }
 
-// ---- the plan --------------------------------------------------------------------------------------
+// ---- the plan
+// --------------------------------------------------------------------------------------
 
 // What the launch of a list would need, gathered item by item.
 struct Needs {
@@ -146,7 +148,7 @@ struct Plan {
   const PowerIterationParams& p;
   const CudaCall& call;
   DeviceInfo device;
-  List lists[4];  // by strategy, kBlock first
+  List lists[4];    // by strategy, kBlock first
   int widest = 1;   // cluster that the device can place
   int cluster = 1;  // that this call uses
 
@@ -170,11 +172,10 @@ struct Plan {
     if (device.device < kDevices) widest = __atomic_load_n(&known[device.device], __ATOMIC_RELAXED);
     if (widest > 0 && device.device < kDevices) return cudaSuccess;
     const cudaError_t error =
-        several()
-            ? largest_cluster(&power_iteration_team<S, kMaxColumns, kFewItems>, kThreads, limit(),
-                              kMostClustered, &widest)
-            : largest_cluster(&power_iteration_team<S, 1, kFewItems>, kThreads, limit(),
-                              kMostClustered, &widest);
+        several() ? largest_cluster(&power_iteration_team<S, kMaxColumns, kFewItems>, kThreads,
+                                    limit(), kMostClustered, &widest)
+                  : largest_cluster(&power_iteration_team<S, 1, kFewItems>, kThreads, limit(),
+                                    kMostClustered, &widest);
     if (error == cudaSuccess && device.device < kDevices)
       __atomic_store_n(&known[device.device], widest, __ATOMIC_RELAXED);
     return error;
@@ -223,8 +224,9 @@ struct Plan {
     return cudaSuccess;
   }
 
-  // The smallest cluster that holds the largest matrix; then larger ones while multiprocessors would
-  // otherwise be idle and slices are worth splitting (loading 16 KB takes as long as a barrier).
+  // The smallest cluster that holds the largest matrix; then larger ones while multiprocessors
+  // would otherwise be idle and slices are worth splitting (loading 16 KB takes as long as a
+  // barrier).
   void choose_cluster() {
     std::vector<DeviceItem>& items = list(Strategy::kCluster).items;
     if (items.empty()) return;
@@ -283,7 +285,8 @@ struct Plan {
       const int64_t rows_per = room / row;
       if (rows_per < 1) return cudaSuccess;
       const int64_t least = (x.rows + rows_per - 1) / rows_per;
-      int64_t share = capacity * (x.rows * row) / total;  // rounded down: the sum cannot pass capacity
+      int64_t share =
+          capacity * (x.rows * row) / total;  // rounded down: the sum cannot pass capacity
       if (share > x.rows) share = x.rows;
       item.blocks = int32_t(share > least ? share : least);
       used += item.blocks;
@@ -299,8 +302,8 @@ struct Plan {
   }
 
   template <int N>
-  CudaStatus launch_team(void (*kernel)(TeamParams<N>), const List& list, int kind,
-                         char* workspace, const char* name) {
+  CudaStatus launch_team(void (*kernel)(TeamParams<N>), const List& list, int kind, char* workspace,
+                         const char* name) {
     const std::vector<DeviceItem>& items = list.items;
     for (size_t begin = 0; begin < items.size(); begin += N) {
       const int count = int(items.size() - begin < N ? items.size() - begin : N);
@@ -411,7 +414,8 @@ struct Plan {
     if (status.code == 0) status = launch_list(block, kOneBlock, workspace, "block kernel");
     if (status.code == 0) status = launch_list(off_chip, kOneBlock, workspace, "block kernel");
     if (status.code == 0 && !resident.items.empty()) {
-      error = cudaMemsetAsync(workspace, 0, size_t(barriers), static_cast<cudaStream_t>(call.stream));
+      error =
+          cudaMemsetAsync(workspace, 0, size_t(barriers), static_cast<cudaStream_t>(call.stream));
       if (error != cudaSuccess) return status_of(error, "memset of barriers");
       status = launch_list(resident, kGroupOfBlocks, workspace, "resident kernel");
     }

@@ -1,4 +1,5 @@
-// What power_iteration_cuda.cu (the plan) and power_iteration_stream_cuda.cu share on the host side.
+// What power_iteration_cuda.cu (the plan) and power_iteration_stream_cuda.cu share on the host
+// side.
 #pragma once
 
 #include <utility>

@@ -10,9 +10,10 @@
 // alive together, and lets one launch serve tiles of many matrices. A matrix that leaves the plain
 // range (bad scale, NaN, zero) is marked, and done again by one block in its last conclude.
 //
-// The fast pass keeps a group of rows in registers between dot and axpy while the next group is on its
-// way: on an H200 about 33 KB must be in flight on each multiprocessor to use the memory's bandwidth,
-// and two blocks of 256 threads with 2 x 64 bytes of loads outstanding a thread have 64 KB.
+// The fast pass keeps a group of rows in registers between dot and axpy while the next group is on
+// its way: on an H200 about 33 KB must be in flight on each multiprocessor to use the memory's
+// bandwidth, and two blocks of 256 threads with 2 x 64 bytes of loads outstanding a thread have 64
+// KB.
 #include "power_iteration_launch.cuh"
 
 namespace specnorm {
@@ -61,8 +62,7 @@ __device__ void set_up(Solver<S, B>* s, const StreamParams& p, const DeviceItem&
 }
 
 template <class S, int B>
-__global__ void __launch_bounds__(kThreads)
-    stream_prepare(const __grid_constant__ StreamParams p) {
+__global__ void __launch_bounds__(kThreads) stream_prepare(const __grid_constant__ StreamParams p) {
   using C = typename Elem<S>::C;
   Solver<S, B> s;
   set_up(&s, p, p.items[blockIdx.x], reinterpret_cast<Fixed<C>*>(dynamic_shared()));
@@ -73,13 +73,14 @@ __global__ void __launch_bounds__(kThreads)
 
 // Any strides, any number of columns.
 template <class S, int B>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     stream_pass_any(const __grid_constant__ StreamParams p) {
   using C = typename Elem<S>::C;
   const DeviceItem& item = p.items[item_of_block(p)];
   Solver<S, B> s;
   set_up(&s, p, item, reinterpret_cast<Fixed<C>*>(dynamic_shared()));
-  if (!set_phase(s.by_columns, p.pass, p.n_iterations, &s.phase, &s.left) || s.header->failed) return;
+  if (!set_phase(s.by_columns, p.pass, p.n_iterations, &s.phase, &s.left) || s.header->failed)
+    return;
   const int64_t tile = int64_t(blockIdx.x) - item.first_block;
   const int64_t per = (s.whole.rows + item.blocks - 1) / item.blocks;
   s.r0 = tile * per < s.whole.rows ? tile * per : s.whole.rows;
@@ -96,8 +97,8 @@ __global__ void __launch_bounds__(kThreads)
   s.pass();
 }
 
-// How the fast pass is cut for rows of up to threads x packs x 16 bytes: packs a thread and row, rows
-// a group, where z lives, groups in flight, blocks a multiprocessor that registers must allow.
+// How the fast pass is cut for rows of up to threads x packs x 16 bytes: packs a thread and row,
+// rows a group, where z lives, groups in flight, blocks a multiprocessor that registers must allow.
 template <int Threads, int Packs, int RowsAhead, bool ZShared, int Buffers, int Blocks>
 struct Cut {
   static constexpr int threads = Threads, packs = Packs, rows = RowsAhead, buffers = Buffers,
@@ -215,7 +216,8 @@ __global__ void __launch_bounds__(T::threads, T::blocks)
     }
   };
 
-  // A thread is never two groups ahead of another (each use has a barrier), so two slots are enough.
+  // A thread is never two groups ahead of another (each use has a barrier), so two slots are
+  // enough.
   C* slots[2] = {sums, sums + T::rows * kWarps};
   if (T::buffers == 2) {
     load(rows[0], r0);
@@ -244,8 +246,8 @@ __global__ void __launch_bounds__(T::threads, T::blocks)
   }
 }
 
-// z [b, padded(length)] = sum over tiles: 32 packs of columns a block, eight threads to each, which add
-// every eighth tile; then the eight sums in order.
+// z [b, padded(length)] = sum over tiles: 32 packs of columns a block, eight threads to each, which
+// add every eighth tile; then the eight sums in order.
 __host__ __device__ inline int64_t reduce_blocks(int64_t count, int64_t element) {
   return (count * element + 32 * 16 - 1) / (32 * 16);
 }
@@ -326,7 +328,8 @@ __global__ void __launch_bounds__(kThreads)
   s.solve_apart();
 }
 
-// ---- launches --------------------------------------------------------------------------------------
+// ---- launches
+// --------------------------------------------------------------------------------------
 
 template <class S>
 struct Cuts;  // in order of the row length they can take
@@ -408,8 +411,8 @@ struct Streamer {
     const int64_t fixed =
         2 * T::rows * (T::threads / 32) * int64_t(sizeof(C)) + (T::z_shared ? vector : 0);
     // A quarter of the limit leaves room for the other blocks of the multiprocessor, and for L1.
-    const int64_t most = T::blocks > 1 ? info.shared_per_block / T::blocks - 1024
-                                       : int64_t(info.shared_per_block);
+    const int64_t most =
+        T::blocks > 1 ? info.shared_per_block / T::blocks - 1024 : int64_t(info.shared_per_block);
     p.a_shared = fixed + vector <= most ? vector : 0;
     go("stream pass", config(grid, T::threads, fixed + p.a_shared), &stream_pass_rows<S, T>, p);
   }
@@ -455,7 +458,8 @@ struct Streamer {
           go("stream pass", config(tiles, kThreads, fixed + p.a_shared), &stream_pass_any<S, B>, p);
         }
       }
-      go("stream reduce", config(slices, kReduceThreads, kReduceThreads * 16), &stream_reduce<S>, p);
+      go("stream reduce", config(slices, kReduceThreads, kReduceThreads * 16), &stream_reduce<S>,
+         p);
       go("stream conclude", config(p.count, kThreads, fixed), &stream_conclude<S, B>, p);
     }
   }
@@ -463,8 +467,9 @@ struct Streamer {
 
 }  // namespace
 
-// As many tiles as two blocks a multiprocessor, while that makes tiles of 64 KB to 2 MB: each costs a
-// partial z of one row's length, and several waves of small tiles balance better than one of large.
+// As many tiles as two blocks a multiprocessor, while that makes tiles of 64 KB to 2 MB: each costs
+// a partial z of one row's length, and several waves of small tiles balance better than one of
+// large.
 template <class S>
 void cut_stream(List* list, const DeviceInfo& info) {
   int64_t total = 0;

@@ -3,14 +3,14 @@
 //
 //   t = W v;   u = t / |t|;   z = W^T u;   sigma = |z|;   v = z / |z|      (columns: Rayleigh-Ritz)
 //
-// Each block owns a slice of stored rows and makes a partial z of it (row_pass.cuh); the partial sums
-// are added in the order of the blocks. Every decision is taken by every block from the same numbers,
-// or, with several columns, by the first block for all. So the bits depend on shapes and the number of
-// blocks alone; there are no float atomics.
+// Each block owns a slice of stored rows and makes a partial z of it (row_pass.cuh); the partial
+// sums are added in the order of the blocks. Every decision is taken by every block from the same
+// numbers, or, with several columns, by the first block for all. So the bits depend on shapes and
+// the number of blocks alone; there are no float atomics.
 //
 // Scale and commit are the CPU's (power_iteration_cpu.cpp): W as it is while |t| stays in the range
-// where nothing can over- or underflow; outside it, or at NaN, a second start with powers of two from
-// max |W|, which also tells a zero or non-finite W. u and v are written once, at the end.
+// where nothing can over- or underflow; outside it, or at NaN, a second start with powers of two
+// from max |W|, which also tells a zero or non-finite W. u and v are written once, at the end.
 #pragma once
 
 #include "dense.cuh"
@@ -53,7 +53,8 @@ struct Header {
   int unused[63];
 };
 
-// The part of the workspace that belongs to one matrix. Host and device agree through this function.
+// The part of the workspace that belongs to one matrix. Host and device agree through this
+// function.
 struct Layout {
   int64_t t, z, a, records, record_bytes, bytes;
 };
@@ -78,7 +79,9 @@ struct alignas(16) Fixed {
   PassShared<C> pass;
 };
 
-__device__ __forceinline__ bool finite(double x) { return fabs(x) <= 0x1.fffffffffffffp1023; }
+__device__ __forceinline__ bool finite(double x) {
+  return fabs(x) <= 0x1.fffffffffffffp1023;
+}
 
 template <class S, int B>
 struct Solver {
@@ -101,7 +104,7 @@ struct Solver {
   C *a, *t, *z;           // dotted vectors [b, padded(length)], t [b, padded(rows)], full z as a
   char *record, *global;  // this block's record; all records when they lie in the workspace
   int64_t record_bytes;
-  int parts;              // records that make up t and z
+  int parts;  // records that make up t and z
   DenseShared* d;
   PassShared<C>* pass_shared;
   C* groups;
@@ -114,8 +117,8 @@ struct Solver {
   __device__ int64_t stride() const { return padded(whole.length); }
   __device__ int64_t t_stride() const { return padded(whole.rows); }
 
-  __device__ void describe(const DeviceItem& it, int n_iterations, double relative_eps, void* sigmas,
-                           char* workspace) {
+  __device__ void describe(const DeviceItem& it, int n_iterations, double relative_eps,
+                           void* sigmas, char* workspace) {
     item = &it;
     whole = stored_rows<S>(it.weight, &by_columns);
     m = it.weight.m;
@@ -164,7 +167,8 @@ struct Solver {
     return reinterpret_cast<C*>(record_of(r) + sizeof(RecordHead));
   }
 
-  // ---- the start: v as given, made usable --------------------------------------------------------
+  // ---- the start: v as given, made usable
+  // --------------------------------------------------------
 
   __device__ __noinline__ void clean_start(C* to, int64_t to_stride) {
     for (int i = 0; i < b; ++i, to += to_stride) {
@@ -191,8 +195,8 @@ struct Solver {
         size = sqrt(block_inner(to, to, n, d->sums));
       }
       if (size < 0.5 || size > 2) block_scale(to, n, 1 / size);
-      // A start exactly orthogonal to the leading vector would stay so for ever. One rounding error's
-      // worth of a fixed pattern lets it grow, and moves a healthy trajectory by no more.
+      // A start exactly orthogonal to the leading vector would stay so for ever. One rounding
+      // error's worth of a fixed pattern lets it grow, and moves a healthy trajectory by no more.
       const C amount = C(Range<C>::epsilon / sqrt(double(n)));
       for (int64_t k = threadIdx.x; k < n; k += blockDim.x)
         to[k] += amount * C(int(hash(uint32_t(k), uint32_t(100 + i)) & 2u) - 1);
@@ -227,20 +231,23 @@ struct Solver {
       sync();
     } else {
       clean_start(a, stride());
-      for (int i = 0; i < b && dot_unit != 1; ++i) block_scale(a + i * stride(), length(), dot_unit);
+      for (int i = 0; i < b && dot_unit != 1; ++i)
+        block_scale(a + i * stride(), length(), dot_unit);
       phase = kPass;
     }
     __syncthreads();
   }
 
-  // ---- one pass, and its sums --------------------------------------------------------------------
+  // ---- one pass, and its sums
+  // --------------------------------------------------------------------
 
   __device__ int mode() const { return phase == kStart ? kAxpy : phase == kLast ? kDot : kBoth; }
 
   __device__ void gram_of_slice(RecordHead* head) {
     if constexpr (B == 1) {
       double sum = 0;
-      for (int64_t r = r0 + threadIdx.x; r < r1; r += blockDim.x) sum += double(t[r]) * double(t[r]);
+      for (int64_t r = r0 + threadIdx.x; r < r1; r += blockDim.x)
+        sum += double(t[r]) * double(t[r]);
       sum = block_sum(sum, d->sums);
       if (threadIdx.x == 0) head->gram[0] = sum;
     } else {
@@ -317,7 +324,8 @@ struct Solver {
     }
   }
 
-  // ---- decisions -------------------------------------------------------------------------------------
+  // ---- decisions
+  // -------------------------------------------------------------------------------------
 
   __device__ bool acceptable(double size, double unit) const {
     if (!finite(size)) return false;

@@ -3,10 +3,10 @@
 //     t_r = w_r . a            (dot)
 //     z  += scale t_r w_r      (axpy: the same rows, still on chip or in cache)
 //
-// so that W^T W v costs one read of W from memory. Stored by rows: a = v, t = W v, z = W^T t; stored by
-// columns (a transposed view) the stored rows are W's columns, and the roles of u and v change places.
-// This is the general form, for any stride and b columns at once; power_iteration_stream.cuh has the
-// one that keeps rows in registers.
+// so that W^T W v costs one read of W from memory. Stored by rows: a = v, t = W v, z = W^T t;
+// stored by columns (a transposed view) the stored rows are W's columns, and the roles of u and v
+// change places. This is the general form, for any stride and b columns at once;
+// power_iteration_stream.cuh has the one that keeps rows in registers.
 #pragma once
 
 #include "device.cuh"
@@ -60,7 +60,9 @@ __host__ __device__ inline Rows<S> stored_rows(const MatrixRef& w, bool* by_colu
 }
 
 // Working vectors have whole packs of every type.
-__host__ __device__ __forceinline__ int64_t padded(int64_t n) { return (n + 7) / 8 * 8; }
+__host__ __device__ __forceinline__ int64_t padded(int64_t n) {
+  return (n + 7) / 8 * 8;
+}
 
 constexpr int kChunkRows = 32;  // rows between their dot and their axpy: still in cache
 
@@ -86,7 +88,8 @@ __device__ void row_pass(const Rows<S>& x, int64_t r0, int64_t r1, int mode,
                          PassShared<typename Elem<S>::C>* shared, typename Elem<S>::C* groups) {
   using C = typename Elem<S>::C;
   constexpr int kPack = Packed<S>::count;
-  constexpr int kTogether = B < 4 ? B : 4;  // columns of z that an axpy keeps in registers
+  constexpr int kTogether = B < 4 ? B : 4;   // columns of z that an axpy keeps in registers
+  constexpr int kAhead = kPack > 4 ? 2 : 4;  // loads in flight, as registers allow on sm_80
   const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
   const int warps = int(blockDim.x / 32);
   const int64_t packs = (x.length + kPack - 1) / kPack;
@@ -105,7 +108,7 @@ __device__ void row_pass(const Rows<S>& x, int64_t r0, int64_t r1, int mode,
         C sum[B];
 #pragma unroll
         for (int i = 0; i < B; ++i) sum[i] = 0;
-#pragma unroll 4
+#pragma unroll kAhead
         for (int64_t j = int64_t(lane) * kPack; j < x.length; j += 32 * kPack) {
           const Packed<S> w = x.fetch(c0 + r, j);
 #pragma unroll
@@ -144,7 +147,7 @@ __device__ void row_pass(const Rows<S>& x, int64_t r0, int64_t r1, int mode,
         for (int i = 0; i < kTogether; ++i)
 #pragma unroll
           for (int e = 0; e < kPack; ++e) sum[i][e] = 0;
-#pragma unroll 4
+#pragma unroll kAhead
         for (int r = group; r < count; r += side) {
           const Packed<S> w = x.fetch(c0 + r, q * kPack);
 #pragma unroll
@@ -184,7 +187,8 @@ __device__ void row_pass(const Rows<S>& x, int64_t r0, int64_t r1, int mode,
 
 // max |W| over rows [r0, r1), NaN if any element is not finite; the same in every thread.
 template <class S>
-__device__ __noinline__ double largest_element(const Rows<S>& x, int64_t r0, int64_t r1, double* sums) {
+__device__ __noinline__ double largest_element(const Rows<S>& x, int64_t r0, int64_t r1,
+                                               double* sums) {
   constexpr int kPack = Packed<S>::count;
   const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
   double top = 0;

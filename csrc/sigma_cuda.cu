@@ -3,10 +3,10 @@
 //   tiles    block: rows [r0, r1) of one matrix, sum_r weight_r (w_r . dotted), in float64
 //   finish   block a matrix: the tiles' sums in order, written as sigma
 //
-// Products of floats are exact in float64 and cannot leave its range, so 16- and 32-bit types need no
-// scaling. float64 takes the sum three times, as it is and with the dotted vector times 2^900 and
-// 2^-900, and uses the first that neither over- nor underflowed, as the CPU does. Sums run per thread,
-// over the block, then over tiles, in an order fixed by the shape and the device.
+// Products of floats are exact in float64 and cannot leave its range, so 16- and 32-bit types need
+// no scaling. float64 takes the sum three times, as it is and with the dotted vector times 2^900
+// and 2^-900, and uses the first that neither over- nor underflowed, as the CPU does. Sums run per
+// thread, over the block, then over tiles, in an order fixed by the shape and the device.
 #include "sigma.h"
 
 #include "row_pass.cuh"
@@ -19,7 +19,7 @@ using namespace device;
 namespace {
 
 constexpr int kItems = 30, kThreads = 256, kRows = 4;  // rows a warp has in flight
-constexpr int kSums = 4;                               // plain, scaled up, scaled down, largest term
+constexpr int kSums = 4;  // plain, scaled up, scaled down, largest term
 
 struct SigmaDeviceItem {
   MatrixRef weight;
@@ -95,7 +95,9 @@ __global__ void __launch_bounds__(kThreads, 2) sigma_tiles(const __grid_constant
   }
 }
 
-__device__ __forceinline__ bool is_finite(double x) { return fabs(x) <= 0x1.fffffffffffffp1023; }
+__device__ __forceinline__ bool is_finite(double x) {
+  return fabs(x) <= 0x1.fffffffffffffp1023;
+}
 
 template <class C>
 __global__ void __launch_bounds__(32) sigma_finish(const __grid_constant__ SigmaLaunch p) {
@@ -135,7 +137,7 @@ CudaStatus run(const SigmaParams& p, const CudaCall& call) {
   for (int64_t i = 0; i < p.count; ++i)
     total += p.items[i].weight.m * p.items[i].weight.n * int64_t(sizeof(S));
   int64_t tile = total / (4 * info.multiprocessors) + 1;  // four blocks of 256 live on each
-  tile = tile < (32 << 10) ? (32 << 10) : tile > (1 << 20) ? (1 << 20) : tile;
+  tile = tile<(32 << 10) ? (32 << 10) : tile>(1 << 20) ? (1 << 20) : tile;
   const auto blocks_of = [&](const MatrixRef& w) {
     bool by_columns;
     const Rows<S> x = stored_rows<S>(w, &by_columns);
@@ -158,8 +160,8 @@ CudaStatus run(const SigmaParams& p, const CudaCall& call) {
     for (int i = 0; i < args.count; ++i) {
       const SigmaItem& from = p.items[begin + i];
       const int64_t count = blocks_of(from.weight);
-      args.items[i] = {from.weight, from.u, from.v, int32_t(begin + i), int32_t(used), int32_t(count),
-                       0};
+      args.items[i] = {from.weight,   from.u,         from.v, int32_t(begin + i),
+                       int32_t(used), int32_t(count), 0};
       used += count;
     }
     LaunchConfig config{};

@@ -11,9 +11,10 @@
 #include "checks.h"
 #include "cuda_call.h"
 
-// Only CUDA builds of torch have it: weak and tested, so that this module imports on a CPU-only one.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(
-    int32_t device_index, void** ret_stream);
+// Only CUDA builds of torch have it: weak and tested, so that this module imports on a CPU-only
+// one.
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 namespace specnorm {
 
