@@ -38,6 +38,17 @@ struct TeamParams {
   DeviceItem items[N];
 };
 
+// The slice is on its way to L2 while the start is being made.
+template <class S>
+__device__ void prefetch_slice(const Rows<S>& from) {
+  if (from.inner != 1) return;
+  const int64_t row = from.length * int64_t(sizeof(S)), lines = (row + 127) / 128;
+  for (int64_t k = threadIdx.x; k < from.rows * lines; k += blockDim.x) {
+    const int64_t r = k / lines, byte = k % lines * 128;
+    prefetch(reinterpret_cast<const char*>(from.w + r * from.ld) + byte);
+  }
+}
+
 // Several loads of a thread are in flight before the first is used.
 template <class S>
 __device__ Rows<S> load_slice(const Rows<S>& from, S* to) {
@@ -113,7 +124,13 @@ __global__ void __launch_bounds__(kThreads)
   s.r1 = s.r0 + per < s.whole.rows ? s.r0 + per : s.whole.rows;
   s.mine.w = s.whole.w + s.r0 * s.whole.ld;
   s.mine.rows = s.r1 - s.r0;
-  if (p.resident) s.mine = load_slice(s.mine, reinterpret_cast<S*>(shared));
+  if (p.resident) {
+    prefetch_slice(s.mine);
+    s.begin();
+    s.mine = load_slice(s.mine, reinterpret_cast<S*>(shared));
+  } else {
+    s.begin();
+  }
   s.solve();
 }
 

@@ -554,9 +554,12 @@ struct Solver {
     return false;
   }
 
-  __device__ void solve() {
+  __device__ void begin() {
     clear_padding();
     start();
+  }
+
+  __device__ void solve() {  // begun
     for (;;) {
       pass();
       double tt, zz;
@@ -570,7 +573,10 @@ struct Solver {
     }
   }
   // for a kernel whose own work it is not
-  __device__ __noinline__ void solve_apart() { solve(); }
+  __device__ __noinline__ void solve_apart() {
+    begin();
+    solve();
+  }
 };
 
 }  // namespace device

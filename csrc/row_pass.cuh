@@ -88,8 +88,9 @@ __device__ void row_pass(const Rows<S>& x, int64_t r0, int64_t r1, int mode,
                          PassShared<typename Elem<S>::C>* shared, typename Elem<S>::C* groups) {
   using C = typename Elem<S>::C;
   constexpr int kPack = Packed<S>::count;
-  constexpr int kTogether = B < 4 ? B : 4;   // columns of z that an axpy keeps in registers
-  constexpr int kAhead = kPack > 4 ? 2 : 4;  // loads in flight, as registers allow on sm_80
+  constexpr int kTogether = B < 4 ? B : 4;  // columns of z that an axpy keeps in registers
+  [[maybe_unused]] constexpr int kAhead =
+      kPack > 4 ? 2 : 4;  // loads in flight, as registers allow on sm_80
   const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
   const int warps = int(blockDim.x / 32);
   const int64_t packs = (x.length + kPack - 1) / kPack;
