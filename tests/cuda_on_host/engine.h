@@ -97,8 +97,12 @@ struct Site {
   const char* file;
   int line;
 };
+// (nearly always one and the same literal)
+SPECNORM_EMULATION_UNCHECKED inline bool same(const char* a, const char* b) {
+  return a == b || std::strcmp(a, b) == 0;
+}
 SPECNORM_EMULATION_UNCHECKED inline bool same(const Site& a, const Site& b) {
-  return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
+  return a.line == b.line && same(a.file, b.file);
 }
 
 enum class State : uint8_t { kNew, kReady, kBarrier, kCluster, kWarp, kSpin, kReturned };
@@ -403,7 +407,7 @@ SPECNORM_EMULATION_UNCHECKED inline int barrier(const char* what, int predicate,
   t.what = what;
   t.site = site;
   t.predicate = 0;
-  if (block.arrived > 0 && (!same(block.site, site) || std::strcmp(block.what, what) != 0))
+  if (block.arrived > 0 && (!same(block.site, site) || !same(block.what, what)))
     report("barriers in divergent code: the threads of a block wait at different ones");
   block.what = what;
   block.site = site;
@@ -447,7 +451,7 @@ SPECNORM_EMULATION_UNCHECKED inline uint64_t meet(const char* what, unsigned mas
   if (at == warp.count) {
     ++warp.count;
     meeting = {mask, 0, what, site};
-  } else if (!same(meeting.site, site) || std::strcmp(meeting.what, what) != 0) {
+  } else if (!same(meeting.site, site) || !same(meeting.what, what)) {
     report("divergent lanes: those of mask 0x%08x wait at different shuffles or votes", mask);
   }
   meeting.arrived |= 1u << lane;
@@ -509,7 +513,10 @@ SPECNORM_EMULATION_UNCHECKED inline void fiber_main() {
       continue;
     }
     engine.idle[engine.idle_count++] = self;
-    switch_to(next ? next->fiber : &engine.main);
+    if (next)
+      switch_to(next->fiber);
+    else
+      leave(&engine.main);
   }
 }
 
@@ -592,8 +599,7 @@ inline void run_blocks(uint64_t first, uint64_t count, unsigned cluster_size) {
   Thread* const next = next_thread();
   set_now(next);
   switches.entry = fiber_main;
-  switches.running = &engine.main;
-  switch_to(fiber_for(next));
+  enter(&engine.main, fiber_for(next));
   engine.now = nullptr;
   for (Block& block : blocks) {
     show(block);

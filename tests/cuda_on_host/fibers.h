@@ -28,8 +28,13 @@
 #endif
 
 // The emulation's own bookkeeping is not what the sanitizers are asked about, and runs at every
-// switch.
+// switch; kernels are compiled for short compile times.
+#if defined(__clang__)
 #define SPECNORM_EMULATION_UNCHECKED __attribute__((no_sanitize("address", "undefined")))
+#else
+#define SPECNORM_EMULATION_UNCHECKED \
+  __attribute__((no_sanitize("address", "undefined"), optimize("O2")))
+#endif
 
 namespace specnorm {
 namespace emulation {
@@ -37,20 +42,24 @@ namespace emulation {
 struct Thread;
 
 struct Fiber {
-  const void* low = nullptr;  // the stack; of the main fiber: asked of ASan at the first switch
-  size_t bytes = 0;
-  void* fake_stack = nullptr;  // ASan's, while the fiber is not running
   Thread* thread = nullptr;    // what it runs
   void* stopped_at = nullptr;  // stack pointer while not running
 };
 
-struct Switch {
-  Fiber* previous;  // who switched to the one that runs
-  Fiber* running;
-  void (*entry)();  // where new fibers begin
-  uint64_t count;
+struct Switches {
+  Fiber* running = nullptr;
+  void (*entry)() = nullptr;  // where new fibers begin
+  uint64_t count = 0;
+  // All stacks lie in one reservation, with a page between them that may not be touched.
+  char* stacks = nullptr;
+  size_t used = 0, reserved = 0;
+  // ASan's, of the program's own stack
+  const void* main_low = nullptr;
+  size_t main_bytes = 0;
+  void *main_fake_stack = nullptr, *fake_stack = nullptr;
+  bool entering = false;
 };
-inline Switch switches = {};
+inline Switches switches;
 
 // System V: the callee keeps rbx, rbp and r12 to r15; everything else the compiler has saved around
 // the call. The floating-point control words are the same everywhere.
@@ -79,57 +88,83 @@ inline void exchange_stacks(void** /* rdi: save */, void* /* rsi: load */) {
           : "memory");
 }
 
-// ASan must know whose stack is the current one: without that it takes every frame for an overflow
-// of the thread's own stack as soon as it unwinds.
-SPECNORM_EMULATION_UNCHECKED inline void landed(Fiber* here) {
-  switches.running = here;
+// ASan must know which stack is the current one. It is told of the reservation as a whole, when a
+// grid begins and when it ends: switches between fibers then need no call of it, which would take
+// as long as all the rest of a switch.
+SPECNORM_EMULATION_UNCHECKED inline void landed() {
+  if (!switches.entering) return;
+  switches.entering = false;
 #if defined(SPECNORM_EMULATION_ASAN)
-  const void* low;
-  size_t bytes;
-  __sanitizer_finish_switch_fiber(here->fake_stack, &low, &bytes);
-  switches.previous->low = low;
-  switches.previous->bytes = bytes;
+  __sanitizer_finish_switch_fiber(switches.fake_stack, &switches.main_low, &switches.main_bytes);
 #endif
 }
 
 SPECNORM_EMULATION_UNCHECKED inline void switch_to(Fiber* to) {
   Fiber* const from = switches.running;
   ++switches.count;
-  switches.previous = from;
-#if defined(SPECNORM_EMULATION_ASAN)
-  __sanitizer_start_switch_fiber(&from->fake_stack, to->low, to->bytes);
-#endif
   switches.running = to;
   exchange_stacks(&from->stopped_at, to->stopped_at);
-  landed(from);
+  landed();
+}
+
+// From the program's own stack, and back when no thread is left.
+SPECNORM_EMULATION_UNCHECKED inline void enter(Fiber* main, Fiber* first) {
+  switches.running = main;
+  switches.entering = true;
+#if defined(SPECNORM_EMULATION_ASAN)
+  __sanitizer_start_switch_fiber(&switches.main_fake_stack, switches.stacks, switches.reserved);
+#endif
+  ++switches.count;
+  switches.running = first;
+  exchange_stacks(&main->stopped_at, first->stopped_at);
+#if defined(SPECNORM_EMULATION_ASAN)
+  __sanitizer_finish_switch_fiber(switches.main_fake_stack, nullptr, nullptr);
+#endif
+}
+SPECNORM_EMULATION_UNCHECKED inline void leave(Fiber* main) {
+#if defined(SPECNORM_EMULATION_ASAN)
+  __sanitizer_start_switch_fiber(&switches.fake_stack, switches.main_low, switches.main_bytes);
+#endif
+  switch_to(main);
 }
 
 SPECNORM_EMULATION_UNCHECKED inline void begin_fiber() {
-  landed(switches.running);
+  landed();
   switches.entry();
 }
 
-// A stack between pages that may not be touched: an overflow is a clean fault. Stacks are kept for
-// ever and used again.
+inline void require_memory(bool there) {
+  if (there) return;
+  std::perror("cuda_on_host: no memory for the stacks of threads");
+  std::abort();
+}
+
+// Kept for ever and used again.
 inline Fiber* new_fiber() {
-  constexpr size_t stack = 256 << 10;
+  constexpr size_t stack = 260 << 10, most = 1 << 14;
   const size_t page = size_t(sysconf(_SC_PAGESIZE));
-  void* memory = mmap(nullptr, stack + page, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED || mprotect(memory, page, PROT_NONE) != 0) {
-    std::perror("cuda_on_host: no memory for the stack of a thread");
-    std::abort();
+  if (!switches.stacks) {
+    void* memory = mmap(nullptr, most * stack, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    require_memory(memory != MAP_FAILED);
+    switches.stacks = static_cast<char*>(memory);
+    switches.reserved = most * stack;
   }
-  auto* fiber = new Fiber;
-  fiber->low = static_cast<char*>(memory) + page;
-  fiber->bytes = stack;
+  require_memory(switches.used < switches.reserved);
+  char* const low = switches.stacks + switches.used;
+  switches.used += stack;
+  require_memory(mprotect(low, page, PROT_NONE) == 0);
   // As if exchange_stacks had been called from an empty function about to call begin_fiber: six
   // registers, the address to return to, and begin_fiber's own return address (0 ends a stack
   // trace), which leaves the stack pointer 8 past a multiple of 16 as after a call.
-  void** top = reinterpret_cast<void**>(static_cast<char*>(memory) + page + stack);
+  // And not at the same place in every stack, which (stacks being a multiple of pages apart) would
+  // be the same few lines of the cache.
+  const size_t color = (switches.used / stack) % 64 * 64;
+  void** top = reinterpret_cast<void**>(low + stack - color);
   *--top = nullptr;
   *--top = reinterpret_cast<void*>(&begin_fiber);
   for (int i = 0; i < 6; ++i) *--top = nullptr;
+  auto* fiber = new Fiber;
   fiber->stopped_at = top;
   return fiber;
 }

@@ -92,7 +92,7 @@ struct Header {
   int64_t op, dtype, strategy, n_iterations, workspace_fails;
   int64_t multiprocessors, shared_per_block, shared_per_multiprocessor, threads_per_multiprocessor,
       major, cooperative;
-  int64_t sigma, orders, items, buffers;
+  int64_t sigma, items, buffers;
   double eps;
 };
 enum Op : int64_t { kPowerIteration, kSigma, kNormalize, kNormalizeBackward };
@@ -119,7 +119,8 @@ struct Workspace {
 
 struct Case {
   Header h;
-  std::vector<int64_t> orders;  // bit 0: blocks reversed, bit 1: threads reversed
+  // bit 0: blocks reversed, 1: threads reversed, 2: the workspace holds zeros, not NaN
+  std::vector<int64_t> orders;
   std::vector<Item> items;
   std::vector<Buffer> buffers;
 
@@ -180,7 +181,7 @@ struct Case {
 bool answer_one() {
   Case c;
   if (!read(&c.h, sizeof c.h)) return false;
-  for (int64_t i = 0; i < c.h.orders; ++i) c.orders.push_back(read<int64_t>());
+  for (int64_t i = read<int64_t>(); i > 0; --i) c.orders.push_back(read<int64_t>());
   for (int64_t i = 0; i < c.h.items; ++i) c.items.push_back(read<Item>());
   for (int64_t i = 0; i < c.h.buffers; ++i) {
     Buffer b;
@@ -211,7 +212,7 @@ bool answer_one() {
     for (Buffer& b : c.buffers) b.allocate();
     workspace = {};
     workspace.fails = c.h.workspace_fails != 0;
-    workspace.fill = run % 2 ? 0x00 : 0xff;
+    workspace.fill = c.orders[run] & 4 ? 0x00 : 0xff;
     const CudaStatus now = c.run(&workspace);
     std::free(workspace.memory);
     if (run == 0) status = now;
