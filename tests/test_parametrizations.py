@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm as torch_spectral_norm
-from torch.utils.checkpoint import checkpoint
 
 import specnorm_ext
 from specnorm_ext import spectral_norm
@@ -516,52 +515,6 @@ def test_registered_under_inference_mode_trains_later() -> None:
         layer(torch.randn(2, 9))
     layer(torch.randn(2, 9)).sum().backward()
     assert torch.isfinite(original(layer).grad).all()
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_activation_checkpointing(reentrant: bool) -> None:
-    torch.manual_seed(0)
-    plain = spectral_norm(nn.Linear(16, 16).double(), n_power_iterations=3)
-    with torch.no_grad():
-        original(plain).normal_()
-    saved = copy.deepcopy(plain)
-    for _ in range(3):  # several steps: the counters must not pile up
-        x = torch.randn(4, 16, dtype=torch.float64, requires_grad=True)
-        plain.zero_grad()
-        saved.zero_grad()
-        plain(x).square().sum().backward()
-        checkpoint(saved, x, use_reentrant=reentrant).square().sum().backward()
-        torch.testing.assert_close(
-            original(saved).grad, original(plain).grad, rtol=1e-10, atol=1e-12
-        )
-        torch.testing.assert_close(entry(saved)._u, entry(plain)._u)
-        with torch.no_grad():
-            for layer in (plain, saved):
-                original(layer).sub_(0.1 * original(layer).grad)
-
-
-def test_the_first_step_of_a_fresh_layer_may_be_checkpointed() -> None:
-    layer = spectral_norm(nn.Linear(8, 8))
-    x = torch.randn(2, 8, requires_grad=True)
-    checkpoint(layer, x, use_reentrant=False).sum().backward()
-    assert torch.isfinite(original(layer).grad).all()
-
-
-def test_a_weight_changed_before_its_recomputation_raises() -> None:
-    layer = spectral_norm(nn.Linear(8, 8))
-    y = checkpoint(layer, torch.randn(2, 8, requires_grad=True), use_reentrant=False)
-    with torch.no_grad():
-        original(layer).add_(1.0)
-    with pytest.raises(RuntimeError, match="changed in place"):
-        y.square().sum().backward()
-
-
-def test_two_checkpointed_forwards_before_one_backward_raise() -> None:
-    layer = spectral_norm(nn.Linear(16, 16))
-    x, y = torch.randn(2, 4, 16, requires_grad=True)
-    loss = sum(checkpoint(layer, z, use_reentrant=False).sum() for z in (x, y))
-    with pytest.raises(RuntimeError, match="at most one training forward"):
-        loss.backward()
 
 
 def test_moving_dtypes() -> None:
