@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-import sys
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -411,24 +410,28 @@ def _verify_loaded(module: nn.Module, _incompatible: Any) -> None:
 
 
 def _shared_with(weight: Tensor, module: nn.Module) -> nn.Module | None:
-    """Another module that holds this very Parameter, if any.
+    """Another module that holds this very Parameter, if any, or this one if it does so under two names.
 
-    Normalizing one of two tied weights would leave the other raw in silence. The garbage collector knows who refers
-    to the Parameter; it is asked only when someone else does at all.
+    Normalizing one of two tied weights would leave the other raw in silence. A Parameter does not know its modules;
+    the garbage collector knows who refers to it, and goes through all objects to say so: 10 ms in a process of
+    165,000 (torch alone), paid once a layer. Counting references would be quicker, but what is counted is up
+    to the interpreter (3.14 and the free-threaded builds count fewer).
     """
-    if (
-        sys.getrefcount(weight) <= 4
-    ):  # the module's dict, two frames, and the argument of getrefcount
+    if sum(x is weight for x in module._parameters.values()) > 1:
+        return module
+    holders = [
+        x for x in gc.get_referrers(weight) if isinstance(x, dict) and x is not module._parameters
+    ]
+    if not holders:
         return None
-    for holder in gc.get_referrers(weight):
-        if not isinstance(holder, dict) or holder is module._parameters:
+    owners = gc.get_referrers(*holders)
+    # A module's __dict__ shows in place of the module once somebody has asked for it.
+    spaces = [x for x in owners if isinstance(x, dict) and "_parameters" in x]
+    for owner in [*owners, *(gc.get_referrers(*spaces) if spaces else ())]:
+        if not isinstance(owner, nn.Module) or owner is module:
             continue
-        for owner in gc.get_referrers(holder):
-            found = owner if isinstance(owner, nn.Module) else None
-            if isinstance(owner, dict) and owner.get("_parameters") is holder:
-                found = next((x for x in gc.get_referrers(owner) if isinstance(x, nn.Module)), None)
-            if found is not None and found is not module and found._parameters is holder:
-                return found
+        if any(x is weight for x in owner._parameters.values()):
+            return owner
     return None
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import sys
 import warnings
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -541,6 +544,37 @@ def test_tied_weights_are_refused() -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     spectral_norm(model["out"])
     assert optimizer.param_groups
+
+
+def test_ties_are_found_whatever_reference_counts_say(monkeypatch) -> None:
+    """Newer interpreters count fewer references to a local variable, and the number says nothing of ties."""
+    monkeypatch.setattr(sys, "getrefcount", lambda _: 1)
+    layer, other = nn.Linear(5, 5), nn.Linear(5, 5)
+    other.weight = layer.weight
+    with pytest.raises(ValueError, match="tied to a Linear"):
+        spectral_norm(layer)
+    assert vars(other)  # asked for, a dictionary stands between the module and its parameters
+    with pytest.raises(ValueError, match="tied to a Linear"):
+        spectral_norm(layer)
+    del other
+    gc.collect()
+    spectral_norm(layer)
+
+
+def test_a_parameter_held_by_anything_but_a_module_is_not_tied(monkeypatch) -> None:
+    monkeypatch.setattr(sys, "getrefcount", lambda _: 1000)
+    layer = nn.Linear(5, 5)
+    optimizer = torch.optim.Adam(layer.parameters())
+    layer.weight.grad = torch.zeros(5, 5)
+    optimizer.step()  # its state is a dictionary of the parameters
+    kept = [{"weight": layer.weight}, dict(layer.named_parameters()), weakref.ref(layer.weight)]
+    layer.alias = layer.weight
+    with pytest.raises(ValueError, match="tied to a Linear"):
+        spectral_norm(layer)
+    del layer.alias
+    spectral_norm(layer)
+    assert kept
+    assert optimizer.state
 
 
 @pytest.mark.parametrize(
