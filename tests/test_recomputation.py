@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers import entry, original
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -20,15 +21,6 @@ from torch.utils.checkpoint import (
 )
 
 from specnorm_ext import recomputation, spectral_norm
-
-
-def original(module: nn.Module, name: str = "weight") -> Tensor:
-    return module.parametrizations[name].original
-
-
-def entry(module: nn.Module, name: str = "weight"):
-    return module.parametrizations[name][0]
-
 
 Call = Callable[..., Tensor]
 F64 = torch.float64
