@@ -170,11 +170,15 @@ class SpectralNorm(nn.Module):
         self._book.unverified = False
         if 0 in matrix.shape:
             return
-        lengths = torch.cat(
-            [torch.linalg.vector_norm(x, dim=0).reshape(-1) for x in (self._u, self._v)]
+        pairs = (self._u, self._v)
+        # Divided by their largest entries first: their squares may be past the largest or the least float.
+        tops = [x.abs().amax(0) for x in pairs]
+        units = [torch.linalg.vector_norm(x / t, dim=0) for x, t in zip(pairs, tops, strict=True)]
+        factors = zip(
+            *(torch.cat([y.reshape(-1) for y in z]).tolist() for z in (tops, units)), strict=True
         )
-        shortest, longest = lengths.min().item(), lengths.max().item()
-        if not (shortest > 0 and math.isfinite(longest)):
+        lengths = [top * unit for top, unit in factors]
+        if not all(0 < x < math.inf for x in lengths):
             warnings.warn(
                 "specnorm_ext: u or v of a spectrally normalized weight held NaN, Inf or zeros; drawn anew",
                 stacklevel=2,
@@ -182,6 +186,7 @@ class SpectralNorm(nn.Module):
             self._seed()
             self._iterate(matrix, WARM_UP_ITERATIONS)
             return
+        shortest, longest = min(lengths), max(lengths)
         if shortest < 0.98 or longest > 1.02:
             warnings.warn(
                 f"specnorm_ext: u and v of a spectrally normalized weight were not normalized (lengths "
@@ -189,8 +194,8 @@ class SpectralNorm(nn.Module):
                 stacklevel=2,
             )
         if max(1 - shortest, longest - 1) > 64 * torch.finfo(self._u.dtype).eps:
-            for x in (self._u, self._v):
-                x.copy_(nn.functional.normalize(x, dim=0))
+            for x, top in zip(pairs, tops, strict=True):
+                x.copy_(nn.functional.normalize(x / top, dim=0))
         u, v = self._u.clone(), self._v.clone()
         better = torch.ops.specnorm_ext.power_iteration_([matrix], [u], [v], 1, self.eps)
         stored = torch.ops.specnorm_ext.sigma([matrix], [self._u], [self._v])

@@ -133,10 +133,32 @@ def test_a_start_orthogonal_to_the_leading_vector_finds_it() -> None:
     assert norm(weight) == pytest.approx(1, abs=1e-4)
 
 
-def test_u_and_v_of_another_length_are_normalized_on_load() -> None:
-    layer = spectral_norm(nn.Linear(9, 7), n_power_iterations=30)
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_of_tiny_and_huge_weights(scale: float, training: bool) -> None:
+    """dW has the size of 1 / W: within float32's range, though |W|^2 is not."""
+    torch.manual_seed(0)
+    layer = nn.Linear(9, 7, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.mul_(scale)
+    twin = spectral_norm(copy.deepcopy(layer)).train(training)
+    layer = spectral_norm(layer.float())
+    layer.load_state_dict(twin.state_dict())
+    g = torch.randn(7, 9, dtype=torch.float64)
+    (twin.weight * g).sum().backward()
+    (layer.train(training).weight * g.float()).sum().backward()
+    expected = original(twin).grad
+    error = (original(layer).grad.double() - expected).abs().max() / expected.abs().max()
+    assert error <= 1e-5  # sums of 63 products, and a difference of two like terms
+
+
+@pytest.mark.parametrize("factor", [0.9, 3.0, 1e-30, 1e30])
+@pytest.mark.parametrize("options", [{}, {"n_vectors": 3}])
+def test_u_and_v_of_another_length_are_normalized_on_load(factor: float, options: dict) -> None:
+    layer = spectral_norm(nn.Linear(9, 7), n_power_iterations=30, **options)
     state = {
-        k: x * 0.9 if k.endswith(("_u", "_v")) else x.clone() for k, x in layer.state_dict().items()
+        k: x * factor if k.endswith(("_u", "_v")) else x.clone()
+        for k, x in layer.state_dict().items()
     }
     with pytest.warns(UserWarning, match="were not normalized") as record:
         layer.load_state_dict(state)
@@ -145,17 +167,21 @@ def test_u_and_v_of_another_length_are_normalized_on_load() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0])
-def test_bad_u_and_v_are_drawn_anew_on_load(bad: float) -> None:
-    layer = spectral_norm(nn.Linear(9, 7))
+@pytest.mark.parametrize("key", ["_u", "_v"])
+@pytest.mark.parametrize("options", [{}, {"n_vectors": 3}])
+def test_bad_u_and_v_are_drawn_anew_on_load(bad: float, key: str, options: dict) -> None:
+    layer = spectral_norm(nn.Linear(9, 7), **options)
     state = copy.deepcopy(layer.state_dict())
     if bad == 0:
-        state["parametrizations.weight.0._v"].zero_()
+        state[f"parametrizations.weight.0.{key}"].zero_()
     else:
-        state["parametrizations.weight.0._v"][2] = bad
+        state[f"parametrizations.weight.0.{key}"][2] = bad
     with pytest.warns(UserWarning, match="drawn anew") as record:
         layer.load_state_dict(state)
     assert len(record) == 1
     assert norm(layer.eval().weight) == pytest.approx(1, abs=0.1)
+    layer.train()(torch.randn(2, 9)).sum().backward()
+    assert torch.isfinite(original(layer).grad).all()
 
 
 @pytest.mark.parametrize("training", [True, False])
