@@ -12,6 +12,10 @@
 
 #include "common.h"
 
+#if !defined(STABLE_TORCH_ERROR_CODE_CHECK)  // its name in the headers of torch 2.10
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace specnorm {
 
 using torch::headeronly::ScalarType;
