@@ -27,12 +27,12 @@ lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp tests/*.cpp
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu tests/*.cpp tests/cuda_on_host/*.h tests/cuda_on_host/*.cpp tests/cuda_on_host/*.cu
 
 format: $(VENV)/.lint
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i csrc/*.h csrc/*.cpp tests/*.cpp
+	$(VENV)/bin/clang-format -i csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu tests/*.cpp tests/cuda_on_host/*.h tests/cuda_on_host/*.cpp tests/cuda_on_host/*.cu
 
 # The module built here, imported and run under another torch (a download of gigabytes).
 other-torch: $(VENV)/.built

@@ -22,7 +22,7 @@ from typing import Any
 
 import harness
 import torch
-from harness import seconds_text
+from presentation import seconds_text
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.nn.utils import parametrizations

@@ -20,7 +20,8 @@
 namespace specnorm {
 namespace device {
 
-// ---- what the emulation supplies in its own way --------------------------------------------------
+// ---- what the emulation supplies in its own way
+// --------------------------------------------------
 
 // The dynamic shared memory of this block, aligned to 16 bytes. No kernel declares static shared
 // memory.
@@ -73,7 +74,14 @@ __device__ __forceinline__ T* cluster_map(T* p, unsigned rank) {
 }
 
 // Elements that are read once: past L1, first to leave L2.
-__device__ __forceinline__ uint4 load_once(const uint4* p) { return __ldcs(p); }
+__device__ __forceinline__ uint4 load_once(const uint4* p) {
+  return __ldcs(p);
+}
+
+// Asks for the 128-byte line of p, which must lie in an allocation, and does not wait.
+__device__ __forceinline__ void prefetch(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
 
 __device__ __forceinline__ float half_bits_to_float(uint16_t bits) {
   return __half2float(__ushort_as_half(bits));
@@ -84,20 +92,20 @@ __device__ __forceinline__ uint16_t float_to_half_bits(float x) {
 
 struct LaunchConfig {
   unsigned grid, block;
-  size_t shared;     // bytes of dynamic shared memory
+  size_t shared;  // bytes of dynamic shared memory
   cudaStream_t stream;
   unsigned cluster;  // blocks a cluster; 1: none
   bool cooperative;  // all blocks live at once
 };
 
-// kernel<<<...>>>(arguments...), with clusters and cooperation. Raises the kernel's limit of dynamic
-// shared memory first where it must.
+// kernel<<<...>>>(arguments...), with clusters and cooperation. Raises the kernel's limit of
+// dynamic shared memory first where it must.
 template <class... P, class... A>
 cudaError_t launch(const LaunchConfig& c, void (*kernel)(P...), A&&... arguments) {
   if (c.grid == 0) return cudaSuccess;
   if (c.shared > (48 << 10)) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(c.shared));
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(c.shared));
     if (error != cudaSuccess) return error;
   }
   cudaLaunchAttribute attributes[2];
@@ -129,14 +137,15 @@ cudaError_t launch(const LaunchConfig& c, void (*kernel)(P...), A&&... arguments
 namespace specnorm {
 namespace device {
 
-// ---- the device as the launchers see it ----------------------------------------------------------
+// ---- the device as the launchers see it
+// ----------------------------------------------------------
 
 struct DeviceInfo {
-  int device, multiprocessors, shared_per_block, major;
+  int device, multiprocessors, shared_per_block, major, cooperative;
 };
 
-// Asked once per device and kept: attribute queries are slow, and legal during graph capture all the
-// same.
+// Asked once per device and kept: attribute queries are slow, and legal during graph capture all
+// the same.
 inline cudaError_t device_info(DeviceInfo* out) {
   constexpr int kDevices = 64;
   static DeviceInfo known[kDevices];
@@ -148,13 +157,15 @@ inline cudaError_t device_info(DeviceInfo* out) {
     *out = known[device];
     return cudaSuccess;
   }
-  DeviceInfo info{device, 0, 0, 0};
+  DeviceInfo info{device, 0, 0, 0, 0};
   error = cudaDeviceGetAttribute(&info.multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&info.shared_per_block,
-                                   cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    error = cudaDeviceGetAttribute(&info.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                   device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&info.major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&info.cooperative, cudaDevAttrCooperativeLaunch, device);
   if (error != cudaSuccess) return error;
   if (device < kDevices) {
     known[device] = info;  // two threads write the same values
@@ -164,12 +175,48 @@ inline cudaError_t device_info(DeviceInfo* out) {
   return cudaSuccess;
 }
 
+// Blocks of this kernel that one multiprocessor holds at once, with that much dynamic shared
+// memory.
+template <class... P>
+cudaError_t occupancy(void (*kernel)(P...), int threads, int64_t shared, int* blocks) {
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+  if (error != cudaSuccess) return error;
+  return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, threads, size_t(shared));
+}
+
+// The largest cluster of this kernel that the device can place, with that much shared memory a
+// block: GPCs differ in size between chips, and a MIG slice has few multiprocessors.
+template <class... P>
+cudaError_t largest_cluster(void (*kernel)(P...), int threads, int64_t shared, unsigned most,
+                            int* blocks) {
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+  for (*blocks = int(most); error == cudaSuccess && *blocks > 1; *blocks /= 2) {
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = unsigned(*blocks);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(unsigned(*blocks));
+    config.blockDim = dim3(unsigned(threads));
+    config.dynamicSmemBytes = size_t(shared);
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int clusters = 0;
+    error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+    if (error == cudaSuccess && clusters > 0) break;
+  }
+  return error;
+}
+
 inline CudaStatus status_of(cudaError_t error, const char* kernel) {
   if (error == cudaSuccess) return {0, kernel, ""};
   return {int(error), kernel, cudaGetErrorString(error)};
 }
 
-// ---- element types --------------------------------------------------------------------------------
+// ---- element types
+// --------------------------------------------------------------------------------
 
 struct bf16 {
   uint16_t bits;
@@ -220,7 +267,8 @@ struct Packed {
   }
 };
 
-// ---- reductions -----------------------------------------------------------------------------------
+// ---- reductions
+// -----------------------------------------------------------------------------------
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 

@@ -82,7 +82,13 @@ PYBIND11_MODULE(_C, m) {
 #else
     info["cpu_kernels_built"] = py::make_tuple("baseline");
 #endif
+#if defined(SPECNORM_HAVE_CUDA_KERNELS)
+    info["cuda_kernels"] = true;
+    info["cuda_architectures"] = SPECNORM_CUDA_ARCHITECTURES;
+    info["cuda_compiler"] = SPECNORM_CUDA_COMPILER;
+#else
     info["cuda_kernels"] = false;
+#endif
     info["torch_built_with"] = SPECNORM_TORCH_VERSION;
     info["torch_minimum"] = "2.10";
     info["compiler"] = SPECNORM_COMPILER;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common.h"
+#include "cuda_call.h"
 
 namespace specnorm {
 
@@ -32,5 +33,10 @@ namespace avx512 {
 Status normalize_cpu(const NormalizeParams&, const Parallel&);
 Status normalize_backward_cpu(const NormalizeParams&, const Parallel&);
 }  // namespace avx512
+
+namespace cuda {
+CudaStatus normalize_cuda(const NormalizeParams&, const CudaCall&);
+CudaStatus normalize_backward_cuda(const NormalizeParams&, const CudaCall&);
+}  // namespace cuda
 
 }  // namespace specnorm

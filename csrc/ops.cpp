@@ -19,3 +19,12 @@ STABLE_TORCH_LIBRARY_IMPL(specnorm_ext, CPU, m) {
   m.impl("normalize", TORCH_BOX(&specnorm::normalize_cpu_op));
   m.impl("normalize_backward", TORCH_BOX(&specnorm::normalize_backward_cpu_op));
 }
+
+#if defined(SPECNORM_HAVE_CUDA_KERNELS)
+STABLE_TORCH_LIBRARY_IMPL(specnorm_ext, CUDA, m) {
+  m.impl("power_iteration_", TORCH_BOX(&specnorm::power_iteration_cuda_op));
+  m.impl("sigma", TORCH_BOX(&specnorm::sigma_cuda_op));
+  m.impl("normalize", TORCH_BOX(&specnorm::normalize_cuda_op));
+  m.impl("normalize_backward", TORCH_BOX(&specnorm::normalize_backward_cuda_op));
+}
+#endif

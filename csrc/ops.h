@@ -27,6 +27,19 @@ void run_power_iteration_cpu(const Operands& weights, const Operands& u, const O
 void run_sigma_cpu(const Operands& weights, const Operands& u, const Operands& v, void* sigma);
 void run_normalize_cpu(const Operands& weights, const Operands& out, const void* sigma);
 
+// The same on a CUDA device; defined where this build has CUDA kernels.
+Tensor power_iteration_cuda_op(const std::vector<Tensor>& weights, const std::vector<Tensor>& u,
+                               const std::vector<Tensor>& v, int64_t n_iterations, double eps);
+Tensor sigma_cuda_op(const std::vector<Tensor>& weights, const std::vector<Tensor>& u,
+                     const std::vector<Tensor>& v);
+std::vector<Tensor> normalize_cuda_op(const std::vector<Tensor>& weights,
+                                      const std::vector<Tensor>& u, const std::vector<Tensor>& v,
+                                      const Tensor& sigma);
+std::vector<Tensor> normalize_backward_cuda_op(const std::vector<Tensor>& grads,
+                                               const std::vector<Tensor>& weights,
+                                               const std::vector<Tensor>& u,
+                                               const std::vector<Tensor>& v, const Tensor& sigma);
+
 // sigma of an empty list: float32 on the CPU, since there is no weight to ask.
 inline Tensor empty_sigma() {
   return torch::stable::empty({0}, ScalarType::Float);

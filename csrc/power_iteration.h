@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common.h"
+#include "cuda_call.h"
 
 namespace specnorm {
 
@@ -29,6 +30,10 @@ Status power_iteration_cpu(const PowerIterationParams&, const Parallel&);
 }
 namespace avx512 {
 Status power_iteration_cpu(const PowerIterationParams&, const Parallel&);
+}
+
+namespace cuda {
+CudaStatus power_iteration_cuda(const PowerIterationParams&, const CudaCall&);
 }
 
 }  // namespace specnorm

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common.h"
+#include "cuda_call.h"
 
 namespace specnorm {
 
@@ -26,6 +27,10 @@ Status sigma_cpu(const SigmaParams&, const Parallel&);
 }
 namespace avx512 {
 Status sigma_cpu(const SigmaParams&, const Parallel&);
+}
+
+namespace cuda {
+CudaStatus sigma_cuda(const SigmaParams&, const CudaCall&);
 }
 
 }  // namespace specnorm

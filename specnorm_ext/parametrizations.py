@@ -4,31 +4,24 @@ from __future__ import annotations
 
 import gc
 import math
-import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from . import _ops
+from . import _ops, recomputation
 from ._checks import DTYPES, MAX_COLUMNS, state_dtype
 from ._ops import is_plain
+from .recomputation import Forward, Forwards, Place, version_of
 
 WARM_UP_ITERATIONS = 15  # torch's, at registration
 
 # u and v of a healthy layer give at least 0.84 of what one more iteration gives (one iteration from a random
 # start, square Gaussian; anything longer is closer to 1). u and v of other weights give next to nothing.
 STALE_BELOW = 0.75
-
-
-def _version(x: Tensor) -> int:
-    try:
-        return x._version
-    except RuntimeError:  # an inference tensor keeps none
-        return 0
 
 
 @dataclass
@@ -39,8 +32,8 @@ class _Book:
     unseeded: bool = False  # u, v not yet drawn (a meta weight)
     unverified: bool = False  # u, v not yet seen beside this weight (just loaded, or assigned to)
     seen: tuple[int, ...] | None = None  # what the last verification in eval looked at
-    pending: int = 0  # training iterations that a recomputation in backward might ask for
-    pending_version: int = -1
+    compiled: bool = False  # written by torch.compile, read by nobody
+    forwards: Forwards = field(default_factory=Forwards)  # that a recomputation may ask for
 
 
 class SpectralNorm(nn.Module):
@@ -177,11 +170,15 @@ class SpectralNorm(nn.Module):
         self._book.unverified = False
         if 0 in matrix.shape:
             return
-        lengths = torch.cat(
-            [torch.linalg.vector_norm(x, dim=0).reshape(-1) for x in (self._u, self._v)]
+        pairs = (self._u, self._v)
+        # Divided by their largest entries first: their squares may be past the largest or the least float.
+        tops = [x.abs().amax(0) for x in pairs]
+        units = [torch.linalg.vector_norm(x / t, dim=0) for x, t in zip(pairs, tops, strict=True)]
+        factors = zip(
+            *(torch.cat([y.reshape(-1) for y in z]).tolist() for z in (tops, units)), strict=True
         )
-        shortest, longest = lengths.min().item(), lengths.max().item()
-        if not (shortest > 0 and math.isfinite(longest)):
+        lengths = [top * unit for top, unit in factors]
+        if not all(0 < x < math.inf for x in lengths):
             warnings.warn(
                 "specnorm_ext: u or v of a spectrally normalized weight held NaN, Inf or zeros; drawn anew",
                 stacklevel=2,
@@ -189,6 +186,7 @@ class SpectralNorm(nn.Module):
             self._seed()
             self._iterate(matrix, WARM_UP_ITERATIONS)
             return
+        shortest, longest = min(lengths), max(lengths)
         if shortest < 0.98 or longest > 1.02:
             warnings.warn(
                 f"specnorm_ext: u and v of a spectrally normalized weight were not normalized (lengths "
@@ -196,8 +194,8 @@ class SpectralNorm(nn.Module):
                 stacklevel=2,
             )
         if max(1 - shortest, longest - 1) > 64 * torch.finfo(self._u.dtype).eps:
-            for x in (self._u, self._v):
-                x.copy_(nn.functional.normalize(x, dim=0))
+            for x, top in zip(pairs, tops, strict=True):
+                x.copy_(nn.functional.normalize(x / top, dim=0))
         u, v = self._u.clone(), self._v.clone()
         better = torch.ops.specnorm_ext.power_iteration_([matrix], [u], [v], 1, self.eps)
         stored = torch.ops.specnorm_ext.sigma([matrix], [self._u], [self._v])
@@ -214,72 +212,41 @@ class SpectralNorm(nn.Module):
 
     def _verify_in_eval(self, weight: Tensor, matrix: Tensor, u: Tensor, v: Tensor) -> None:
         """Outside training nothing iterates, so whatever has changed since the last look is looked at."""
-        if self._book.seen != (weight.data_ptr(), _version(weight), _version(u), _version(v)):
+        if self._book.seen != (weight.data_ptr(), version_of(weight), version_of(u), version_of(v)):
             self._verify(matrix)
-            self._book.seen = (weight.data_ptr(), _version(weight), _version(u), _version(v))
-
-    def _recomputing(self, weight: Tensor) -> bool:
-        """True when this forward is activation checkpointing's second one, which must not iterate again."""
-        book, version = self._book, _version(weight)
-        if torch._C._current_graph_task_id() == -1:  # not inside a backward pass
-            book.pending = book.pending + 1 if book.pending_version == version else 1
-            book.pending_version = version
-            return False
-        if book.pending > 0 and book.pending_version != version:
-            raise RuntimeError(
-                "spectral_norm: expected the weight that activation checkpointing recomputes with to be the one of "
-                "the forward, got one changed in place since; step the optimizer after backward"
-            )
-        if book.pending > 1:
-            raise RuntimeError(
-                "spectral_norm: expected at most one training forward of this layer before activation "
-                f"checkpointing recomputes it, got {book.pending}: which u and v the recomputation needs is "
-                "unknown, and the gradient would be wrong. Run the forwards under "
-                "torch.nn.utils.parametrize.cached(), or call backward after each."
-            )
-        book.pending = 0
-        return True
+            self._book.seen = (weight.data_ptr(), version_of(weight), version_of(u), version_of(v))
 
     # ---- forward ------------------------------------------------------------------------------------------------
 
     def forward(self, weight: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            place = None
+            if self.training:
+                # A compiled checkpoint would recompute from the v that its own forward has left. One that changes
+                # an attribute, however, torch.compile leaves to Python (fullgraph=True: refuses), where all is right.
+                self._book.compiled = True
+            if recomputation.traced_in_checkpoint():
+                # The same for a compiled layer inside a checkpoint: this very function then runs in Python.
+                raise RuntimeError(
+                    "spectral_norm: expected no fullgraph=True for a layer inside a checkpoint, got it: compiled, the "
+                    "layer would iterate again when it is recomputed"
+                )
+        else:
+            place = recomputation.here()
         if self._ndim == 1:
+            if place is not None:
+                self._state_at(place, weight, None)
             return self._vector(weight)
         matrix = weight if self.dim == 0 and self._ndim == 2 else self._matrix(weight)
-        plain = is_plain(weight)
-        direct = (
-            plain and weight.is_cpu
-        )  # straight to the kernels wherever gradients are not recorded
-        u, v = self._buffers["_u"], self._buffers["_v"]
-        assert u is not None
-        assert v is not None
-        if u.dtype != state_dtype(weight.dtype) or u.device != weight.device:
-            u, v = self._place_state(weight)
-        if plain and (self._book.unseeded or self._book.unverified):
-            self._verify(matrix)
-        if self.training and not (plain and self._recomputing(weight)):
-            iterate = (
-                _ops.power_iteration_direct if direct else torch.ops.specnorm_ext.power_iteration_
-            )
-            sigma = iterate([matrix], [u], [v], self.n_power_iterations, self.eps)
+        # straight to the kernels wherever gradients are not recorded
+        direct = is_plain(weight) and weight.is_cpu
+        if place is None:
+            u, v, sigma = self._state(weight, matrix)
             if torch.is_grad_enabled():
                 # The next forward overwrites the buffers, perhaps before this one's backward.
                 u, v = u.clone(), v.clone()
         else:
-            if plain and not self.training:
-                self._verify_in_eval(weight, matrix, u, v)
-            with torch.no_grad():
-                bilinear = _ops.sigma_direct if direct else torch.ops.specnorm_ext.sigma
-                sigma = bilinear([matrix], [u], [v])
-                # A weight whose sign was flipped since: sigma is a norm, and u turns with it.
-                if direct:
-                    if sigma.item() < 0:
-                        u, sigma = -u, -sigma
-                else:
-                    u = u * torch.where(sigma < 0, -1.0, 1.0).to(u.dtype)
-                    sigma = sigma.abs()
-            if torch.is_grad_enabled():
-                u, v = u.clone(), v.clone()
+            u, v, sigma = self._state_at(place, weight, matrix)
         if self.bound is not None or self.detach_sigma:
             u, sigma = self._dependence(u, sigma)
         if direct and not torch.is_grad_enabled():
@@ -289,6 +256,48 @@ class SpectralNorm(nn.Module):
         if matrix is not weight:
             out = self._tensor(out, weight)
         return out if self._parameters["scale"] is None else self._scaled(out)
+
+    def _state(self, weight: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """u, v and sigma of a forward; u and v may be the buffers themselves."""
+        u, v = self._buffers["_u"], self._buffers["_v"]
+        assert u is not None
+        assert v is not None
+        plain = is_plain(weight)
+        direct = plain and weight.is_cpu
+        if u.dtype != state_dtype(weight.dtype) or u.device != weight.device:
+            u, v = self._place_state(weight)
+        if plain and (self._book.unseeded or self._book.unverified):
+            self._verify(matrix)
+        if self.training:
+            iterate = (
+                _ops.power_iteration_direct if direct else torch.ops.specnorm_ext.power_iteration_
+            )
+            return u, v, iterate([matrix], [u], [v], self.n_power_iterations, self.eps)
+        if plain:
+            self._verify_in_eval(weight, matrix, u, v)
+        with torch.no_grad():
+            bilinear = _ops.sigma_direct if direct else torch.ops.specnorm_ext.sigma
+            sigma = bilinear([matrix], [u], [v])
+            # A weight whose sign was flipped since: sigma is a norm, and u turns with it.
+            if direct:
+                return (-u, v, -sigma) if sigma.item() < 0 else (u, v, sigma)
+            return u * torch.where(sigma < 0, -1.0, 1.0).to(u.dtype), v, sigma.abs()
+
+    def _state_at(self, place: Place, weight: Tensor, matrix: Tensor | None) -> tuple[Tensor, ...]:
+        """u, v and sigma where activation checkpointing may run the forward again, or does so now."""
+        scale, forwards = self._parameters["scale"], self._book.forwards
+        past = forwards.find(place, weight, scale)
+        if past is None:
+            state: tuple[Tensor, ...] = ()
+            if matrix is not None:
+                # Unseen by selective checkpointing, which counts operations: they run this once only.
+                with recomputation.unseen():
+                    u, v, sigma = self._state(weight, matrix)
+                    state = (u.clone(), v.clone(), sigma)
+            past = Forward.of(weight, scale, state)
+        forwards.add(place, past)
+        assert past.state is not None
+        return past.state
 
     def _dependence(self, u: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """What W is divided by, d, and u scaled so that u v^T is the derivative of d."""
@@ -361,7 +370,6 @@ class SpectralNorm(nn.Module):
                 self._book.unseeded = False
             self._book.unverified = True
             self._book.seen = None
-            self._book.pending = 0
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -407,24 +415,28 @@ def _verify_loaded(module: nn.Module, _incompatible: Any) -> None:
 
 
 def _shared_with(weight: Tensor, module: nn.Module) -> nn.Module | None:
-    """Another module that holds this very Parameter, if any.
+    """Another module that holds this very Parameter, if any, or this one if it does so under two names.
 
-    Normalizing one of two tied weights would leave the other raw in silence. The garbage collector knows who refers
-    to the Parameter; it is asked only when someone else does at all.
+    Normalizing one of two tied weights would leave the other raw in silence. A Parameter does not know its modules;
+    the garbage collector knows who refers to it, and goes through all objects to say so: 10 ms in a process of
+    165,000 (torch alone), paid once a layer. Counting references would be quicker, but what is counted is up
+    to the interpreter (3.14 and the free-threaded builds count fewer).
     """
-    if (
-        sys.getrefcount(weight) <= 4
-    ):  # the module's dict, two frames, and the argument of getrefcount
+    if sum(x is weight for x in module._parameters.values()) > 1:
+        return module
+    holders = [
+        x for x in gc.get_referrers(weight) if isinstance(x, dict) and x is not module._parameters
+    ]
+    if not holders:
         return None
-    for holder in gc.get_referrers(weight):
-        if not isinstance(holder, dict) or holder is module._parameters:
+    owners = gc.get_referrers(*holders)
+    # A module's __dict__ shows in place of the module once somebody has asked for it.
+    spaces = [x for x in owners if isinstance(x, dict) and "_parameters" in x]
+    for owner in [*owners, *(gc.get_referrers(*spaces) if spaces else ())]:
+        if not isinstance(owner, nn.Module) or owner is module:
             continue
-        for owner in gc.get_referrers(holder):
-            found = owner if isinstance(owner, nn.Module) else None
-            if isinstance(owner, dict) and owner.get("_parameters") is holder:
-                found = next((x for x in gc.get_referrers(owner) if isinstance(x, nn.Module)), None)
-            if found is not None and found is not module and found._parameters is holder:
-                return found
+        if any(x is weight for x in owner._parameters.values()):
+            return owner
     return None
 
 
@@ -476,9 +488,16 @@ def spectral_norm(
     for 16-bit weights, else the weight's dtype. Complex weights are handed to torch's own parametrization.
 
     Differentiable in W to any order, with u and v constant (torch's convention). An in-place change of W between
-    forward and backward raises; one through ``.data`` cannot be seen and must not be made. Under activation
-    checkpointing the recomputation does not iterate again; two checkpointed forwards before one backward raise. Call
-    backward before the optimizer steps: of two forwards with a step between, the first recomputes with the new W.
+    forward and backward raises; one through ``.data`` cannot be seen and must not be made.
+
+    Under activation checkpointing (re-entrant, non-re-entrant, selective, or an autograd.Function of that kind) a
+    recomputation repeats its own forward, with the u, v and sigma of that one, whatever the layer has done since; where
+    W has changed since (in place, or by another tensor in its place), it raises. It also raises where the forward
+    cannot be known: a checkpoint inside a non-re-entrant one, or under saved-tensor hooks of other kinds, that is
+    recomputed when several forwards of the layer are pending; more than 64 pending forwards, re-entrant only. A
+    layer that torch.compile meets in a checkpoint, or a checkpoint around it, is left to Python, and refused under
+    ``fullgraph=True``. What cannot be seen: a layer that was compiled outside of any checkpoint, and is then called
+    inside one, iterates again when it is recomputed, and its gradient is wrong. Compile it where it is used.
 
     Raises:
         ValueError: no such tensor, registered twice, tied to another module's parameter, n_power_iterations < 1, eps
@@ -539,7 +558,6 @@ def spectral_norm(
     with torch.inference_mode(weight.is_inference()):
         parametrize.register_parametrization(module, name, parametrization)
     parametrization._book.registered = True
-    parametrization._book.pending = 0  # registration ran a forward that nobody will differentiate
     if _verify_loaded not in module._load_state_dict_post_hooks.values():
         module.register_load_state_dict_post_hook(_verify_loaded)
         module.register_load_state_dict_pre_hook(_read_old_keys)

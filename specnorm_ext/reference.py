@@ -17,7 +17,6 @@ from ._checks import (
     check_normalize_backward,
     check_power_iteration,
     check_sigma,
-    state_dtype,
 )
 
 
@@ -185,5 +184,4 @@ __all__ = [
     "normalize_backward",
     "power_iteration_",
     "sigma",
-    "state_dtype",
 ]

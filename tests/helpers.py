@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 DTYPES = (F32, F64, BF16, F16)
@@ -336,3 +336,48 @@ def check_pair(
     assert (residual <= bound).all(), (
         f"W^T u is not sigma v: {residual / norm}, bounds {bound / norm}"
     )
+
+
+# ---- calls ------------------------------------------------------------------------------------------------------
+
+COLUMNS = (None, 1, 2, 3, 4, 5, 8)  # of u and v; None is without that dimension
+
+
+def run(w, u, v, n_iterations=1, **kwargs):
+    return torch.ops.specnorm_ext.power_iteration_([w], [u], [v], n_iterations, **kwargs)[0]
+
+
+def fits(shape, b):
+    return b is None or b <= min(shape)
+
+
+def pair(w, b=None, seed=0):
+    """Unit u and v, near the leading pair of W: two power iterations from a random start."""
+    u, v = start(w, b, seed)
+    torch.ops.specnorm_ext.power_iteration_([w.detach()], [u], [v], 2)
+    return u, v
+
+
+def lead(x):
+    return x if x.dim() == 1 else x[:, 0]
+
+
+def exact_backward(g, w, u, v, sigma):
+    g, w, u, v = (x.detach().double() for x in (g, w, lead(u), lead(v)))
+    return (g - (g * w).sum() / sigma * torch.outer(u, v)) / sigma
+
+
+# ---- spectrally normalized layers -------------------------------------------------------------------------------
+
+
+def entry(module: nn.Module, name: str = "weight"):
+    return module.parametrizations[name][0]
+
+
+def original(module: nn.Module, name: str = "weight") -> Tensor:
+    return module.parametrizations[name].original
+
+
+def norm(weight: Tensor, dim: int = 0) -> float:
+    flat = weight.detach().double().movedim(dim, 0).flatten(1)
+    return float(torch.linalg.matrix_norm(flat, 2))

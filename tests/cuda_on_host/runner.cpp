@@ -1,0 +1,249 @@
+// Runs the CUDA launchers of csrc/*_cuda.cu on the emulated device: cases come in on stdin, results
+// go out on stdout, in the layout that tests/test_cuda_on_host.py (class Runner) writes and reads.
+//
+// A case is run once for each order it names, from the same inputs; all runs must give the same
+// bits. Every buffer is an allocation of exactly its size, and so is the workspace, filled with NaN
+// in the first run and with zeros in the next: ASan sees one byte too far, and no bit may depend on
+// what memory held.
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "cuda_on_host.h"
+#include "normalize.h"
+#include "power_iteration.h"
+#include "sigma.h"
+
+using namespace specnorm;
+
+namespace {
+
+void require(bool condition, const char* what) {
+  if (condition) return;
+  std::fprintf(stderr, "runner: %s\n", what);
+  std::exit(3);
+}
+
+bool read(void* to, size_t bytes) {
+  return bytes == 0 || std::fread(to, 1, bytes, stdin) == bytes;
+}
+template <class T>
+T read() {
+  T x;
+  require(read(&x, sizeof x), "the case ends early");
+  return x;
+}
+void write(const void* from, size_t bytes) {
+  require(bytes == 0 || std::fwrite(from, 1, bytes, stdout) == bytes, "nobody reads the results");
+}
+void write(int64_t x) {
+  write(&x, sizeof x);
+}
+void write(const char* text) {
+  const int64_t bytes = text ? int64_t(std::strlen(text)) : 0;
+  write(bytes);
+  write(text, size_t(bytes));
+}
+
+struct Buffer {
+  std::string start, first;  // what it holds before every run, and after the first
+  int64_t lead;              // its first bytes belong to no tensor
+  char* memory = nullptr;
+
+  // Empty tensors have no memory.
+  void allocate() {
+    memory = nullptr;
+    if (start.empty()) return;
+    void* p;
+    require(posix_memalign(&p, 256, start.size()) == 0, "out of memory");
+    memory = static_cast<char*>(p);
+    std::memcpy(memory, start.data(), start.size());
+#if defined(SPECNORM_EMULATION_ASAN)
+    __asan_poison_memory_region(memory, size_t(lead));
+#endif
+  }
+  std::string release() {
+    if (!memory) return {};
+#if defined(SPECNORM_EMULATION_ASAN)
+    __asan_unpoison_memory_region(memory, size_t(lead));
+#endif
+    std::string bytes(memory, start.size());
+    std::free(memory);
+    memory = nullptr;
+    return bytes;
+  }
+};
+
+// A tensor in a buffer; offset and strides in elements.
+struct View {
+  int64_t buffer, offset, row_stride, col_stride;
+};
+struct Item {
+  int64_t m, n, columns;
+  View weight, out, grad, u, v;
+};
+
+struct Header {
+  int64_t op, dtype, strategy, n_iterations, workspace_fails;
+  int64_t multiprocessors, shared_per_block, shared_per_multiprocessor, threads_per_multiprocessor,
+      major, cooperative;
+  int64_t sigma, items, buffers;
+  double eps;
+};
+enum Op : int64_t { kPowerIteration, kSigma, kNormalize, kNormalizeBackward };
+
+struct Workspace {
+  int64_t calls = 0, bytes = 0;
+  bool fails = false;
+  int fill = 0xff;
+  char* memory = nullptr;
+
+  static void* ask(void* ctx, int64_t bytes) {
+    auto* self = static_cast<Workspace*>(ctx);
+    require(self->calls++ == 0, "the workspace was asked for twice");
+    require(bytes > 0, "a workspace of no bytes was asked for");
+    self->bytes = bytes;
+    if (self->fails) return nullptr;
+    void* p;
+    require(posix_memalign(&p, 256, size_t(bytes)) == 0, "out of memory");
+    std::memset(p, self->fill, size_t(bytes));
+    self->memory = static_cast<char*>(p);
+    return p;
+  }
+};
+
+struct Case {
+  Header h;
+  // bit 0: blocks reversed, 1: threads reversed, 2: the workspace holds zeros, not NaN
+  std::vector<int64_t> orders;
+  std::vector<Item> items;
+  std::vector<Buffer> buffers;
+
+  void* at(const View& x, int64_t element) const {
+    if (x.buffer < 0) return nullptr;
+    char* memory = buffers[size_t(x.buffer)].memory;
+    return memory ? memory + x.offset * element : nullptr;
+  }
+
+  CudaStatus run(Workspace* workspace) const {
+    const DType dtype = DType(h.dtype);
+    const int64_t element = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+    const int64_t state = dtype == DType::f64 ? 8 : 4;
+    const auto matrix = [&](const Item& i, const View& x) {
+      return MatrixRef{at(x, element), i.m, i.n, x.row_stride, x.col_stride};
+    };
+    const auto vector = [&](const View& x) {
+      return VectorRef{at(x, state), x.row_stride, x.col_stride};
+    };
+    std::vector<PowerIterationItem> power;
+    std::vector<SigmaItem> bilinear;
+    std::vector<NormalizeItem> divide;
+    for (const Item& i : items) {
+      power.push_back({matrix(i, i.weight), vector(i.u), vector(i.v), i.columns});
+      bilinear.push_back({matrix(i, i.weight), vector(i.u), vector(i.v)});
+      divide.push_back({matrix(i, i.weight), at(i.out, element), i.out.row_stride, i.out.col_stride,
+                        matrix(i, i.grad), vector(i.u), vector(i.v)});
+    }
+    void* sigma = buffers[size_t(h.sigma)].memory;
+    const auto count = int64_t(items.size());
+    const CudaCall call{nullptr, Workspace::ask, workspace, Strategy(h.strategy)};
+    const NormalizeParams normalize{dtype, count, divide.data(), sigma};
+    (void)call;
+    (void)normalize;
+    switch (h.op) {
+#if defined(SPECNORM_HAVE_POWER_ITERATION)
+      case kPowerIteration:
+        return cuda::power_iteration_cuda(
+            {dtype, count, power.data(), h.n_iterations, h.eps, sigma}, call);
+#endif
+#if defined(SPECNORM_HAVE_SIGMA)
+      case kSigma:
+        return cuda::sigma_cuda({dtype, count, bilinear.data(), sigma}, call);
+#endif
+#if defined(SPECNORM_HAVE_NORMALIZE)
+      case kNormalize:
+        return cuda::normalize_cuda(normalize, call);
+      case kNormalizeBackward:
+        return cuda::normalize_backward_cuda(normalize, call);
+#endif
+      default:
+        require(false, "this op is not linked into the runner");
+    }
+    return {};
+  }
+};
+
+bool answer_one() {
+  Case c;
+  if (!read(&c.h, sizeof c.h)) return false;
+  for (int64_t i = read<int64_t>(); i > 0; --i) c.orders.push_back(read<int64_t>());
+  for (int64_t i = 0; i < c.h.items; ++i) c.items.push_back(read<Item>());
+  for (int64_t i = 0; i < c.h.buffers; ++i) {
+    Buffer b;
+    const auto bytes = read<int64_t>();
+    b.lead = read<int64_t>();
+    b.start.resize(size_t(bytes));
+    require(read(&b.start[0], size_t(bytes)), "the case ends early");
+    c.buffers.push_back(b);
+  }
+  emulation::Device device;
+  device.multiprocessors = int(c.h.multiprocessors);
+  device.shared_per_block = int(c.h.shared_per_block);
+  device.shared_per_multiprocessor = int(c.h.shared_per_multiprocessor);
+  device.threads_per_multiprocessor = int(c.h.threads_per_multiprocessor);
+  device.major = int(c.h.major);
+  device.cooperative = c.h.cooperative != 0;
+  emulation::emulator().use(device);
+
+  CudaStatus status{};
+  int64_t differs = -1;
+  Workspace workspace;
+  const uint64_t launches = emulation::emulator().launches, switches = emulation::switches.count;
+  const auto began = std::chrono::steady_clock::now();
+  for (size_t run = 0; run < c.orders.size(); ++run) {
+    using emulation::Order;
+    emulation::emulator().blocks = c.orders[run] & 1 ? Order::kReverse : Order::kForward;
+    emulation::emulator().threads = c.orders[run] & 2 ? Order::kReverse : Order::kForward;
+    for (Buffer& b : c.buffers) b.allocate();
+    workspace = {};
+    workspace.fails = c.h.workspace_fails != 0;
+    workspace.fill = c.orders[run] & 4 ? 0x00 : 0xff;
+    const CudaStatus now = c.run(&workspace);
+    std::free(workspace.memory);
+    if (run == 0) status = now;
+    bool same = now.code == status.code;
+    for (Buffer& b : c.buffers) {
+      std::string after = b.release();
+      if (run == 0)
+        b.first = std::move(after);
+      else
+        same = same && after == b.first;
+    }
+    if (!same && differs < 0) differs = int64_t(run);
+  }
+  const std::chrono::duration<double, std::micro> took = std::chrono::steady_clock::now() - began;
+  write(status.code);
+  write(differs);
+  write(workspace.bytes);
+  write(int64_t(emulation::emulator().launches - launches));
+  write(int64_t(emulation::switches.count - switches));
+  write(int64_t(took.count()));
+  write(status.kernel);
+  write(status.cause);
+  for (const Buffer& b : c.buffers) write(b.first.data(), b.first.size());
+  std::fflush(stdout);
+  return true;
+}
+
+}  // namespace
+
+int main() {
+  while (answer_one()) {
+  }
+  return 0;
+}

@@ -1,0 +1,118 @@
+"""csrc/*.cu through nvcc, warnings as errors: registers, stack and spills of each kernel, and no spill in a hot one.
+
+Where there is no nvcc this says so and skips.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted((ROOT / "csrc").glob("*.cu"))
+NVCC = shutil.which(os.environ.get("CUDACXX") or "nvcc")
+ARCHITECTURES = ("sm_80", "sm_90")
+# Whose time is that of a call. The others work for microseconds between passes, on a few columns, or when a
+# matrix has left the plain range.
+HOT = (
+    r"power_iteration_team<\S+, 1,", r"stream_pass_rows<", r"stream_pass_any<\S+, 1>", r"stream_reduce<",
+    r"sigma_tiles<", r"normalize_divide<", r"normalize_inner<", r"normalize_update<",
+)  # fmt: skip
+
+pytestmark = pytest.mark.skipif(
+    NVCC is None, reason="no nvcc on the PATH: CUDA sources not compiled"
+)
+
+
+class Kernel(NamedTuple):
+    name: str
+    registers: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+
+    @property
+    def hot(self) -> bool:
+        return any(re.match(pattern, self.name) for pattern in HOT)
+
+
+def demangled(names: list[str]) -> list[str]:
+    tool = shutil.which("cu++filt") or shutil.which("c++filt")
+    assert tool is not None, "expected cu++filt (of CUDA) or c++filt (of binutils) on the PATH"
+    out = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True)
+    short = (
+        r"^void |specnorm::|cuda::|device::|\(anonymous namespace\)::|_GLOBAL__N_\S*?::|<unnamed>::"
+    )
+    return [re.sub(short, "", line).replace("(int)", "") for line in out.stdout.splitlines()]
+
+
+def kernels_of(report: str) -> list[Kernel]:
+    """What `ptxas -v` says of each kernel; the functions a kernel calls come after it, and are not kernels."""
+    names, numbers = [], []
+    entry, frame = None, None
+    for line in report.splitlines():
+        if m := re.search(r"Compiling entry function '(\S+)'", line):
+            entry, frame = m[1], None
+        elif m := re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line
+        ):
+            frame = frame or tuple(map(int, m.groups()))
+        elif (m := re.search(r"Used (\d+) registers", line)) and entry and frame:
+            names.append(entry)
+            numbers.append((int(m[1]), *frame))
+            entry = None
+    return [Kernel(n, *x) for n, x in zip(demangled(names), numbers, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory) -> dict[str, list[Kernel]]:
+    out = tmp_path_factory.mktemp("cubin")
+
+    def build(job: tuple[str, Path]) -> tuple[str, subprocess.CompletedProcess]:
+        arch, source = job
+        command = [
+            NVCC, "-std=c++17", f"-arch={arch}", "-Werror=all-warnings", "-Xptxas=-v",
+            "-cubin", source, "-o", out / f"{source.stem}.{arch}.cubin",
+        ]  # fmt: skip
+        return arch, subprocess.run(command, capture_output=True, text=True, timeout=900)
+
+    jobs = [(arch, source) for arch in ARCHITECTURES for source in SOURCES]
+    jobs.sort(key=lambda job: -job[1].stat().st_size)  # the longest first
+    result: dict[str, list[Kernel]] = {arch: [] for arch in ARCHITECTURES}
+    with ThreadPoolExecutor(os.cpu_count() or 2) as pool:
+        for arch, done in pool.map(build, jobs):
+            assert done.returncode == 0, done.stderr[-4000:]
+            result[arch] += kernels_of(done.stderr)
+    return result
+
+
+def test_a_report_is_read_as_ptxas_writes_it():
+    report = """ptxas info    : Compiling entry function '_Z3onev' for 'sm_90'
+ptxas info    : Function properties for _Z3onev
+    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 8 bytes cumulative stack size
+ptxas info    : Function properties for _Z5helperv
+    99 bytes stack frame, 99 bytes spill stores, 99 bytes spill loads
+"""
+    assert kernels_of(report) == [Kernel("one()", 40, 8, 4, 12)]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_no_hot_kernel_spills(reports, arch, capsys):
+    kernels = reports[arch]
+    with capsys.disabled():
+        print(f"\n{arch}: registers, stack, spill stores, spill loads (bytes)")
+        for k in kernels:
+            print(f"  {k.registers:4} {k.stack:5} {k.spill_stores:5} {k.spill_loads:5}", end="")
+            print(f"  {'hot' if k.hot else '   '}  {k.name}")
+    for pattern in HOT:
+        assert any(re.match(pattern, k.name) for k in kernels), f"no kernel is named like {pattern}"
+    spilled = [k for k in kernels if k.hot and k.spill_stores + k.spill_loads > 0]
+    assert not spilled, f"{arch}: registers of hot kernels spill to memory: {spilled}"
