@@ -9,10 +9,10 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "dispatch.h"
+#include "overlap.h"
 
 namespace specnorm {
 
@@ -106,41 +106,22 @@ inline void check_sigma_values(const char* op, const Operands& weights, const Op
     fail("TypeError", op, ": expected sigma on the device of the weights");
 }
 
-// Two written tensors that share memory would be written by two threads at once.
-inline void check_no_overlap(const char* op, const Operands& u, const Operands& v) {
-  std::vector<std::pair<const char*, const char*>> spans;
-  spans.reserve(u.size() + v.size());
-  const auto add = [&spans](const Operand& t) {
-    const auto* begin = t.data;
-    int64_t last = 0;
-    bool empty = false;
-    for (int64_t d = 0; d < t.dim; ++d) {
-      empty = empty || t.sizes[d] == 0;
-      last += (t.sizes[d] - 1) * t.strides[d];
-    }
-    if (!empty) spans.emplace_back(begin, begin + (last + 1) * t.element_size());
-  };
-  for (const Operand& t : u) add(t);
-  for (const Operand& t : v) add(t);
-  if (!std::is_sorted(spans.begin(), spans.end())) std::sort(spans.begin(), spans.end());
-  bool crossing = false;
-  for (size_t i = 1; i < spans.size(); ++i)
-    crossing = crossing || spans[i].first < spans[i - 1].second;
-  if (!crossing) return;
-  // Spans may cross without sharing an element (columns of one buffer): look at the elements
-  // themselves.
-  std::vector<const char*> elements;
-  for (const Operands* list : {&u, &v})
-    for (const Operand& t : *list)
-      for (int64_t i = 0; i < t.sizes[0]; ++i)
-        for (int64_t j = 0; j < t.columns(); ++j)
-          elements.push_back(t.data + (i * t.strides[0] + (t.dim == 2 ? j * t.strides[1] : 0)) *
-                                          t.element_size());
-  std::sort(elements.begin(), elements.end());
-  if (std::adjacent_find(elements.begin(), elements.end()) != elements.end())
+// Two written tensors that share memory would be written by two threads at once, and a weight that
+// shares it would change under the iteration.
+inline void check_no_overlap(const char* op, const Operands& weights, const Operands& u,
+                             const Operands& v) {
+  const std::vector<Span> written = sorted_spans({&u, &v});
+  if (written_twice(written))
     fail("ValueError", op,
          ": expected every tensor in u and v to have memory of its own, got two that share "
          "elements");
+  const Shared shared = written_and_read(written, weights);
+  if (shared.written == nullptr) return;
+  const bool in_u =
+      !u.empty() && shared.written >= u.data() && shared.written < u.data() + u.size();
+  fail("ValueError", op, ": expected every tensor in u and v to have memory of its own, got ",
+       in_u ? "u[" : "v[", shared.written - (in_u ? u : v).data(),
+       "] that shares elements with weights[", shared.read - weights.data(), "]; pass a clone()");
 }
 
 inline void check_power_iteration(const Operands& weights, const Operands& u, const Operands& v,
@@ -160,7 +141,7 @@ inline void check_power_iteration(const Operands& weights, const Operands& u, co
           fail("ValueError", op, ": expected ", x == &u[i] ? "u[" : "v[", i,
                "] to be writable, got an expanded tensor; pass a clone()");
   }
-  check_no_overlap(op, u, v);
+  check_no_overlap(op, weights, u, v);
   if (n_iterations < 1) fail("ValueError", op, ": expected n_iterations >= 1, got ", n_iterations);
   if (!(eps >= 0) || !std::isfinite(eps))
     fail("ValueError", op, ": expected eps to be finite and >= 0, got ", eps);

@@ -12,6 +12,10 @@
 
 #include "common.h"
 
+#if !defined(STABLE_TORCH_ERROR_CODE_CHECK)  // its name in the headers of torch 2.10
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace specnorm {
 
 using torch::headeronly::ScalarType;
@@ -78,6 +82,7 @@ struct Operand {
   ScalarType dtype;
   int32_t device_type, device_index;
 
+  Operand() = default;
   explicit Operand(const Tensor& t) : dtype(t.scalar_type()) {
     const AtenTensorHandle h = t.get();
     void* pointer = nullptr;
@@ -92,7 +97,9 @@ struct Operand {
     sizes = size_list;
     strides = stride_list;
   }
-  int64_t element_size() const { return dtype == ScalarType::Double ? 8 : 4; }  // of u, v and sigma
+  int64_t element_size() const {  // of the kernels' dtypes
+    return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+  }
   int64_t columns() const { return dim == 2 ? sizes[1] : 1; }
   bool same_device(const Operand& other) const {
     return device_type == other.device_type && device_index == other.device_index;

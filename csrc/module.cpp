@@ -1,18 +1,79 @@
 // The pybind11 module specnorm_ext._C. Importing it registers the ops (ops.cpp's static
-// initializers).
+// initializers). The functions beside them are the ops' CPU kernels without the dispatcher, for
+// the short cuts in _ops.py; each returns False, having done nothing, for what it does not take.
 #include <pybind11/pybind11.h>
 
 #include <torch/headeronly/version.h>
 
+#include "borrow.h"
+#include "checks.h"
 #include "isa_cpu.h"
+#include "ops.h"
 
 #define SPECNORM_TEXT_(x) #x
 #define SPECNORM_TEXT(x) SPECNORM_TEXT_(x)
 
 namespace py = pybind11;
 
+namespace {
+
+using specnorm::BorrowedList;
+using specnorm::Borrower;
+using specnorm::Operand;
+
+bool power_iteration(const Borrower& from, py::handle weights, py::handle u, py::handle v,
+                     int64_t n_iterations, double eps, py::handle sigma) {
+  const BorrowedList w(from, weights), us(from, u), vs(from, v);
+  Operand out;
+  if (!w.good() || !us.good() || !vs.good() || !from.borrow(sigma.ptr(), out)) return false;
+  const py::gil_scoped_release unlocked;
+  specnorm::check_power_iteration(w.operands(), us.operands(), vs.operands(), n_iterations, eps);
+  specnorm::check_sigma_values("power_iteration_", w.operands(), out);
+  if (!w.operands().empty())
+    specnorm::run_power_iteration_cpu(w.operands(), us.operands(), vs.operands(), n_iterations, eps,
+                                      out.data);
+  return true;
+}
+
+bool sigma(const Borrower& from, py::handle weights, py::handle u, py::handle v, py::handle sigma) {
+  const BorrowedList w(from, weights), us(from, u), vs(from, v);
+  Operand out;
+  if (!w.good() || !us.good() || !vs.good() || !from.borrow(sigma.ptr(), out)) return false;
+  const py::gil_scoped_release unlocked;
+  specnorm::check_sigma(w.operands(), us.operands(), vs.operands());
+  specnorm::check_sigma_values("sigma", w.operands(), out);
+  if (!w.operands().empty())
+    specnorm::run_sigma_cpu(w.operands(), us.operands(), vs.operands(), out.data);
+  return true;
+}
+
+bool normalize(const Borrower& from, py::handle weights, py::handle u, py::handle v,
+               py::handle sigma, py::handle outputs) {
+  const BorrowedList w(from, weights), us(from, u), vs(from, v), out(from, outputs);
+  Operand values;
+  if (!w.good() || !us.good() || !vs.good() || !out.good() || !from.borrow(sigma.ptr(), values))
+    return false;
+  if (values.dim != 1 || (values.sizes[0] > 1 && values.strides[0] != 1)) return false;
+  const py::gil_scoped_release unlocked;
+  specnorm::check_normalize(w.operands(), us.operands(), vs.operands(), values);
+  if (!w.operands().empty()) specnorm::run_normalize_cpu(w.operands(), out.operands(), values.data);
+  return true;
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Kernels of specnorm_ext; importing this module registers torch.ops.specnorm_ext.*";
+  static const Borrower from;
+  m.def("power_iteration", [](py::handle weights, py::handle u, py::handle v, int64_t n_iterations,
+                              double eps, py::handle out) {
+    return power_iteration(from, weights, u, v, n_iterations, eps, out);
+  });
+  m.def("sigma", [](py::handle weights, py::handle u, py::handle v, py::handle out) {
+    return sigma(from, weights, u, v, out);
+  });
+  m.def("normalize", [](py::handle weights, py::handle u, py::handle v, py::handle values,
+                        py::handle out) { return normalize(from, weights, u, v, values, out); });
   m.def("build_info", [] {
     py::dict info;
     info["cpu_kernels"] = specnorm::cpu_kernels().name;

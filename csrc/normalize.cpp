@@ -11,6 +11,15 @@
 
 namespace specnorm {
 
+void run_normalize_cpu(const Operands& weights, const Operands& out, const void* sigma) {
+  std::vector<NormalizeItem> items(weights.size());
+  for (size_t i = 0; i < items.size(); ++i)
+    items[i] = {weights[i].matrix(), out[i].data, out[i].strides[0], out[i].strides[1], {}, {}, {}};
+  const NormalizeParams params{*kernel_dtype(weights[0].dtype), int64_t(items.size()), items.data(),
+                               sigma};
+  check_status("normalize", cpu_kernels().normalize(params, torch_pool()));
+}
+
 std::vector<Tensor> normalize_cpu_op(const std::vector<Tensor>& weights,
                                      const std::vector<Tensor>& u, const std::vector<Tensor>& v,
                                      const Tensor& sigma) {
@@ -20,15 +29,8 @@ std::vector<Tensor> normalize_cpu_op(const std::vector<Tensor>& weights,
   out.reserve(weights.size());
   if (weights.empty()) return out;
   const Tensor values = sigma.is_contiguous() ? sigma : torch::stable::clone(sigma);
-  std::vector<NormalizeItem> items(weights.size());
-  for (size_t i = 0; i < weights.size(); ++i) {
-    out.push_back(torch::stable::empty_like(weights[i]));
-    const Operand y(out[i]);
-    items[i] = {w[i].matrix(), y.data, y.strides[0], y.strides[1], {}, {}, {}};
-  }
-  const NormalizeParams params{*kernel_dtype(w[0].dtype), int64_t(items.size()), items.data(),
-                               values.data_ptr()};
-  check_status("normalize", cpu_kernels().normalize(params, torch_pool()));
+  for (const Tensor& weight : weights) out.push_back(torch::stable::empty_like(weight));
+  run_normalize_cpu(w, operands(out), values.data_ptr());
   return out;
 }
 

@@ -262,28 +262,13 @@ Status run_list(const NormalizeParams& p, const Parallel& pool) {
   return status;
 }
 
-template <bool backward>
-Status by_dtype(const NormalizeParams& p, const Parallel& pool) {
-  switch (p.dtype) {
-    case DType::f32:
-      return run_list<float, backward>(p, pool);
-    case DType::f64:
-      return run_list<double, backward>(p, pool);
-    case DType::bf16:
-      return run_list<bf16, backward>(p, pool);
-    case DType::f16:
-      return run_list<f16, backward>(p, pool);
-  }
-  return kOk;
-}
-
 }  // namespace
 
 Status normalize_cpu(const NormalizeParams& p, const Parallel& pool) {
-  return by_dtype<false>(p, pool);
+  return by_dtype(p.dtype, [&](auto s) { return run_list<decltype(s), false>(p, pool); });
 }
 Status normalize_backward_cpu(const NormalizeParams& p, const Parallel& pool) {
-  return by_dtype<true>(p, pool);
+  return by_dtype(p.dtype, [&](auto s) { return run_list<decltype(s), true>(p, pool); });
 }
 
 }  // namespace SPECNORM_ISA

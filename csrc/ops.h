@@ -20,6 +20,13 @@ std::vector<Tensor> normalize_backward_cpu_op(const std::vector<Tensor>& grads,
                                               const std::vector<Tensor>& u,
                                               const std::vector<Tensor>& v, const Tensor& sigma);
 
+// The same from the operands on: check, fill the parameter struct, launch. What comes out goes to
+// memory that the caller made: sigma [len(weights)], and a matrix like each weight.
+void run_power_iteration_cpu(const Operands& weights, const Operands& u, const Operands& v,
+                             int64_t n_iterations, double eps, void* sigma);
+void run_sigma_cpu(const Operands& weights, const Operands& u, const Operands& v, void* sigma);
+void run_normalize_cpu(const Operands& weights, const Operands& out, const void* sigma);
+
 // The same on a CUDA device; defined where this build has CUDA kernels.
 Tensor power_iteration_cuda_op(const std::vector<Tensor>& weights, const std::vector<Tensor>& u,
                                const std::vector<Tensor>& v, int64_t n_iterations, double eps);

@@ -19,27 +19,13 @@
 #include <cmath>
 #include <cstdlib>
 
-#include "dense_cpu.h"
+#include "columns_cpu.h"
 #include "row_pass_cpu.h"
 #include "schedule_cpu.h"
 
 namespace specnorm {
 namespace SPECNORM_ISA {
 namespace {
-
-template <class C>
-struct Range;  // |t| in here needs no scaling: |z|^2 = |t|^2 sigma^2 and its terms stay normal
-               // numbers
-template <>
-struct Range<float> {
-  static constexpr double low = 1e-14, high = 1e14, epsilon = FLT_EPSILON, largest = FLT_MAX;
-  static constexpr int max_shift = 120;
-};
-template <>
-struct Range<double> {
-  static constexpr double low = 1e-70, high = 1e70, epsilon = DBL_EPSILON, largest = DBL_MAX;
-  static constexpr int max_shift = 1000;
-};
 
 enum class Phase {
   kStart,  // stored by columns only: T = W V, which needs every stored row before any dot can begin
@@ -48,31 +34,15 @@ enum class Phase {
   kDone
 };
 
-// A stationary pseudo-random pattern, independent for each column. 32-bit, so that loops over it
-// vectorize.
-SPECNORM_INLINE uint32_t hash(uint32_t index, uint32_t column) {
-  uint32_t x = index * 0x9E3779B1u + column * 0x85EBCA77u + 0x632BE5ABu;
-  x ^= x >> 15;
-  x *= 0x2C1B3C6Du;
-  x ^= x >> 12;
-  x *= 0x297A2D39u;
-  return x ^ (x >> 15);
-}
-
 template <class S>
-struct State {
+struct State : StoredRows<S> {
   using C = typename Elem<S>::C;
 
-  // the matrix as it lies in memory: stored rows of `length` elements at distance ld
-  const S* w;
-  int64_t rows, length, ld, inner_stride;
-  bool by_columns, packed;
   int64_t m, n;
   int b;
   const PowerIterationItem* item;
   C* sigma;
 
-  int64_t chunks, chunk_rows;
   int64_t length_stride, rows_stride;
   bool paired;     // a and z are in the order of paired loads (row_pass_cpu.h)
   int64_t extent;  // elements of a and z, the holes that pairing leaves in the last block (all 0)
@@ -100,124 +70,27 @@ SPECNORM_INLINE C* column(const VectorRef& x, int64_t b) {
   return static_cast<C*>(x.data) + b * x.col_stride;
 }
 
-template <class C>
-double sum_of_squares(const C* x, int64_t n) {
-  double sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += double(x[i]) * double(x[i]);
-  return sum;
-}
-
-template <class C>
-SPECNORM_INLINE void scale_into(const C* x, int64_t n, double factor, C* out) {
-  for (int64_t k = 0; k < n; ++k) out[k] = C(double(x[k]) * factor);
-}
-
-template <class C>
-double inner(const C* x, const C* y, int64_t n) {
-  double sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += double(x[i]) * double(y[i]);
-  return sum;
-}
-
-template <class C>
-void gram_matrix(const C* x, int64_t stride, int64_t n, int b, Small& g) {
-  for (int i = 0; i < b; ++i)
-    for (int j = 0; j <= i; ++j)
-      g.a[i][j] = g.a[j][i] =
-          i == j ? sum_of_squares(x + i * stride, n) : inner(x + i * stride, x + j * stride, n);
-}
-
-template <class C>
-void seed(C* x, int64_t n, uint32_t which) {
-  for (int64_t i = 0; i < n; ++i)
-    x[i] = C((double(hash(uint32_t(i), which)) / 2147483648.0 - 1.0) * std::sqrt(3.0 / double(n)));
-}
-
-// x_i for i in [from, b) made unit and orthogonal to those before, columns that vanish drawn anew.
-// Twice is enough: a second sweep removes what rounding left of the first.
-template <class C>
-void orthonormalize(C* x, int64_t stride, int64_t n, int from, int b) {
-  for (int i = from; i < b; ++i) {
-    C* xi = x + i * stride;
-    for (int attempt = 0; attempt < 4; ++attempt) {
-      const double before = std::sqrt(sum_of_squares(xi, n));
-      if (before > 0) {
-        for (int sweep = 0; sweep < 2; ++sweep)
-          for (int j = 0; j < i; ++j) {
-            const double c = inner(x + j * stride, xi, n);
-            for (int64_t k = 0; k < n; ++k)
-              xi[k] = C(double(xi[k]) - c * double(x[j * stride + k]));
-          }
-        const double after = std::sqrt(sum_of_squares(xi, n));
-        if (after > 64 * Range<C>::epsilon * before) {
-          for (int64_t k = 0; k < n; ++k) xi[k] = C(double(xi[k]) / after);
-          break;
-        }
-      }
-      seed(xi, n, uint32_t(1000 + 16 * attempt + i));
-    }
-  }
-}
-
-// x := x c for x [b][n] and a small c [b, r]; columns r..b of the result are 0.
-template <class C>
-void combine(C* x, int64_t stride, int64_t n, int b, const Small& c, int r) {
-  for (int64_t k = 0; k < n; ++k) {
-    double in[kMaxColumns], out[kMaxColumns] = {};
-    for (int i = 0; i < b; ++i) in[i] = double(x[i * stride + k]);
-    for (int j = 0; j < r; ++j)
-      for (int i = 0; i < b; ++i) out[j] += in[i] * c.a[i][j];
-    for (int j = 0; j < b; ++j) x[j * stride + k] = C(out[j]);
-  }
-}
-
-// With g = x^T x: the columns of x whiten are orthonormal. Returns the numerical rank. Scaling to a
-// unit diagonal first keeps columns of very different lengths (a fast-decaying spectrum) apart from
-// truly dependent ones.
-template <class C>
-int whitening(const Small& g, int b, Small& whiten) {
-  double inverse_length[kMaxColumns];
-  // A column shorter than the rounding of the longest is that rounding, and must not be blown up to
-  // a direction.
-  double longest = 0;
-  for (int i = 0; i < b; ++i) longest = std::fmax(longest, g.a[i][i]);
-  const double shortest = 4 * Range<C>::epsilon * Range<C>::epsilon * longest;
-  for (int i = 0; i < b; ++i)
-    inverse_length[i] = g.a[i][i] > shortest ? 1 / std::sqrt(g.a[i][i]) : 0;
-  if (b == 1) {
-    whiten.a[0][0] = inverse_length[0];
-    return inverse_length[0] > 0;
-  }
-  Small scaled{}, q{};
-  double value[kMaxColumns];
-  for (int i = 0; i < b; ++i)
-    for (int j = 0; j < b; ++j) scaled.a[i][j] = g.a[i][j] * inverse_length[i] * inverse_length[j];
-  jacobi_eigen(scaled, b, q, value);
-  // A direction in which the unit columns all but agree carries their rounding, epsilon /
-  // sqrt(value). Kept only where that stays small; a dropped one is drawn anew and found again from
-  // a better start.
-  const double threshold = sizeof(C) == 4 ? 1e-4 : 1e-13;
-  int rank = 0;
-  while (rank < b && value[rank] > threshold) ++rank;
-  for (int i = 0; i < b; ++i)
-    for (int j = 0; j < rank; ++j)
-      whiten.a[i][j] = inverse_length[i] * q.a[i][j] / std::sqrt(value[j]);
-  return rank;
-}
-
 template <class S>
 void load_start(State<S>& s) {
   using C = typename Elem<S>::C;
   for (int i = 0; i < s.b; ++i) {
     const C* from = column<C>(s.item->v, i);
     C* to = s.start + i * s.n;
-    for (int64_t j = 0; j < s.n; ++j) to[j] = from[j * s.item->v.row_stride];
-    double top = 0;
-    for (int64_t j = 0; j < s.n; ++j) top = std::fmax(top, std::fabs(double(to[j])));
-    if (top > 0 && (top < 1e-100 || top > 1e100) &&
-        top <= DBL_MAX)  // whose squares float64 cannot hold
-      for (int64_t j = 0; j < s.n; ++j) to[j] = C(double(to[j]) / top);
-    double length = std::sqrt(sum_of_squares(to, s.n));
+    const int64_t stride = s.item->v.row_stride;
+    if (stride == 1)
+      std::memcpy(to, from, sizeof(C) * size_t(s.n));
+    else
+      for (int64_t j = 0; j < s.n; ++j) to[j] = from[j * stride];
+    double square = sum_of_squares(to, s.n);
+    if (sizeof(C) == 8 && !(square > 1e-180 && square < 1e200)) {  // float64 may not hold squares
+      double top = 0;
+      for (int64_t j = 0; j < s.n; ++j) top = std::fmax(top, std::fabs(double(to[j])));
+      if (top > 0 && (top < 1e-100 || top > 1e100) && top <= DBL_MAX) {
+        for (int64_t j = 0; j < s.n; ++j) to[j] = C(double(to[j]) / top);
+        square = sum_of_squares(to, s.n);
+      }
+    }
+    double length = std::sqrt(square);
     if (!(length > 0) || !std::isfinite(length)) {
       seed(to, s.n, uint32_t(i));
       length = std::sqrt(sum_of_squares(to, s.n));
@@ -259,11 +132,20 @@ void begin(State<S>& s) {
   s.phase = Phase::kPass;
 }
 
+template <class S>
+void start_up(State<S>& s) {
+  // The padding of a is read by whole vectors and must be 0.
+  for (int b = 0; b < s.b; ++b)
+    for (int64_t k = s.length; k < s.length_stride; ++k) s.a[b * s.length_stride + k] = 0;
+  load_start(s);
+  begin(s);
+}
+
 // ---- one chunk
 // ----------------------------------------------------------------------------------------------
 
 template <class S>
-void run_chunk(State<S>& s, int64_t chunk) {
+void run_chunk(State<S>& s, int64_t chunk, const S* next) {
   using C = typename Elem<S>::C;
   const int64_t r0 = chunk * s.chunk_rows;
   const int64_t r1 = r0 + s.chunk_rows < s.rows ? r0 + s.chunk_rows : s.rows;
@@ -272,7 +154,7 @@ void run_chunk(State<S>& s, int64_t chunk) {
   C* z = s.z + chunk * s.b * s.length_stride;
   if (!s.packed) {
     RowPass<S>{s.w + r0 * s.ld, s.ld, r1 - r0, s.length, s.a,  s.length_stride, s.t + r0,
-               s.rows_stride,   z,    scale,   s.b,      mode, s.paired}
+               s.rows_stride,   z,    scale,   s.b,      mode, s.paired,        next}
         .run();
   } else {
     // Neither stride is 1: gather four rows at a time and go on as with float32 or float64 rows.
@@ -396,41 +278,6 @@ void commit(State<S>& s, typename Elem<S>::C* u, int64_t u_stride, typename Elem
     for (int64_t k = 0; k < s.m; ++k) to_u[k * s.item->u.row_stride] = u[i * u_stride + k];
     for (int64_t k = 0; k < s.n; ++k) to_v[k * s.item->v.row_stride] = v[i * v_stride + k];
   }
-}
-
-// Rayleigh-Ritz: from g = Z^T Z the rotation x [b, b] and the Ritz values sigma, descending.
-SPECNORM_INLINE void ritz(const Small& g, int b, Small& x, double* sigma) {
-  if (b == 1) {
-    x.a[0][0] = 1;
-    sigma[0] = std::sqrt(g.a[0][0]);
-    return;
-  }
-  Small copy = g;
-  jacobi_eigen(copy, b, x, sigma);
-  for (int i = 0; i < b; ++i) sigma[i] = sigma[i] > 0 ? std::sqrt(sigma[i]) : 0;
-}
-
-// Columns of z scaled by 1 / sigma to make v; those with sigma about 0 have no direction of their
-// own.
-template <class C>
-int invert(const double* sigma, int b, double* inverse) {
-  int rank = 0;
-  for (int i = 0; i < b; ++i) {
-    const bool keep = sigma[i] > 16 * Range<C>::epsilon * sigma[0];
-    inverse[i] = keep ? 1 / sigma[i] : 0;
-    rank += keep;
-  }
-  return rank;
-}
-
-// The length of the leading column, then orthonormal columns for the caller. Whitening by a Gram
-// matrix loses orthogonality with the square of the condition; a Gram-Schmidt sweep in
-// leading-first order restores it and keeps the leading direction.
-template <class C>
-double polish(C* x, int64_t stride, int64_t n, int b) {
-  const double length = std::sqrt(sum_of_squares(x, n));
-  orthonormalize(x, stride, n, 0, b);
-  return length;
 }
 
 template <class S>
@@ -577,48 +424,47 @@ void after_pass_by_columns(State<S>& s, double eps) {
 template <class S>
 struct Job {
   State<S>* states;
+  int64_t count;
+  int threads;
   double eps;
 
-  bool chunk_done(int64_t matrix, int64_t chunk) {
-    State<S>& s = states[matrix];
-    for (;;) {
-      run_chunk(s, chunk);
-      if (__atomic_sub_fetch(&s.pending, 1, __ATOMIC_ACQ_REL) != 0) return false;
-      s.pending = s.chunks;
-      s.by_columns ? after_pass_by_columns(s, eps) : after_pass_by_rows(s, eps);
-      if (s.chunks > 1 || s.phase == Phase::kDone) return true;
-    }
-  }
   int64_t chunks(int64_t matrix) const {
     return states[matrix].phase == Phase::kDone ? 0 : states[matrix].chunks;
   }
-  void run(int64_t matrix, int64_t chunk) { chunk_done(matrix, chunk); }
+  void run(int64_t matrix, int64_t chunk) {
+    State<S>& s = states[matrix];
+    if (s.chunks == 1) start_up(s);
+    const S* next = probably_next(matrix);
+    do {
+      run_chunk(s, chunk, next);
+      if (__atomic_sub_fetch(&s.pending, 1, __ATOMIC_ACQ_REL) != 0) return;
+      s.pending = s.chunks;
+      s.by_columns ? after_pass_by_columns(s, eps) : after_pass_by_rows(s, eps);
+    } while (s.chunks == 1 && s.phase != Phase::kDone);
+  }
+  // In a list of small matrices of one shape, where this thread will most likely read next.
+  const S* probably_next(int64_t matrix) const {
+    const State<S>& s = states[matrix];
+    if (s.chunks > 1 || matrix + threads >= count) return nullptr;
+    const State<S>& t = states[matrix + threads];
+    return t.rows == s.rows && t.ld == s.ld ? t.w : nullptr;
+  }
 };
 
 template <class S>
 void plan(const PowerIterationItem& item, int64_t n_iterations, State<S>& s) {
   const MatrixRef& w = item.weight;
-  s = State<S>{};
+  s = State<S>{stored_rows<S>(w)};
   s.item = &item;
   s.dot_unit = s.axpy_unit = s.top = 1;
   s.m = w.m;
   s.n = w.n;
   s.b = int(item.columns);
-  s.w = static_cast<const S*>(w.data);
-  // A single row or column has one stride that never matters.
-  const bool unit_col = w.col_stride == 1 || w.n == 1, unit_row = w.row_stride == 1 || w.m == 1;
-  s.by_columns = !unit_col && unit_row;
-  s.packed = !unit_col && !unit_row;
-  s.rows = s.by_columns ? w.n : w.m;
-  s.length = s.by_columns ? w.m : w.n;
-  s.ld = s.by_columns ? w.col_stride : w.row_stride;
-  s.inner_stride = s.packed ? w.col_stride : 1;
   s.iterations = s.iterations_left = n_iterations;
   s.length_stride = padded_length<typename Elem<S>::C>(s.length);
   s.rows_stride = padded_length<typename Elem<S>::C>(s.rows);
   s.paired = Elem<S>::kPairs && s.b == 1 && !s.packed;
   s.extent = s.paired ? paired_length<typename Elem<S>::C>(s.length) : s.length;
-  chunk_plan(s.rows, s.length, &s.chunks, &s.chunk_rows);
   s.pending = s.chunks;
 }
 
@@ -660,13 +506,9 @@ Status run_list(const PowerIterationParams& p, const Parallel& pool) {
       finish(s, 0.0);
       continue;
     }
-    // The padding of a is read by whole vectors and must be 0.
-    for (int b = 0; b < s.b; ++b)
-      for (int64_t k = s.length; k < s.length_stride; ++k) s.a[b * s.length_stride + k] = 0;
-    load_start(s);
-    begin(s);
+    if (s.chunks > 1) start_up(s);  // the others: on the thread that runs them
   }
-  Job<S> job{states, p.eps};
+  Job<S> job{states, p.count, pool.threads, p.eps};
   const Status status = run_rounds(job, p.count, elements * p.n_iterations, pool);
   arena.release();
   std::free(states);
@@ -676,17 +518,7 @@ Status run_list(const PowerIterationParams& p, const Parallel& pool) {
 }  // namespace
 
 Status power_iteration_cpu(const PowerIterationParams& p, const Parallel& pool) {
-  switch (p.dtype) {
-    case DType::f32:
-      return run_list<float>(p, pool);
-    case DType::f64:
-      return run_list<double>(p, pool);
-    case DType::bf16:
-      return run_list<bf16>(p, pool);
-    case DType::f16:
-      return run_list<f16>(p, pool);
-  }
-  return kOk;
+  return by_dtype(p.dtype, [&](auto s) { return run_list<decltype(s)>(p, pool); });
 }
 
 }  // namespace SPECNORM_ISA

@@ -18,6 +18,9 @@ enum PassMode : int { kDot = 1, kAxpy = 2, kBoth = 3 };
 
 // A group of rows is read from memory once and must still be in L2 for the axpy.
 constexpr int64_t kGroupBytes = 256 << 10;
+// Rows so short that eight of them leave L1 room are taken many at a time: the sums of z then stay
+// in registers for the whole group, and no product waits for the one before it.
+constexpr int64_t kShortGroupBytes = 16 << 10, kShortRows = 128, kShortAheadBytes = 2 << 10;
 
 // t[r][b] = w_r . a_b for R rows and B columns. Several independent sums hide the latency of the
 // multiply-add.
@@ -57,12 +60,14 @@ SPECNORM_INLINE void dot_block(const S* w, int64_t ld, int64_t n, const typename
       for (int b = 0; b < B; ++b) sum[0][r][b] += row * Elem<C>::load(a + b * a_stride + j);
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int b = 0; b < B; ++b) {
-      V total = sum[0][r][b];
-      for (int i = 1; i < U; ++i) total += sum[i][r][b];
-      t[b * t_stride + r] = horizontal_sum<C>(total);
+  for (int b = 0; b < B; ++b) {
+    V total[R];
+    for (int r = 0; r < R; ++r) {
+      total[r] = sum[0][r][b];
+      for (int i = 1; i < U; ++i) total[r] += sum[i][r][b];
     }
+    horizontal_sums<C, R>(total, t + b * t_stride);
+  }
 }
 
 // z_b += sum_r c[r][b] w_r (or = when first). While it works from cache it asks for the rows that
@@ -106,6 +111,44 @@ SPECNORM_INLINE void axpy_block(const S* w, int64_t ld, int64_t n, const typenam
   }
 }
 
+// The same for one column and K whole vectors of many rows: z stays in registers.
+template <class S, int K>
+SPECNORM_INLINE void axpy_strip(const S* w, int64_t ld, int64_t rows, const typename Elem<S>::C* c,
+                                typename Elem<S>::C* z, bool first) {
+  using C = typename Elem<S>::C;
+  using V = typename Simd<C>::V;
+  constexpr int L = Simd<C>::width;
+  V sum[K];
+#pragma GCC unroll 8
+  for (int k = 0; k < K; ++k) sum[k] = first ? V{} : Elem<C>::load(z + k * L);
+  for (int64_t r = 0; r < rows; ++r) {
+    const V factor = splat<C>(c[r]);
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k) sum[k] += factor * Elem<S>::load(w + r * ld + k * L);
+  }
+#pragma GCC unroll 8
+  for (int k = 0; k < K; ++k) Elem<C>::store(z + k * L, sum[k]);
+}
+
+template <class S>
+SPECNORM_INLINE void axpy_short_rows(const S* w, int64_t ld, int64_t rows, int64_t n,
+                                     const typename Elem<S>::C* t, typename Elem<S>::C scale,
+                                     typename Elem<S>::C* z, bool first) {
+  using C = typename Elem<S>::C;
+  using V = typename Simd<C>::V;
+  constexpr int L = Simd<C>::width;
+  C c[kShortRows];
+  for (int64_t r = 0; r < rows; ++r) c[r] = t[r] * scale;
+  int64_t j = 0;
+  for (; j + 8 * L <= n; j += 8 * L) axpy_strip<S, 8>(w + j, ld, rows, c, z + j, first);
+  for (; j + 4 * L <= n; j += 4 * L) axpy_strip<S, 4>(w + j, ld, rows, c, z + j, first);
+  for (; j + L <= n; j += L) axpy_strip<S, 1>(w + j, ld, rows, c, z + j, first);
+  if (j == n) return;
+  V sum = first ? V{} : Elem<C>::load(z + j);
+  for (int64_t r = 0; r < rows; ++r) sum += splat<C>(c[r]) * load_partial(w + r * ld + j, n - j);
+  Elem<C>::store(z + j, sum);  // z is padded: the lanes past n stay 0
+}
+
 // The same for one column of an element type that loads in pairs; a and z are in paired order.
 template <class S>
 SPECNORM_INLINE void load_pair_at(const S* p, int64_t j, int64_t n, typename Elem<S>::V& even,
@@ -124,19 +167,26 @@ SPECNORM_INLINE void dot_pairs(const S* w, int64_t ld, int64_t n, const typename
   using C = typename Elem<S>::C;
   using V = typename Simd<C>::V;
   constexpr int L = Simd<C>::width;
-  V sum[R][2];
-  for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = V{};
-  for (int64_t j = 0; j < n; j += 2 * L) {
+  constexpr int H = R == 8 ? 1 : 2;  // sums a row: eight in all keep the multiply-adds busy
+  V sum[R][H];
+  for (int r = 0; r < R; ++r) sum[r][0] = sum[r][H - 1] = V{};
+  const auto step = [&](int64_t j, bool whole) SPECNORM_INLINE_LAMBDA {
     const V x0 = Elem<C>::load(a + j), x1 = Elem<C>::load(a + j + L);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       V even, odd;
-      load_pair_at(w + r * ld, j, n, even, odd);
+      whole ? Elem<S>::load_pair(w + r * ld + j, even, odd)
+            : load_pair_at(w + r * ld, j, n, even, odd);
       sum[r][0] += even * x0;
-      sum[r][1] += odd * x1;
+      sum[r][H - 1] += odd * x1;
     }
-  }
-  for (int r = 0; r < R; ++r) t[r] = horizontal_sum<C>(sum[r][0] + sum[r][1]);
+  };
+  int64_t j = 0;
+  for (; j + 2 * L <= n; j += 2 * L) step(j, true);
+  if (j < n) step(j, false);
+  V total[R];
+  for (int r = 0; r < R; ++r) total[r] = H == 1 ? sum[r][0] : sum[r][0] + sum[r][H - 1];
+  horizontal_sums<C, R>(total, t);
 }
 
 template <class S, int R>
@@ -148,7 +198,7 @@ SPECNORM_INLINE void axpy_pairs(const S* w, int64_t ld, int64_t n, const typenam
   constexpr int L = Simd<C>::width;
   V c[R];
   for (int r = 0; r < R; ++r) c[r] = splat<C>(t[r] * scale);
-  for (int64_t j = 0; j < n; j += 2 * L) {
+  const auto step = [&](int64_t j, bool whole) SPECNORM_INLINE_LAMBDA {
     V z0 = first ? V{} : Elem<C>::load(z + j), z1 = first ? V{} : Elem<C>::load(z + j + L);
     if (ahead != 0 && (j * int64_t(sizeof(S))) % 64 == 0) {
 #pragma GCC unroll 8
@@ -157,13 +207,17 @@ SPECNORM_INLINE void axpy_pairs(const S* w, int64_t ld, int64_t n, const typenam
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       V even, odd;
-      load_pair_at(w + r * ld, j, n, even, odd);
+      whole ? Elem<S>::load_pair(w + r * ld + j, even, odd)
+            : load_pair_at(w + r * ld, j, n, even, odd);
       z0 += c[r] * even;
       z1 += c[r] * odd;
     }
     Elem<C>::store(z + j, z0);
     Elem<C>::store(z + j + L, z1);
-  }
+  };
+  int64_t j = 0;
+  for (; j + 2 * L <= n; j += 2 * L) step(j, true);
+  if (j < n) step(j, false);
 }
 
 // Row counts and column counts to template arguments: at most 8 sums are live, which 16 registers
@@ -214,7 +268,8 @@ struct RowPass {
   C t_scale;
   int64_t columns;
   PassMode mode;
-  bool paired;  // one column, a and z in paired order
+  bool paired;              // one column, a and z in paired order
+  const S* next = nullptr;  // what is read after these rows, or null: a hint
 
   struct Dot {
     const RowPass& p;
@@ -240,11 +295,14 @@ struct RowPass {
       const S* first_row = w + r0 * ld;
       int64_t r = 0;
       if (mode & kDot) {
+        for (; r + 8 <= count; r += 8) dot_pairs<S, 8>(first_row + r * ld, ld, n, a, t + r0 + r);
         for (; r + 4 <= count; r += 4) dot_pairs<S, 4>(first_row + r * ld, ld, n, a, t + r0 + r);
         for (; r < count; ++r) dot_pairs<S, 1>(first_row + r * ld, ld, n, a, t + r0 + r);
       }
       if (mode & kAxpy) {
         r = 0;
+        for (; r + 8 <= count; r += 8)
+          axpy_pairs<S, 8>(first_row + r * ld, ld, n, t + r0 + r, t_scale, z, r0 + r == 0, ahead);
         for (; r + 4 <= count; r += 4)
           axpy_pairs<S, 4>(first_row + r * ld, ld, n, t + r0 + r, t_scale, z, r0 + r == 0, ahead);
         for (; r < count; ++r)
@@ -253,9 +311,45 @@ struct RowPass {
     }
   }
 
+  // Rows from r on, past the end those of the matrix that comes next.
+  SPECNORM_INLINE void prefetch_rows(int64_t r, int64_t count) const {
+    const bool inside = r + count <= rows;
+    if (!inside && (next == nullptr || r - rows + count > rows)) return;
+    const S* from = inside ? w + r * ld : next + (r < rows ? 0 : r - rows) * ld;
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t j = 0; j < n; j += 64 / int64_t(sizeof(S)))
+        __builtin_prefetch(from + i * ld + j, 0, 3);
+  }
+
+  void run_short_rows(int64_t group) const {
+    const int64_t fit = kShortAheadBytes / (n * int64_t(sizeof(S))) / 8 * 8;
+    const int64_t ahead = fit < 8 ? 8 : fit;
+    for (int64_t r0 = 0; r0 < rows; r0 += group) {
+      const int64_t count = rows - r0 < group ? rows - r0 : group;
+      const S* first_row = w + r0 * ld;
+      if (mode & kDot) {
+        int64_t r = 0;
+        for (; r + 8 <= count; r += 8) {
+          prefetch_rows(r0 + r + ahead, 8);
+          dot_block<S, 8, 1>(first_row + r * ld, ld, n, a, 0, t + r0 + r, 0);
+        }
+        dot_rows<S, 1>(first_row + r * ld, ld, count - r, n, a, 0, t + r0 + r, 0);
+      }
+      if (mode & kAxpy) axpy_short_rows<S>(first_row, ld, count, n, t + r0, t_scale, z, r0 == 0);
+    }
+  }
+
   void run() const {
     const int64_t row_bytes = n * int64_t(sizeof(S));
-    const int64_t group = 4 * row_bytes <= kGroupBytes ? 4 : 2 * row_bytes <= kGroupBytes ? 2 : 1;
+    if (columns == 1 && !paired && 8 * row_bytes <= kShortGroupBytes) {
+      const int64_t fit = kShortGroupBytes / row_bytes / 8 * 8;
+      return run_short_rows(fit < kShortRows ? fit : kShortRows);
+    }
+    const int64_t most = paired ? 8 : 4;
+    const int64_t group = most * row_bytes <= kGroupBytes ? most
+                          : 4 * row_bytes <= kGroupBytes  ? 4
+                          : 2 * row_bytes <= kGroupBytes  ? 2
+                                                          : 1;
     for (int64_t r0 = 0; r0 < rows; r0 += group) {
       const int64_t count = rows - r0 < group ? rows - r0 : group;
       const bool more = (mode & kDot) && r0 + 2 * group <= rows;

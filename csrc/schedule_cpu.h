@@ -1,5 +1,5 @@
-// How CPU ops share work: one arena per call, chunks by shape, rounds of chunks over the thread
-// pool.
+// How CPU ops share work: the element type, one arena per call, matrices as they lie in memory and
+// their chunks by shape, rounds of chunks over the thread pool.
 #pragma once
 
 #include <cstdlib>
@@ -9,6 +9,22 @@
 
 namespace specnorm {
 namespace SPECNORM_ISA {
+
+// run(S{}) for the dtype's element type S.
+template <class F>
+Status by_dtype(DType dtype, F run) {
+  switch (dtype) {
+    case DType::f32:
+      return run(float{});
+    case DType::f64:
+      return run(double{});
+    case DType::bf16:
+      return run(bf16{});
+    case DType::f16:
+      return run(f16{});
+  }
+  return kOk;
+}
 
 // One allocation per call. take() is called twice in the same order: before allocate() it only
 // counts.
@@ -45,6 +61,33 @@ inline void chunk_plan(int64_t rows, int64_t length, int64_t* chunks, int64_t* c
   if (per < 1) per = 1;
   *chunk_rows = per;
   *chunks = rows == 0 ? 1 : (rows + per - 1) / per;
+}
+
+// A matrix as it lies in memory: stored rows of `length` elements at distance ld, which are W's
+// columns when only those have unit stride. When neither has (packed), elements of a row are
+// inner_stride apart.
+template <class S>
+struct StoredRows {
+  const S* w;
+  int64_t rows, length, ld, inner_stride;
+  bool by_columns, packed;
+  int64_t chunks, chunk_rows;
+};
+
+template <class S>
+StoredRows<S> stored_rows(const MatrixRef& w) {
+  StoredRows<S> x;
+  // A single row or column has one stride that never matters.
+  const bool unit_col = w.col_stride == 1 || w.n == 1, unit_row = w.row_stride == 1 || w.m == 1;
+  x.w = static_cast<const S*>(w.data);
+  x.by_columns = !unit_col && unit_row;
+  x.packed = !unit_col && !unit_row;
+  x.rows = x.by_columns ? w.n : w.m;
+  x.length = x.by_columns ? w.m : w.n;
+  x.ld = x.by_columns ? w.col_stride : w.row_stride;
+  x.inner_stride = x.packed ? w.col_stride : 1;
+  chunk_plan(x.rows, x.length, &x.chunks, &x.chunk_rows);
+  return x;
 }
 
 struct Task {

@@ -11,19 +11,23 @@
 
 namespace specnorm {
 
+void run_sigma_cpu(const Operands& weights, const Operands& u, const Operands& v, void* sigma) {
+  std::vector<SigmaItem> items(weights.size());
+  for (size_t i = 0; i < items.size(); ++i)
+    items[i] = {weights[i].matrix(), u[i].vector(), v[i].vector()};
+  const SigmaParams params{*kernel_dtype(weights[0].dtype), int64_t(items.size()), items.data(),
+                           sigma};
+  check_status("sigma", cpu_kernels().sigma(params, torch_pool()));
+}
+
 Tensor sigma_cpu_op(const std::vector<Tensor>& weights, const std::vector<Tensor>& u,
                     const std::vector<Tensor>& v) {
   const Operands w = operands(weights), us = operands(u), vs = operands(v);
   check_sigma(w, us, vs);
   if (w.empty()) return empty_sigma();
-  std::vector<SigmaItem> items(w.size());
-  for (size_t i = 0; i < w.size(); ++i) items[i] = {w[i].matrix(), us[i].vector(), vs[i].vector()};
-  const ScalarType dtype = w[0].dtype;
   Tensor sigma =
-      torch::stable::new_empty(weights[0], {int64_t(weights.size())}, state_dtype(dtype));
-  const SigmaParams params{*kernel_dtype(dtype), int64_t(items.size()), items.data(),
-                           sigma.data_ptr()};
-  check_status("sigma", cpu_kernels().sigma(params, torch_pool()));
+      torch::stable::new_empty(weights[0], {int64_t(weights.size())}, state_dtype(w[0].dtype));
+  run_sigma_cpu(w, us, vs, sigma.data_ptr());
   return sigma;
 }
 

@@ -25,12 +25,9 @@ template <class C>
 constexpr double kLargest = sizeof(C) == 4 ? double(FLT_MAX) : DBL_MAX;
 
 template <class S>
-struct SigmaState {
+struct SigmaState : StoredRows<S> {
   using C = typename Elem<S>::C;
-  const S* w;
-  int64_t rows, length, ld, inner_stride;
-  bool packed;
-  int64_t chunks, chunk_rows, pending;
+  int64_t pending;
   C* dotted;     // [length] scaled by 2^shift
   C* weights;    // [rows]
   C* t;          // [rows]
@@ -141,17 +138,8 @@ Status run_list(const SigmaParams& p, const Parallel& pool) {
     for (int64_t i = 0; i < p.count; ++i) {
       const MatrixRef& w = p.items[i].weight;
       SigmaState<S>& s = states[i];
-      s = SigmaState<S>{};
-      const bool unit_col = w.col_stride == 1 || w.n == 1, unit_row = w.row_stride == 1 || w.m == 1;
-      const bool by_columns = !unit_col && unit_row;
-      s.packed = !unit_col && !unit_row;
-      s.w = static_cast<const S*>(w.data);
-      s.rows = by_columns ? w.n : w.m;
-      s.length = by_columns ? w.m : w.n;
-      s.ld = by_columns ? w.col_stride : w.row_stride;
-      s.inner_stride = s.packed ? w.col_stride : 1;
+      s = SigmaState<S>{stored_rows<S>(w)};
       s.sigma = static_cast<C*>(p.sigma) + i;
-      chunk_plan(s.rows, s.length, &s.chunks, &s.chunk_rows);
       s.pending = s.chunks;
       lay_out(arena, s);
       if (pass == 0) {
@@ -163,8 +151,8 @@ Status run_list(const SigmaParams& p, const Parallel& pool) {
         s.done = true;
         continue;
       }
-      copy_vector(by_columns ? p.items[i].u : p.items[i].v, s.length, s.dotted);
-      copy_vector(by_columns ? p.items[i].v : p.items[i].u, s.rows, s.weights);
+      copy_vector(s.by_columns ? p.items[i].u : p.items[i].v, s.length, s.dotted);
+      copy_vector(s.by_columns ? p.items[i].v : p.items[i].u, s.rows, s.weights);
       if (Elem<S>::kPairs && !s.packed) to_paired_order(s.dotted, s.length, s.scratch);
     }
     if (pass == 0 && !arena.allocate()) {
@@ -182,17 +170,7 @@ Status run_list(const SigmaParams& p, const Parallel& pool) {
 }  // namespace
 
 Status sigma_cpu(const SigmaParams& p, const Parallel& pool) {
-  switch (p.dtype) {
-    case DType::f32:
-      return run_list<float>(p, pool);
-    case DType::f64:
-      return run_list<double>(p, pool);
-    case DType::bf16:
-      return run_list<bf16>(p, pool);
-    case DType::f16:
-      return run_list<f16>(p, pool);
-  }
-  return kOk;
+  return by_dtype(p.dtype, [&](auto s) { return run_list<decltype(s)>(p, pool); });
 }
 
 }  // namespace SPECNORM_ISA

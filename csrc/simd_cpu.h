@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "common.h"
 
@@ -25,6 +26,7 @@
 #endif
 
 #define SPECNORM_INLINE inline __attribute__((always_inline))
+#define SPECNORM_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace specnorm {
 namespace SPECNORM_ISA {
@@ -83,6 +85,28 @@ SPECNORM_INLINE C horizontal_sum(typename Simd<C>::V x) {
   else
     return p[0] + p[1];
 #endif
+}
+
+// The same of several vectors at once, in the same order. Four floats share their shuffles.
+template <class C, int R>
+SPECNORM_INLINE void horizontal_sums(const typename Simd<C>::V* x, C* out) {
+  int r = 0;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (sizeof(C) == 4) {
+#pragma GCC unroll 8
+    for (; r + 4 <= R; r += 4) {
+      __m128 row[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i)
+        row[i] = _mm_add_ps(_mm256_castps256_ps128((__m256)x[r + i]),
+                            _mm256_extractf128_ps((__m256)x[r + i], 1));
+      _MM_TRANSPOSE4_PS(row[0], row[1], row[2], row[3]);
+      _mm_storeu_ps(out + r, _mm_add_ps(_mm_add_ps(row[0], row[2]), _mm_add_ps(row[1], row[3])));
+    }
+  }
+#endif
+#pragma GCC unroll 8
+  for (; r < R; ++r) out[r] = horizontal_sum<C>(x[r]);
 }
 
 SPECNORM_INLINE float bits_to_float(uint32_t b) {
@@ -224,6 +248,16 @@ struct Elem<f16> {
 // The last, partial vector of a row: missing lanes read as 0, so that they add nothing.
 template <class S>
 SPECNORM_INLINE typename Elem<S>::V load_partial(const S* p, int64_t lanes) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<S, float>)
+    return (typename Elem<S>::V)_mm512_maskz_loadu_ps(__mmask16((1u << lanes) - 1), p);
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<S, float>) {
+    alignas(64) static const int32_t mask[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+    const auto* from = reinterpret_cast<const __m256i*>(mask + 8 - lanes);
+    return (typename Elem<S>::V)_mm256_maskload_ps(p, _mm256_loadu_si256(from));
+  }
+#endif
   S padded[Simd<typename Elem<S>::C>::width];
   std::memset(padded, 0, sizeof(padded));
   std::memcpy(padded, p, size_t(lanes) * sizeof(S));

@@ -142,6 +142,14 @@ def check_power_iteration(
         raise ValueError(
             f"{op}: expected every tensor in u and v to have memory of its own, got two that share elements"
         )
+    read = {id(w): j for j, w in enumerate(weights) if w.numel() > 0}
+    for name, tensors in (("u", u), ("v", v)):
+        for i, x in enumerate(tensors):
+            if id(x) in read:
+                raise ValueError(
+                    f"{op}: expected every tensor in u and v to have memory of its own, got {name}[{i}] "
+                    f"that shares elements with weights[{read[id(x)]}]; pass a clone()"
+                )
     if n_iterations < 1:
         raise ValueError(f"{op}: expected n_iterations >= 1, got {n_iterations}")
     if not eps >= 0 or not math.isfinite(eps):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from . import reference
+from . import _C, reference
 from ._checks import (
     check_lengths,
     check_normalize,
@@ -24,6 +24,7 @@ from ._checks import (
     check_power_iteration,
     check_sigma,
     raise_typed,
+    state_dtype,
 )
 
 _ops = torch.ops.specnorm_ext
@@ -224,9 +225,7 @@ _impl.impl("normalize", _normalize_autograd, "Autograd", with_keyset=True)
 _impl.impl("normalize_backward", _normalize_backward_autograd, "Autograd", with_keyset=True)
 
 
-# ---- short cuts for the layers ----------------------------------------------------------------------------------
-
-_cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+# ---- short cuts around the dispatcher ---------------------------------------------------------------------------
 
 
 def is_plain(x: Tensor) -> bool:
@@ -240,41 +239,37 @@ def is_plain(x: Tensor) -> bool:
     )
 
 
-def are_plain_on_cpu(*groups: list[Tensor]) -> bool:
-    """Whether a call on these lists may take the short cuts below."""
-    first = groups[0]
-    if not first or not is_plain(first[0]) or not first[0].is_cpu:
-        return False
-    kinds: set[type] = set()
-    for group in groups:
-        kinds.update(map(type, group))
-    return kinds <= {Tensor, torch.nn.Parameter}
-
-
 def power_iteration_direct(
     weights: list[Tensor], u: list[Tensor], v: list[Tensor], n_iterations: int, eps: float
 ) -> Tensor:
-    """power_iteration_ straight to the CPU kernel, for tensors that are `is_plain` and on the CPU.
+    """power_iteration_ where the first weight `is_plain`: the CPU kernel without the dispatcher, if it takes the rest.
 
-    The Python kernel on the ADInplaceOrView key costs half of the op's time for one small matrix; here its one
-    effect, the version counters, is had without it.
+    Through torch.ops, 200 small matrices cost four times their arithmetic (csrc/borrow.h). What the op does besides
+    the kernel is here: the version counters.
     """
-    sigma = _ops.power_iteration_.default.redispatch(_cpu, weights, u, v, n_iterations, eps)
-    increment_version(u)
-    increment_version(v)
-    return sigma
+    sigma = weights[0].new_empty(len(weights), dtype=state_dtype(weights[0].dtype))
+    if _C.power_iteration(weights, u, v, n_iterations, eps, sigma):
+        increment_version([*u, *v])
+        return sigma
+    return _ops.power_iteration_(weights, u, v, n_iterations, eps)
 
 
 def normalize_direct(
     weights: list[Tensor], u: list[Tensor], v: list[Tensor], sigma: Tensor
 ) -> list[Tensor]:
-    """normalize straight to the CPU kernel: as above, and with gradients off."""
-    return _ops.normalize.default.redispatch(_cpu, weights, u, v, sigma)
+    """normalize with gradients off: as above."""
+    out = [torch.empty_like(w) for w in weights]
+    if _C.normalize(weights, u, v, sigma, out):
+        return out
+    return _ops.normalize(weights, u, v, sigma)
 
 
 def sigma_direct(weights: list[Tensor], u: list[Tensor], v: list[Tensor]) -> Tensor:
-    """sigma straight to the CPU kernel: as above, and with gradients off."""
-    return _ops.sigma.default.redispatch(_cpu, weights, u, v)
+    """sigma with gradients off: as above."""
+    sigma = weights[0].new_empty(len(weights), dtype=state_dtype(weights[0].dtype))
+    if _C.sigma(weights, u, v, sigma):
+        return sigma
+    return _ops.sigma(weights, u, v)
 
 
 # ---- vmap: a batch of matrices is a longer list -----------------------------------------------------------------

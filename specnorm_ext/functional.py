@@ -62,7 +62,8 @@ def power_iteration(
 
     Raises:
         TypeError: mixed or unsupported dtypes or devices.
-        ValueError: shapes that do not fit, the same tensor twice among u and v, n_iterations < 1, eps < 0.
+        ValueError: shapes that do not fit, a u or v that shares elements with another or with a weight,
+            n_iterations < 1, eps < 0.
 
     Source: power iteration as in Miyato et al., "Spectral Normalization for GANs", ICLR 2018, algorithm 1; subspace
     iteration as in Saad, "Numerical Methods for Large Eigenvalue Problems", chapter 5.
@@ -76,7 +77,7 @@ def power_iteration(
         3.0
     """
     single, (ws, us, vs) = _lists(weights, u, v)
-    direct = _ops.are_plain_on_cpu(ws, us, vs)
+    direct = bool(ws) and _ops.is_plain(ws[0]) and ws[0].is_cpu
     run = _ops.power_iteration_direct if direct else torch.ops.specnorm_ext.power_iteration_
     sigma = _typed(run, ws, us, vs, n_iterations, eps)
     return sigma[0] if single else sigma

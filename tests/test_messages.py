@@ -398,7 +398,58 @@ def test_overlapping_slices(shift):
     assert (buffer == 1).all()
 
 
+def in_a_weight():
+    """(what, weights, u, v, where in u or v, which weight): a written tensor that is part of a weight."""
+    w = x(4, 4)
+    yield "a row", [w], [x(4)], [w[2]], "v[0]", 0
+    w = x(4, 4)
+    yield "a column", [x(4, 4), w], [x(4), w[:, 1]], [x(4), x(4)], "u[1]", 1
+    buffer = x(5, 5)
+    yield "one element", [buffer[:4, :4]], [buffer[3, 1:]], [x(5)[1:]], "u[0]", 0
+    buffer = x(8)
+    yield "a Hankel matrix", [buffer.as_strided((4, 4), (1, 1))], [x(4)], [buffer[4:]], "v[0]", 0
+    half = torch.ones(24, dtype=BF16)
+    yield "half of 16 bits", [half[1:17].view(4, 4)], [half[16:24].view(F32)], [x(4)], "u[0]", 0
+    one = x(5)
+    yield "expanded", [one[:1].expand(4, 4)], [one[:4]], [x(4)], "u[0]", 0
+    w = x(4, 4)
+    yield "another's", [w, x(4, 4)], [x(4), x(4)], [x(4), w.T[0]], "v[1]", 0
+
+
+@pytest.mark.parametrize("path", ["torch.ops", "functional", "inference mode"])
+@pytest.mark.parametrize("name", [case[0] for case in in_a_weight()])
+def test_part_of_a_weight(name, path):
+    _, ws, us, vs, where, which = next(case for case in in_a_weight() if case[0] == name)
+    args = good("power_iteration_", weights=ws, u=us, v=vs)
+    before = [bits(t.clone()) for t in tensors_of(args)]
+    with pytest.raises(ValueError, match="to have memory of its own") as caught:
+        PATHS[path]("power_iteration_", args)
+    assert str(caught.value) == (
+        f"power_iteration_: expected every tensor in u and v to have memory of its own, got {where} "
+        f"that shares elements with weights[{which}]; pass a clone()"
+    )
+    after = [bits(t.clone()) for t in tensors_of(args)]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("path", ["torch.ops", "functional", "inference mode", "fake"])
+def test_a_weight_as_u(path):
+    w = x(3, 1)
+    args = good("power_iteration_", weights=[w], u=[w], v=[x(1, 1)])
+    with pytest.raises(ValueError, match=r"got u\[0\] that shares elements with weights\[0\]"):
+        PATHS[path]("power_iteration_", args)
+
+
 def test_what_only_looks_like_overlap_is_accepted():
+    buffer = x(5, 5)  # the last column holds u, the last row v
+    ops.power_iteration_([buffer[:4, :4]], [buffer[:4, 4]], [buffer[4, :4]])
+    ops.power_iteration_([buffer[:4, :4].T], [buffer[:4, 4]], [buffer[4, :4]])
+    flat = x(24)
+    ops.power_iteration_([flat[4:20].view(4, 4)], [flat[:4]], [flat[20:]])
+    every_other = x(40)
+    ops.power_iteration_(
+        [every_other.as_strided((4, 4), (8, 2))], [every_other[1:9:2]], [every_other[33::2]]
+    )
     buffer = x(4, 4)
     ops.power_iteration_([x(4, 4)], [buffer[:, 0]], [buffer[:, 1]])  # interleaved columns
     buffer = x(8)

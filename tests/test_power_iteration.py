@@ -495,3 +495,50 @@ def test_init_uv(dtype, b):
         abs(sigma.item() / true_norm(w) - 1) <= 0.2
     )  # iterated: near the norm, where random vectors give about 0
     assert bits(u).numel() == u.numel()
+
+
+# ---- the short cut around the dispatcher ----------------------------------------------------------------------------
+
+
+def of_shapes(shapes, dtype=F32):
+    generator = torch.Generator().manual_seed(3)
+    ws = [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+    us = [torch.randn(m, generator=generator).to(state) for m, _ in shapes]
+    vs = [torch.randn(n, generator=generator).to(state) for _, n in shapes]
+    return ws, us, vs
+
+
+@pytest.mark.parametrize("dtype", [F32, torch.float64, torch.bfloat16, torch.float16])
+def test_short_cut_is_the_op_bit_for_bit(dtype):
+    shapes = [(40, 30), (1, 7), (64, 64), (129, 257), (0, 3), (5, 1), (700, 300)]
+    ws, us, vs = of_shapes(shapes, dtype)
+    ws[0], ws[3] = torch.nn.Parameter(ws[0]), ws[3].T.contiguous().T
+    other_us, other_vs = [u.clone() for u in us], [v.clone() for v in vs]
+    versions = [x._version for x in (*us, *vs)]
+    found = F.power_iteration(tuple(ws), us, tuple(vs), 2)
+    expected = torch.ops.specnorm_ext.power_iteration_(ws, other_us, other_vs, 2)
+    pairs = [(found, expected), *zip((*us, *vs), (*other_us, *other_vs), strict=True)]
+    assert all(same_bits(x, y) for x, y in pairs)
+    assert all(x._version > old for x, old in zip((*us, *vs), versions, strict=True))
+    assert not found.requires_grad
+
+
+def test_short_cut_leaves_the_rest_to_the_op():
+    """Only the first weight is looked at in Python: a tensor subclass further on must still see the op."""
+    seen = []
+
+    class Logging(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    ws, us, vs = of_shapes([(4, 3), (6, 5)])
+    expected = F.power_iteration(ws, [u.clone() for u in us], [v.clone() for v in vs])
+    ws[1] = ws[1].as_subclass(Logging)
+    found = F.power_iteration(ws, us, vs)
+    assert same_bits(found.as_subclass(torch.Tensor), expected)
+    assert any("power_iteration_" in name for name in seen)
+    with pytest.raises(TypeError, match="on another device"):
+        F.power_iteration([ws[0], torch.empty(6, 5, device="meta")], us, vs)

@@ -1,0 +1,115 @@
+// Operands straight from Python tensors, through DLPack's C exchange API (dlpack.h 1.3): one call
+// a tensor that fills in pointer, sizes, strides, dtype and device. torch.ops costs a list of
+// hundreds of small matrices more than their arithmetic: each tensor becomes an IValue, a handle,
+// and seven questions across the stable ABI, and its Python object is released under a lock.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <optional>
+#include <vector>
+
+#include "dispatch.h"
+
+namespace specnorm {
+
+namespace dlpack {  // the part of the standard's structs that is used here; their layout is fixed
+
+struct Tensor {
+  void* data;
+  int32_t device_type, device_id;
+  int32_t ndim;
+  uint8_t code, bits;
+  uint16_t lanes;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+
+struct ExchangeApi {
+  uint32_t major, minor;
+  ExchangeApi* previous;
+  void* managed_tensor_functions[3];
+  int (*tensor_from_py_object)(void* object, Tensor* out);  // borrows: no reference is taken
+};
+
+constexpr int32_t kCpu = 1;
+constexpr uint8_t kFloat = 2, kBfloat = 4;
+
+inline std::optional<ScalarType> scalar_type(const Tensor& t) {
+  if (t.lanes != 1) return std::nullopt;
+  if (t.code == kBfloat && t.bits == 16) return ScalarType::BFloat16;
+  if (t.code != kFloat) return std::nullopt;
+  return t.bits == 32   ? std::optional(ScalarType::Float)
+         : t.bits == 64 ? std::optional(ScalarType::Double)
+         : t.bits == 16 ? std::optional(ScalarType::Half)
+                        : std::nullopt;
+}
+
+}  // namespace dlpack
+
+// Borrows plain CPU tensors (exactly torch.Tensor or torch.nn.Parameter) of the kernels' dtypes and
+// says "no" to all else, whose errors and conversions are the op's affair.
+class Borrower {
+ public:
+  // torch has been imported by now; before 2.10 it had no such table.
+  Borrower() {
+    namespace py = pybind11;
+    const py::object tensor = py::module_::import("torch").attr("Tensor");
+    const py::object parameter = py::module_::import("torch.nn").attr("Parameter");
+    const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
+    if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return;
+    auto* api = static_cast<dlpack::ExchangeApi*>(
+        PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    while (api != nullptr && api->major != 1) api = api->previous;
+    if (api == nullptr) return;
+    from_py_object_ = api->tensor_from_py_object;
+    tensor_ = tensor.ptr();  // classes that live as long as the interpreter
+    parameter_ = parameter.ptr();
+  }
+
+  bool borrow(PyObject* object, Operand& out) const {
+    const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+    if (from_py_object_ == nullptr || (type != tensor_ && type != parameter_)) return false;
+    dlpack::Tensor t;
+    if (from_py_object_(object, &t) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    const std::optional<ScalarType> dtype = dlpack::scalar_type(t);
+    if (!dtype || t.device_type != dlpack::kCpu) return false;
+    out.data = static_cast<char*>(t.data) + t.byte_offset;
+    out.dim = t.ndim;
+    out.sizes = t.shape;
+    out.strides = t.strides;
+    out.dtype = *dtype;
+    out.device_type = t.device_type;
+    out.device_index = t.device_id;
+    return true;
+  }
+
+ private:
+  int (*from_py_object_)(void*, dlpack::Tensor*) = nullptr;
+  PyObject *tensor_ = nullptr, *parameter_ = nullptr;
+};
+
+// A list of tensors, kept alive and in place while the kernels run without the interpreter's lock.
+class BorrowedList {
+ public:
+  BorrowedList(const Borrower& from, pybind11::handle list)
+      : held_(pybind11::reinterpret_steal<pybind11::object>(PySequence_Tuple(list.ptr()))) {
+    if (!held_) throw pybind11::error_already_set();
+    const Py_ssize_t count = PyTuple_GET_SIZE(held_.ptr());
+    operands_.resize(size_t(count));
+    for (Py_ssize_t i = 0; i < count && good_; ++i)
+      good_ = from.borrow(PyTuple_GET_ITEM(held_.ptr(), i), operands_[size_t(i)]);
+  }
+  bool good() const { return good_; }
+  const Operands& operands() const { return operands_; }
+
+ private:
+  pybind11::object held_;
+  Operands operands_;
+  bool good_ = true;
+};
+
+}  // namespace specnorm
