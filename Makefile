@@ -69,3 +69,8 @@ $(VENV)/.demo: $(VENV)/.built
 $(VENV)/.test $(VENV)/.bench $(VENV)/.lint: $(VENV)/.%: $(VENV)/.built
 	$(PIP) --editable ".[$*]"
 	touch $@
+
+# On a machine with a GPU, into the environment of PYTHON, which must have a CUDA build of torch.
+.PHONY: gpu-check
+gpu-check:
+	PYTHON=$(PYTHON) bash bench/gpu_check.sh
