@@ -90,46 +90,6 @@ __device__ __forceinline__ uint16_t float_to_half_bits(float x) {
   return __half_as_ushort(__float2half_rn(x));
 }
 
-struct LaunchConfig {
-  unsigned grid, block;
-  size_t shared;  // bytes of dynamic shared memory
-  cudaStream_t stream;
-  unsigned cluster;  // blocks a cluster; 1: none
-  bool cooperative;  // all blocks live at once
-};
-
-// kernel<<<...>>>(arguments...), with clusters and cooperation. Raises the kernel's limit of
-// dynamic shared memory first where it must.
-template <class... P, class... A>
-cudaError_t launch(const LaunchConfig& c, void (*kernel)(P...), A&&... arguments) {
-  if (c.grid == 0) return cudaSuccess;
-  if (c.shared > (48 << 10)) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(c.shared));
-    if (error != cudaSuccess) return error;
-  }
-  cudaLaunchAttribute attributes[2];
-  unsigned count = 0;
-  if (c.cluster > 1) {
-    attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count].val.clusterDim.x = c.cluster;
-    attributes[count].val.clusterDim.y = 1;
-    attributes[count++].val.clusterDim.z = 1;
-  }
-  if (c.cooperative) {
-    attributes[count].id = cudaLaunchAttributeCooperative;
-    attributes[count++].val.cooperative = 1;
-  }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(c.grid);
-  config.blockDim = dim3(c.block);
-  config.dynamicSmemBytes = c.shared;
-  config.stream = c.stream;
-  config.attrs = attributes;
-  config.numAttrs = count;
-  return cudaLaunchKernelEx(&config, kernel, P(arguments)...);
-}
-
 }  // namespace device
 }  // namespace specnorm
 #endif
@@ -173,6 +133,50 @@ inline cudaError_t device_info(DeviceInfo* out) {
   }
   *out = info;
   return cudaSuccess;
+}
+
+struct LaunchConfig {
+  unsigned grid, block;
+  size_t shared;  // bytes of dynamic shared memory
+  cudaStream_t stream;
+  unsigned cluster;  // blocks a cluster; 1: none
+  bool cooperative;  // all blocks live at once
+};
+
+// kernel<<<...>>>(arguments...), with clusters and cooperation. Raises the kernel's limit of
+// dynamic shared memory first where it must.
+template <class... P, class... A>
+cudaError_t launch(const LaunchConfig& c, void (*kernel)(P...), A&&... arguments) {
+  if (c.grid == 0) return cudaSuccess;
+  if (c.shared > (48 << 10)) {
+    // To the device's limit, always: two threads that launch one kernel would undo each other's.
+    DeviceInfo info;
+    cudaError_t error = device_info(&info);
+    if (error == cudaSuccess)
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   info.shared_per_block);
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchAttribute attributes[2];
+  unsigned count = 0;
+  if (c.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim.x = c.cluster;
+    attributes[count].val.clusterDim.y = 1;
+    attributes[count++].val.clusterDim.z = 1;
+  }
+  if (c.cooperative) {
+    attributes[count].id = cudaLaunchAttributeCooperative;
+    attributes[count++].val.cooperative = 1;
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(c.grid);
+  config.blockDim = dim3(c.block);
+  config.dynamicSmemBytes = c.shared;
+  config.stream = c.stream;
+  config.attrs = attributes;
+  config.numAttrs = count;
+  return cudaLaunchKernelEx(&config, kernel, P(arguments)...);
 }
 
 // Blocks of this kernel that one multiprocessor holds at once, with that much dynamic shared

@@ -369,14 +369,33 @@ int64_t longest_row(int cut) {
 
 constexpr int kCuts = 5;
 
+// Shared memory that a cut cannot do without, for rows of that length; a comes on top where it
+// fits.
+template <class S, class T>
+int64_t fixed_bytes_of(int64_t length) {
+  using C = typename Elem<S>::C;
+  return (2 * T::rows * (T::threads / 32) + (T::z_shared ? padded(length) : 0)) *
+         int64_t(sizeof(C));
+}
+template <class S>
+int64_t fixed_bytes(int cut, int64_t length) {
+  using X = Cuts<S>;
+  const int64_t bytes[] = {
+      fixed_bytes_of<S, typename X::A>(length), fixed_bytes_of<S, typename X::B>(length),
+      fixed_bytes_of<S, typename X::C>(length), fixed_bytes_of<S, typename X::D>(length),
+      fixed_bytes_of<S, typename X::E>(length)};
+  return bytes[cut];
+}
+
 // The cut that takes a matrix, or kCuts: the pass for anything.
 template <class S>
-int cut_of(const DeviceItem& item) {
+int cut_of(const DeviceItem& item, const DeviceInfo& info) {
   bool by_columns;
   const Rows<S> x = stored_rows<S>(item.weight, &by_columns);
   if (item.columns > 1 || !x.aligned || x.length % Packed<S>::count != 0) return kCuts;
   for (int cut = 0; cut < kCuts; ++cut)
-    if (x.length <= longest_row<S>(cut)) return cut;
+    if (x.length <= longest_row<S>(cut))
+      return fixed_bytes<S>(cut, x.length) <= info.shared_per_block ? cut : kCuts;
   return kCuts;
 }
 
@@ -408,9 +427,8 @@ struct Streamer {
   template <class T>
   void pass_rows(StreamParams& p, int64_t grid, int64_t longest) {
     const int64_t vector = padded(longest) * int64_t(sizeof(C));
-    const int64_t fixed =
-        2 * T::rows * (T::threads / 32) * int64_t(sizeof(C)) + (T::z_shared ? vector : 0);
-    // A quarter of the limit leaves room for the other blocks of the multiprocessor, and for L1.
+    const int64_t fixed = fixed_bytes_of<S, T>(longest);
+    // An equal share for each block of the multiprocessor.
     const int64_t most =
         T::blocks > 1 ? info.shared_per_block / T::blocks - 1024 : int64_t(info.shared_per_block);
     p.a_shared = fixed + vector <= most ? vector : 0;
@@ -512,7 +530,7 @@ CudaStatus run_stream(const PowerIterationParams& p, const CudaCall& call, const
       several = false;
     };
     for (const DeviceItem& item : list.items) {
-      if (cut_of<S>(item) != cut) continue;
+      if (cut_of<S>(item, info) != cut) continue;
       params.items[params.count++] = item;
       several = several || item.columns > 1;
       if (params.count == kItems) flush();

@@ -77,7 +77,8 @@ def power_iteration(
         3.0
     """
     single, (ws, us, vs) = _lists(weights, u, v)
-    direct = bool(ws) and _ops.is_plain(ws[0]) and ws[0].is_cpu
+    # DLPack, by which the direct path reads tensors, knows no lazy negation
+    direct = bool(ws) and _ops.is_plain(ws[0]) and ws[0].is_cpu and not any(map(Tensor.is_neg, ws))
     run = _ops.power_iteration_direct if direct else torch.ops.specnorm_ext.power_iteration_
     sigma = _typed(run, ws, us, vs, n_iterations, eps)
     return sigma[0] if single else sigma

@@ -2,7 +2,7 @@
 every kernel against float64, in two orders of blocks and threads at least, which must give the same bits.
 
 cuda_on_host/ has the emulation (cuda_on_host.h), its own tests (emulator_test.cu) and the program that runs the
-launchers (runner.cpp, harness.py).
+launchers (runner.cpp, host_runner.py).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cuda_on_host import harness
-from cuda_on_host.harness import ALL_ORDERS, H200, TURING, LaunchError, Runner
+from cuda_on_host import host_runner
+from cuda_on_host.host_runner import ALL_ORDERS, H200, TURING, LaunchError, Runner
 from helpers import (
     BF16,
     DTYPES,
@@ -42,7 +42,7 @@ from helpers import (
 
 from specnorm_ext import reference
 
-STRATEGIES = harness.STRATEGIES
+STRATEGIES = host_runner.STRATEGIES
 SIZES = (1, 31, 33, 97, 1000)
 SHAPES = [s for s in itertools.product(SIZES, SIZES) if s != (1000, 1000)]
 # A device on which little fits on chip, so that small matrices take the ways of large ones.
@@ -77,12 +77,12 @@ ALL_LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
-    reason = harness.why_not()
+    reason = host_runner.why_not()
     out = tmp_path_factory.mktemp("cuda_on_host")
-    reason = reason or harness.no_sanitizers(out)
+    reason = reason or host_runner.no_sanitizers(out)
     if reason:
         pytest.skip(reason)
-    return harness.Build(out)
+    return host_runner.Build(out)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def runner(build):
 
 
 def needs(op):
-    path = harness.FILE_OF[op]
+    path = host_runner.FILE_OF[op]
     return pytest.mark.skipif(not path.exists(), reason=f"there is no csrc/{path.name}")
 
 
@@ -182,12 +182,16 @@ def test_planted_races_show_in_another_order(emulator_test, case, order):
 
 def test_what_must_not_compile(build):
     for t in ("float", "double"):
-        words = harness.refused(build.out, f"__global__ void k({t}* x) {{ atomicAdd(x, {t}(1)); }}")
+        words = host_runner.refused(
+            build.out, f"__global__ void k({t}* x) {{ atomicAdd(x, {t}(1)); }}"
+        )
         assert "use of deleted function" in words
         assert "atomicAdd" in words
-    words = harness.refused(build.out, "__global__ void k() { __shared__ float s[32]; s[0] = 1; }")
+    words = host_runner.refused(
+        build.out, "__global__ void k() { __shared__ float s[32]; s[0] = 1; }"
+    )
     assert "static_shared_memory_is_not_emulated" in words
-    words = harness.refused(
+    words = host_runner.refused(
         build.out,
         "struct P { char x[32768]; }; __global__ void k(P) {}\n"
         "void f() { specnorm::device::launch({1, 1, 0, nullptr, 1, false}, k, P()); }",
@@ -312,7 +316,7 @@ def test_ragged_list_with_empty_matrices(runner, strategy, device):
 def test_long_list(runner, strategy, b):
     """More matrices than one launch takes, of every shape around 5 x 5."""
     dtype = rotate(DTYPES, hashed(strategy, b))
-    count = 300 if b is None else 70
+    count = 300 if b is None else 40
     ws = [random_weight(2 + i % 7, 2 + i % 5, dtype, seed=i) for i in range(count)]
     us, vs = states(ws, b)
     before = [v.clone() for v in vs]
@@ -326,9 +330,10 @@ def test_long_list(runner, strategy, b):
 @each_strategy
 def test_same_bits_in_every_order_and_run_to_run(runner, strategy, b):
     """The runner compares the bits; half of its runs have a workspace of zeros, half one of NaN."""
-    for i, (device, layout) in enumerate(
-        itertools.product((H200, SMALL), ("contiguous", "transposed", "every_2nd_column"))
-    ):
+    cases = itertools.product((H200, SMALL), ("contiguous", "transposed", "every_2nd_column"))
+    for i, (device, layout) in enumerate(cases):
+        if b and (i + hashed(strategy)) % 2:
+            continue
         dtype = rotate(DTYPES, i + hashed(strategy, b))
         ws = [
             ALL_LAYOUTS[layout](random_weight(*s, dtype))
@@ -347,7 +352,8 @@ def test_same_bits_in_every_order_and_run_to_run(runner, strategy, b):
 def test_not_finite_weight(runner, strategy, b):
     """NaN out, u and v as they were, wherever the element is; the rest of the list does not notice."""
     m, n = 35, 67
-    for i, (row, column) in enumerate(((0, 0), (m - 1, n - 1), (m - 1, 0), (0, n - 2), (17, 5))):
+    places = ((0, 0), (m - 1, n - 1), (17, 5), (m - 1, 0), (0, n - 2))
+    for i, (row, column) in enumerate(places if b is None else places[:3]):
         bad = (math.nan, math.inf, -math.inf)[i % 3]
         dtype = rotate(DTYPES, i + hashed(strategy, b))
         layout = ALL_LAYOUTS[rotate(ALL_LAYOUTS, i + hashed(b, strategy))]
@@ -434,7 +440,8 @@ def test_any_scale(runner, strategy, b):
     base = random_weight(20, 30, F64).clamp(-3, 3)
     for i, dtype in enumerate(DTYPES):
         layout = ALL_LAYOUTS[rotate(ALL_LAYOUTS, i + hashed(strategy, b))]
-        ws = [layout((base * scale).to(dtype)) for scale in SCALES[dtype]]
+        scales = SCALES[dtype][i % 2 :: 2] if b else SCALES[dtype]
+        ws = [layout((base * scale).to(dtype)) for scale in scales]
         ws = [w for w in ws if w.isfinite().all()]
         us, vs = states(ws, b)
         before = [v.clone() for v in vs]
@@ -472,7 +479,9 @@ def bad_starts(v):
 @each_strategy
 def test_a_bad_v_is_replaced(runner, strategy, b):
     for i, layout in enumerate(("contiguous", "transposed")):
-        dtype = rotate(DTYPES, i + hashed(strategy, b))
+        if b and i == len(strategy) % 2:
+            continue
+        dtype = rotate((F32, BF16, F16) if b else DTYPES, i + hashed(strategy, b))
         w = ALL_LAYOUTS[layout](matrix_with_spectrum(20, 30, SPECTRA["gap 0.5"](20), dtype))
         norm, tol = true_norm(w), tolerance("sigma", dtype, 30)
         vs = bad_starts(start(w, b)[1])
@@ -643,6 +652,8 @@ def check_sigma(w, u, v, got, unit=1.0):
     """`unit`, a power of two, brings W to about 1, where float64 holds every term."""
     a, x, b = lead(u).double(), w.double() * unit, lead(v).double()
     expected, terms = (a @ x @ b).item() / unit, (a.abs() @ x.abs() @ b.abs()).item() / unit
+    largest = torch.finfo(state_dtype(w.dtype)).max  # stands for what is past it
+    expected = max(-largest, min(expected, largest))
     tol = tolerance("dot", w.dtype, max(w.shape)) * terms + smallest(state_dtype(w.dtype))
     assert abs(got.double().item() - expected) <= tol
 
@@ -685,7 +696,8 @@ def test_sigma_values(runner, dtype):
 @pytest.mark.parametrize("device", [SMALL, replace(H200, multiprocessors=1)], ids=["64KB", "one"])
 def test_sigma_of_long_lists_views_and_other_devices(runner, device):
     for dtype in DTYPES:
-        ws = [random_weight(1 + i % 7, 1 + i % 5, dtype, seed=i) for i in range(300)]
+        count = 300 if dtype == F32 else 40
+        ws = [random_weight(1 + i % 7, 1 + i % 5, dtype, seed=i) for i in range(count)]
         us, vs = states(ws)
         for w, u, v, s in zip(ws, us, vs, runner.sigma(ws, us, vs, device=device), strict=True):
             check_sigma(w, u, v, s)
@@ -813,7 +825,7 @@ def test_normalize_backward_values(runner, dtype):
     gs[10] = random_weight(1, 1, dtype).expand(ws[10].shape)
     gs[11] = random_weight(1, ws[11].shape[1], dtype).expand(ws[11].shape)
     gs[12] = random_weight(ws[12].shape[0], 1, dtype).expand(ws[12].shape)
-    us, vs = pairs(ws)
+    us, vs = states(ws)
     us[8], vs[8] = start(ws[8], 2)
     sigma = torch.stack([x.norm() / 2 for x in ws]).to(state_dtype(dtype))
     got = runner.normalize_backward(gs, ws, us, vs, sigma, orders=ALL_ORDERS)

@@ -31,6 +31,8 @@ from helpers import (
     true_norm,
 )
 
+from specnorm_ext import functional
+
 # ---- views ------------------------------------------------------------------------------------------------------
 
 
@@ -486,3 +488,15 @@ def test_u_is_never_read(b):
     u2, v2 = torch.full_like(u, torch.nan), v.clone()
     assert same_bits(run(w, u, v, 2), run(w, u2, v2, 2))
     assert same_bits(u, u2)
+
+
+def test_a_lazily_negated_weight_is_read_with_its_sign():
+    w = torch.randn(7, 9, dtype=torch.complex64).conj().imag
+    assert w.is_neg()
+    (u, v), (u2, v2) = (functional.init_uv(w.clone()) for _ in range(2))
+    u2.copy_(u)
+    v2.copy_(v)
+    sigma = functional.power_iteration(w, u, v, 3)
+    assert torch.equal(sigma, functional.power_iteration(w.clone(), u2, v2, 3))
+    assert torch.equal(u, u2)
+    assert torch.equal(v, v2)

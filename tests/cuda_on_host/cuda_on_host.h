@@ -620,36 +620,5 @@ inline uint16_t float_to_half_bits(float x) {
   return uint16_t(sign | (exponent > 112 ? ((exponent - 113) << 10) + rounded : rounded));
 }
 
-struct LaunchConfig {
-  unsigned grid, block;
-  size_t shared;  // bytes of dynamic shared memory
-  cudaStream_t stream;
-  unsigned cluster;  // blocks a cluster; 1: none
-  bool cooperative;  // all blocks live at once
-};
-
-template <class... P, class... A>
-cudaError_t launch(const LaunchConfig& c, void (*kernel)(P...), A&&... arguments) {
-  if (c.grid == 0) return cudaSuccess;
-  if (c.shared > (48 << 10)) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(c.shared));
-    if (error != cudaSuccess) return error;
-  }
-  cudaLaunchAttribute attributes[2] = {};
-  unsigned count = 0;
-  if (c.cluster > 1) {
-    attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count++].val.clusterDim = {c.cluster, 1, 1};
-  }
-  if (c.cooperative) {
-    attributes[count].id = cudaLaunchAttributeCooperative;
-    attributes[count++].val.cooperative = 1;
-  }
-  const cudaLaunchConfig_t config{dim3(c.grid), dim3(c.block), c.shared,
-                                  c.stream,     attributes,    count};
-  return cudaLaunchKernelEx(&config, kernel, P(arguments)...);
-}
-
 }  // namespace device
 }  // namespace specnorm

@@ -141,7 +141,7 @@ inline void require_memory(bool there) {
 
 // Kept for ever and used again.
 inline Fiber* new_fiber() {
-  constexpr size_t stack = 260 << 10, most = 1 << 14;
+  constexpr size_t stack = 260 << 10, most = 1 << 15;
   const size_t page = size_t(sysconf(_SC_PAGESIZE));
   if (!switches.stacks) {
     void* memory = mmap(nullptr, most * stack, PROT_READ | PROT_WRITE,
