@@ -188,7 +188,8 @@ inline void check_spectral_linear(const Operand& x, const Operand& weight, const
   };
   if (!kernel_dtype(weight.dtype))
     fail("TypeError", op,
-         ": expected weight to be torch.float32, torch.float64, torch.bfloat16 or torch.float16, got ",
+         ": expected weight to be torch.float32, torch.float64, torch.bfloat16 or torch.float16, "
+         "got ",
          dtype_name(weight.dtype));
   if (weight.dim != 2)
     fail("ValueError", op, ": expected weight to be a matrix [out, in], got shape ",

@@ -234,6 +234,4 @@ def check_spectral_linear(
         if t.dim() != 1 or t.shape[0] != length:
             raise ValueError(f"{op}: expected {name} to have shape [{length}], got {_shape(t)}")
     if sigma.dim() > 1 or (sigma.dim() == 1 and sigma.shape[0] != 1):
-        raise ValueError(
-            f"{op}: expected sigma to be one number, [] or [1], got {_shape(sigma)}"
-        )
+        raise ValueError(f"{op}: expected sigma to be one number, [] or [1], got {_shape(sigma)}")

@@ -291,7 +291,9 @@ def _inner(a: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:
     if a.dtype == wide:
         product = a * b if shift is None else a * (b - shift)
         return product.sum()
-    product = a.to(wide) * b.to(wide) if shift is None else a.to(wide) * (b.to(wide) - shift.to(wide))
+    product = (
+        a.to(wide) * b.to(wide) if shift is None else a.to(wide) * (b.to(wide) - shift.to(wide))
+    )
     return product.sum()
 
 
@@ -311,6 +313,29 @@ def _spectral_linear_autograd(keyset, x, weight, bias, u, v, sigma):
 
 
 _impl.impl("spectral_linear", _spectral_linear_autograd, "Autograd", with_keyset=True)
+
+
+def _spectral_linear_autocast(device: str):
+    excluded = torch._C.DispatchKeySet(
+        torch._C.DispatchKey.AutocastCUDA if device == "cuda" else torch._C.DispatchKey.AutocastCPU
+    )
+
+    def run(x, weight, bias, u, v, sigma):
+        """As nn.Linear under autocast: floating operands in the autocast dtype, float64 left alone."""
+        dtype = torch.get_autocast_dtype(device)
+
+        def cast(t: Tensor | None) -> Tensor | None:
+            wanted = t is not None and t.is_floating_point() and t.dtype != torch.float64
+            return t.to(dtype) if t is not None and wanted else t
+
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            return _ops.spectral_linear(cast(x), cast(weight), cast(bias), u, v, sigma)
+
+    return run
+
+
+_impl.impl("spectral_linear", _spectral_linear_autocast("cpu"), "AutocastCPU")
+_impl.impl("spectral_linear", _spectral_linear_autocast("cuda"), "AutocastCUDA")
 
 
 # ---- short cuts around the dispatcher ---------------------------------------------------------------------------
@@ -462,14 +487,23 @@ def _without_kernels(name: str):
     function = getattr(reference, name)
 
     def run(first, *rest):
-        lead = first if isinstance(first, Tensor) else first[0] if first else None
-        if lead is not None:
-            _warn_once(lead.device)
+        if first:
+            _warn_once(first[0].device)
         with torch.no_grad():
             return function(first, *rest)
 
     return run
 
 
-for _name in ("power_iteration_", "sigma", "normalize", "normalize_backward", "spectral_linear"):
+for _name in ("power_iteration_", "sigma", "normalize", "normalize_backward"):
     _impl.impl(_name, _without_kernels(_name), "CompositeExplicitAutograd")
+
+
+def _spectral_linear_in_parts(x, weight, bias, u, v, sigma):
+    """The product, then scaled and shifted in place: one pass over data of the batch's size more than the kernel."""
+    check_spectral_linear(x, weight, bias, u, v, sigma)
+    y = torch.nn.functional.linear(x, weight).mul_(reference._inverse(sigma.reshape(())))
+    return y if bias is None else y.add_(bias)
+
+
+_impl.impl("spectral_linear", _spectral_linear_in_parts, "CompositeExplicitAutograd")
