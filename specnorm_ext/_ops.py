@@ -270,7 +270,8 @@ class _SpectralLinear(torch.autograd.Function):
         inverse = reference._inverse(sigma.reshape(()))
         scaled = g * inverse.to(g.dtype) if g.dtype == sigma.dtype else (g * inverse).to(g.dtype)
         rows = scaled.reshape(-1, weight.shape[0])
-        dx = dw = None
+        dx: Tensor | None = None
+        dw: Tensor | None = None
         if want_x:
             dx = torch.mm(rows, weight).reshape(x.shape)
         if want_w:
