@@ -176,4 +176,53 @@ inline void check_normalize_backward(const Operands& grads, const Operands& weig
   }
 }
 
+inline void check_spectral_linear(const Operand& x, const Operand& weight, const Operand* bias,
+                                  const Operand& u, const Operand& v, const Operand& sigma) {
+  const char* op = "spectral_linear";
+  const auto like_weight = [&](const char* name, const Operand& t) {
+    if (t.dtype != weight.dtype)
+      fail("TypeError", op, ": expected ", name, " to be ", dtype_name(weight.dtype),
+           ", as the weight, got ", dtype_name(t.dtype));
+    if (!t.same_device(weight))
+      fail("TypeError", op, ": expected ", name, " on the device of the weight");
+  };
+  if (!kernel_dtype(weight.dtype))
+    fail("TypeError", op,
+         ": expected weight to be torch.float32, torch.float64, torch.bfloat16 or torch.float16, "
+         "got ",
+         dtype_name(weight.dtype));
+  if (weight.dim != 2)
+    fail("ValueError", op, ": expected weight to be a matrix [out, in], got shape ",
+         shape_text(weight));
+  like_weight("x", x);
+  if (x.dim < 1 || x.sizes[x.dim - 1] != weight.sizes[1])
+    fail("ValueError", op, ": expected x to have shape [..., ", weight.sizes[1], "], got ",
+         shape_text(x));
+  if (bias != nullptr) {
+    like_weight("bias", *bias);
+    if (bias->dim != 1 || bias->sizes[0] != weight.sizes[0])
+      fail("ValueError", op, ": expected bias to have shape [", weight.sizes[0], "], got ",
+           shape_text(*bias));
+  }
+  const ScalarType state = state_dtype(weight.dtype);
+  const auto like_state = [&](const char* name, const Operand& t) {
+    if (t.dtype != state)
+      fail("TypeError", op, ": expected ", name, " to be ", dtype_name(state), " beside a ",
+           dtype_name(weight.dtype), " weight, got ", dtype_name(t.dtype));
+    if (!t.same_device(weight))
+      fail("TypeError", op, ": expected ", name, " on the device of the weight");
+  };
+  like_state("u", u);
+  like_state("v", v);
+  like_state("sigma", sigma);
+  if (u.dim != 1 || u.sizes[0] != weight.sizes[0])
+    fail("ValueError", op, ": expected u to have shape [", weight.sizes[0], "], got ",
+         shape_text(u));
+  if (v.dim != 1 || v.sizes[0] != weight.sizes[1])
+    fail("ValueError", op, ": expected v to have shape [", weight.sizes[1], "], got ",
+         shape_text(v));
+  if (sigma.dim > 1 || (sigma.dim == 1 && sigma.sizes[0] != 1))
+    fail("ValueError", op, ": expected sigma to be one number, [] or [1], got ", shape_text(sigma));
+}
+
 }  // namespace specnorm

@@ -11,6 +11,9 @@ STABLE_TORCH_LIBRARY(specnorm_ext, m) {
   m.def(
       "normalize_backward(Tensor[] grads, Tensor[] weights, Tensor[] u, Tensor[] v, Tensor sigma) "
       "-> Tensor[]");
+  m.def(
+      "spectral_linear(Tensor x, Tensor weight, Tensor? bias, Tensor u, Tensor v, Tensor sigma) -> "
+      "Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(specnorm_ext, CPU, m) {
@@ -18,6 +21,7 @@ STABLE_TORCH_LIBRARY_IMPL(specnorm_ext, CPU, m) {
   m.impl("sigma", TORCH_BOX(&specnorm::sigma_cpu_op));
   m.impl("normalize", TORCH_BOX(&specnorm::normalize_cpu_op));
   m.impl("normalize_backward", TORCH_BOX(&specnorm::normalize_backward_cpu_op));
+  m.impl("spectral_linear", TORCH_BOX(&specnorm::spectral_linear_cpu_op));
 }
 
 #if defined(SPECNORM_HAVE_CUDA_KERNELS)

@@ -20,6 +20,9 @@ std::vector<Tensor> normalize_backward_cpu_op(const std::vector<Tensor>& grads,
                                               const std::vector<Tensor>& u,
                                               const std::vector<Tensor>& v, const Tensor& sigma);
 
+Tensor spectral_linear_cpu_op(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
+                              const Tensor& u, const Tensor& v, const Tensor& sigma);
+
 // The same from the operands on: check, fill the parameter struct, launch. What comes out goes to
 // memory that the caller made: sigma [len(weights)], and a matrix like each weight.
 void run_power_iteration_cpu(const Operands& weights, const Operands& u, const Operands& v,

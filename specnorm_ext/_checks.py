@@ -187,3 +187,51 @@ def check_normalize_backward(
             raise ValueError(
                 f"{op}: expected grads[{i}] to have shape {_shape(w)}, got {_shape(g)}"
             )
+
+
+def check_spectral_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, v: Tensor, sigma: Tensor
+) -> None:
+    op = "spectral_linear"
+
+    def like_weight(name: str, t: Tensor) -> None:
+        if t.dtype != weight.dtype:
+            raise TypeError(
+                f"{op}: expected {name} to be {weight.dtype}, as the weight, got {t.dtype}"
+            )
+        if t.device != weight.device:
+            raise TypeError(f"{op}: expected {name} on the device of the weight")
+
+    if weight.dtype not in DTYPES:
+        raise TypeError(
+            f"{op}: expected weight to be torch.float32, torch.float64, torch.bfloat16 or "
+            f"torch.float16, got {weight.dtype}"
+        )
+    if weight.dim() != 2:
+        raise ValueError(
+            f"{op}: expected weight to be a matrix [out, in], got shape {_shape(weight)}"
+        )
+    like_weight("x", x)
+    if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{op}: expected x to have shape [..., {weight.shape[1]}], got {_shape(x)}"
+        )
+    if bias is not None:
+        like_weight("bias", bias)
+        if bias.dim() != 1 or bias.shape[0] != weight.shape[0]:
+            raise ValueError(
+                f"{op}: expected bias to have shape [{weight.shape[0]}], got {_shape(bias)}"
+            )
+    expected = state_dtype(weight.dtype)
+    for name, t in (("u", u), ("v", v), ("sigma", sigma)):
+        if t.dtype != expected:
+            raise TypeError(
+                f"{op}: expected {name} to be {expected} beside a {weight.dtype} weight, got {t.dtype}"
+            )
+        if t.device != weight.device:
+            raise TypeError(f"{op}: expected {name} on the device of the weight")
+    for name, t, length in (("u", u, weight.shape[0]), ("v", v, weight.shape[1])):
+        if t.dim() != 1 or t.shape[0] != length:
+            raise ValueError(f"{op}: expected {name} to have shape [{length}], got {_shape(t)}")
+    if sigma.dim() > 1 or (sigma.dim() == 1 and sigma.shape[0] != 1):
+        raise ValueError(f"{op}: expected sigma to be one number, [] or [1], got {_shape(sigma)}")

@@ -23,6 +23,7 @@ from ._checks import (
     check_normalize_backward,
     check_power_iteration,
     check_sigma,
+    check_spectral_linear,
     raise_typed,
     state_dtype,
 )
@@ -225,6 +226,119 @@ _impl.impl("normalize", _normalize_autograd, "Autograd", with_keyset=True)
 _impl.impl("normalize_backward", _normalize_backward_autograd, "Autograd", with_keyset=True)
 
 
+# ---- spectral_linear --------------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("specnorm_ext::spectral_linear")
+def _(x, weight, bias, u, v, sigma):
+    check_spectral_linear(x, weight, bias, u, v, sigma)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _with_row(rows: Tensor, row: Tensor) -> Tensor:
+    """[rows; row], so that a matrix product takes a rank-1 update with it."""
+    return torch.cat([rows, row.to(rows.dtype).unsqueeze(0)])
+
+
+class _SpectralLinear(torch.autograd.Function):
+    """dx = g W / sigma, db = sum g, dW = [g; -c u]^T [x; v] / sigma as one product, c = <g, y - b>.
+
+    c comes from data of the batch's size: <dx, x> where dx is wanted anyway, else <g, y - b> from the output, as long
+    as nobody has changed it in place since (an in-place ReLU, say); then from one pass over the product and W.
+    """
+
+    @staticmethod
+    def forward(ctx, keyset, x, weight, bias, u, v, sigma):
+        y = _ops.spectral_linear.default.redispatch(
+            keyset & _below_autograd, x, weight, bias, u, v, sigma
+        )
+        ctx.save_for_backward(x, weight, bias, u, v, sigma)
+        ctx.y = None
+        if ctx.needs_input_grad[2] and not ctx.needs_input_grad[1]:
+            ctx.y = y.detach()  # its version counter is that of the output
+            ctx.version = ctx.y._version
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor):
+        x, weight, bias, u, v, sigma = ctx.saved_tensors
+        want_x, want_w, want_b = ctx.needs_input_grad[1:4]
+        db = g.reshape(-1, g.shape[-1]).sum(0) if want_b else None
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (g, x, weight)):
+            dx, dw = reference.spectral_linear_backward(g, x, weight, u, v, sigma)
+            return None, dx if want_x else None, dw if want_w else None, db, None, None, None
+        inverse = reference._inverse(sigma.reshape(()))
+        scaled = g * inverse.to(g.dtype) if g.dtype == sigma.dtype else (g * inverse).to(g.dtype)
+        rows = scaled.reshape(-1, weight.shape[0])
+        dx: Tensor | None = None
+        dw: Tensor | None = None
+        if want_x:
+            dx = torch.mm(rows, weight).reshape(x.shape)
+        if want_w:
+            inputs = x.reshape(-1, weight.shape[1])
+            if want_x or (ctx.y is not None and ctx.y._version == ctx.version):
+                c = _inner(dx, x) if dx is not None else _inner(g, ctx.y, bias)
+                dw = torch.mm(_with_row(rows, u * (-c * inverse)).mT, _with_row(inputs, v))
+            else:
+                dw = torch.mm(rows.mT, inputs)
+                c = _inner(dw, weight)
+                dw.addr_((u * (-c * inverse)).to(dw.dtype), v.to(dw.dtype))
+        return None, dx, dw, db, None, None, None
+
+
+def _inner(a: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:
+    """<a, b - shift> in float32 or wider."""
+    wide = torch.float64 if a.dtype == torch.float64 else torch.float32
+    if a.dtype == wide:
+        product = a * b if shift is None else a * (b - shift)
+        return product.sum()
+    product = (
+        a.to(wide) * b.to(wide) if shift is None else a.to(wide) * (b.to(wide) - shift.to(wide))
+    )
+    return product.sum()
+
+
+def _spectral_linear_autograd(keyset, x, weight, bias, u, v, sigma):
+    try:
+        if _needs_composite():
+            return reference.spectral_linear(x, weight, bias, u, v, sigma)
+        if torch.is_grad_enabled() and (
+            x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        ):
+            return _SpectralLinear.apply(keyset, x, weight, bias, u, v, sigma)
+        return _ops.spectral_linear.default.redispatch(
+            keyset & _below_autograd, x, weight, bias, u, v, sigma
+        )
+    except RuntimeError as error:
+        raise_typed(error)
+
+
+_impl.impl("spectral_linear", _spectral_linear_autograd, "Autograd", with_keyset=True)
+
+
+def _spectral_linear_autocast(device: str):
+    excluded = torch._C.DispatchKeySet(
+        torch._C.DispatchKey.AutocastCUDA if device == "cuda" else torch._C.DispatchKey.AutocastCPU
+    )
+
+    def run(x, weight, bias, u, v, sigma):
+        """As nn.Linear under autocast: floating operands in the autocast dtype, float64 left alone."""
+        dtype = torch.get_autocast_dtype(device)
+
+        def cast(t: Tensor | None) -> Tensor | None:
+            wanted = t is not None and t.is_floating_point() and t.dtype != torch.float64
+            return t.to(dtype) if t is not None and wanted else t
+
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            return _ops.spectral_linear(cast(x), cast(weight), cast(bias), u, v, sigma)
+
+    return run
+
+
+_impl.impl("spectral_linear", _spectral_linear_autocast("cpu"), "AutocastCPU")
+_impl.impl("spectral_linear", _spectral_linear_autocast("cuda"), "AutocastCUDA")
+
+
 # ---- short cuts around the dispatcher ---------------------------------------------------------------------------
 
 
@@ -384,3 +498,13 @@ def _without_kernels(name: str):
 
 for _name in ("power_iteration_", "sigma", "normalize", "normalize_backward"):
     _impl.impl(_name, _without_kernels(_name), "CompositeExplicitAutograd")
+
+
+def _spectral_linear_in_parts(x, weight, bias, u, v, sigma):
+    """The product, then scaled and shifted in place: one pass over data of the batch's size more than the kernel."""
+    check_spectral_linear(x, weight, bias, u, v, sigma)
+    y = torch.nn.functional.linear(x, weight).mul_(reference._inverse(sigma.reshape(())))
+    return y if bias is None else y.add_(bias)
+
+
+_impl.impl("spectral_linear", _spectral_linear_in_parts, "CompositeExplicitAutograd")

@@ -158,6 +158,49 @@ def normalize(weights, u, v, sigma):
     return out[0] if single else out
 
 
+def spectral_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, v: Tensor, sigma: Tensor
+) -> Tensor:
+    r"""A linear layer with the weight W / sigma, which is never written to memory.
+
+    .. math:: y = x W^T / \sigma + b,\qquad dx = g W / \sigma,\quad db = \sum g,\quad
+        dW = \frac{1}{\sigma} \begin{bmatrix} g \\ -c u^T \end{bmatrix}^T \begin{bmatrix} x \\ v^T \end{bmatrix},
+        \quad c = \langle g, y - b \rangle
+
+    that is, sigma depends on W as :math:`u^T W v` does, with u and v constant, and the gradient of W is one matrix
+    product. Under autocast x, W and b are cast as for ``torch.nn.functional.linear``; u, v and sigma are not.
+
+    Args:
+        x: [..., in].
+        weight: [out, in], any strides; float32, float64, bfloat16 or float16, as x and bias.
+        bias: [out] or None.
+        u, v: [out] and [in] (the leading columns, of several), in the state dtype of :func:`power_iteration`.
+        sigma: one number, [] or [1], in u's dtype. 0 stands for a zero weight: y = b, and no gradient reaches x or W.
+
+    Returns:
+        [..., out] in x's dtype. Differentiable in x, weight and bias, to any order; sigma itself receives no gradient.
+
+    Raises:
+        TypeError: mixed or unsupported dtypes or devices.
+        ValueError: shapes that do not fit.
+
+    Source: Miyato et al., ICLR 2018, equations 8 and 12, for a linear layer.
+
+    Example:
+        >>> import torch, specnorm_ext
+        >>> w, e = torch.diag(torch.tensor([4.0, 2.0])), torch.tensor([1.0, 0.0])
+        >>> x = torch.ones(1, 2)
+        >>> specnorm_ext.functional.spectral_linear(x, w, None, e, e, torch.tensor(4.0))
+        tensor([[1.0000, 0.5000]])
+    """
+    for name, t in (("x", x), ("weight", weight), ("u", u), ("v", v), ("sigma", sigma)):
+        if not isinstance(t, Tensor):
+            raise TypeError(
+                f"spectral_linear: expected {name} to be a tensor, got {type(t).__name__}"
+            )
+    return _typed(torch.ops.specnorm_ext.spectral_linear, x, weight, bias, u, v, sigma)
+
+
 def init_uv(
     weight: Tensor,
     n_vectors: int | None = None,
@@ -204,4 +247,4 @@ def init_uv(
     return u, v
 
 
-__all__ = ["init_uv", "normalize", "power_iteration", "sigma"]
+__all__ = ["init_uv", "normalize", "power_iteration", "sigma", "spectral_linear"]

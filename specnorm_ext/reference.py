@@ -17,6 +17,7 @@ from ._checks import (
     check_normalize_backward,
     check_power_iteration,
     check_sigma,
+    check_spectral_linear,
 )
 
 
@@ -179,9 +180,49 @@ def normalize_backward(
     return out
 
 
+def _inverse(s: Tensor) -> Tensor:
+    """1 / s, 0 where s is 0."""
+    zero = s == 0
+    return torch.where(zero, torch.zeros_like(s), 1 / torch.where(zero, torch.ones_like(s), s))
+
+
+def _tracked(w: Tensor, u: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
+    """sigma as a function of W: its value as passed, its derivative u^T dW v."""
+    x = w.to(u.dtype)
+    return sigma.detach().reshape(()) + torch.dot(u, torch.mv(x - x.detach(), v))
+
+
+def spectral_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, v: Tensor, sigma: Tensor
+) -> Tensor:
+    r"""Twin of `torch.ops.specnorm_ext.spectral_linear`: :math:`y = x W^T / \sigma + b`, :math:`d\sigma = u^T dW v`."""
+    check_spectral_linear(x, weight, bias, u, v, sigma)
+    s = _inverse(_tracked(weight, u, v, sigma))
+    y = torch.matmul(x.to(u.dtype), weight.to(u.dtype).mT) * s
+    return (y if bias is None else y + bias.to(u.dtype)).to(x.dtype)
+
+
+def spectral_linear_backward(
+    g: Tensor, x: Tensor, weight: Tensor, u: Tensor, v: Tensor, sigma: Tensor
+) -> tuple[Tensor, Tensor]:
+    r"""Gradients of :func:`spectral_linear` for x and W, themselves differentiable in g, x and W, to any order.
+
+    .. math:: dx = g W / \sigma,\quad dW = (g^T x - c\, u v^T) / \sigma,\quad c = \langle g, x W^T \rangle / \sigma
+    """
+    s = _inverse(_tracked(weight, u, v, sigma))
+    w, y = weight.to(u.dtype), g.to(u.dtype)
+    dx = torch.matmul(y, w) * s
+    rows, inputs = y.reshape(-1, w.shape[0]), x.to(u.dtype).reshape(-1, w.shape[1])
+    c = (dx.reshape(-1, w.shape[1]) * inputs).sum()
+    dw = (torch.mm(rows.mT, inputs) - c * torch.outer(u, v)) * s
+    return dx.to(x.dtype), dw.to(weight.dtype)
+
+
 __all__ = [
     "normalize",
     "normalize_backward",
     "power_iteration_",
     "sigma",
+    "spectral_linear",
+    "spectral_linear_backward",
 ]
