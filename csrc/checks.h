@@ -143,6 +143,8 @@ inline void check_power_iteration(const Operands& weights, const Operands& u, co
   }
   check_no_overlap(op, weights, u, v);
   if (n_iterations < 1) fail("ValueError", op, ": expected n_iterations >= 1, got ", n_iterations);
+  if (n_iterations > kMostIterations)
+    fail("ValueError", op, ": expected n_iterations <= ", kMostIterations, ", got ", n_iterations);
   if (!(eps >= 0) || !std::isfinite(eps))
     fail("ValueError", op, ": expected eps to be finite and >= 0, got ", eps);
 }

@@ -37,6 +37,7 @@ void release_workspace(void* workspace);
 
 enum Status : int { kOk = 0, kOutOfMemory = 1 };
 
+constexpr int64_t kMostIterations = 1'000'000'000;  // so that counters may be 32 bits wide
 constexpr int kMaxColumns =
     8;  // columns of a subspace iteration: small dense work stays in registers
 

@@ -12,7 +12,8 @@ namespace specnorm {
 enum class Strategy : int { kAuto = 0, kBlock = 1, kCluster = 2, kResident = 3, kStream = 4 };
 
 struct CudaCall {
-  void* stream;  // cudaStream_t, the current one of the current device
+  int device;
+  void* stream;  // cudaStream_t, the device's current one
   // The one workspace of a call, aligned to 256 bytes, or null when memory ran out. Asked for at
   // most once, before the first launch; freed by the caller after the last (torch's allocator keeps
   // it for the stream).

@@ -143,8 +143,7 @@ __device__ __noinline__ double block_polish(C* x, int64_t stride, int64_t n, int
   return length;
 }
 
-// ---- b x b, the first warp
-// -----------------------------------------------------------------------
+// ---- b x b, the first warp ---------------------------------------------------------------------
 
 // out = x^T y or x y for [p, q] and [q, r].
 __device__ __noinline__ inline void warp_multiply(const Small* x, bool transposed, const Small* y,

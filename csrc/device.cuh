@@ -20,8 +20,7 @@
 namespace specnorm {
 namespace device {
 
-// ---- what the emulation supplies in its own way
-// --------------------------------------------------
+// ---- what the emulation supplies in its own way ------------------------------------------------
 
 // The dynamic shared memory of this block, aligned to 16 bytes. No kernel declares static shared
 // memory.
@@ -97,21 +96,22 @@ __device__ __forceinline__ uint16_t float_to_half_bits(float x) {
 namespace specnorm {
 namespace device {
 
-// ---- the device as the launchers see it
-// ----------------------------------------------------------
+// ---- the device as the launchers see it --------------------------------------------------------
 
 struct DeviceInfo {
   int device, multiprocessors, shared_per_block, major, cooperative;
 };
 
-// Asked once per device and kept: attribute queries are slow, and legal during graph capture all
-// the same.
-inline cudaError_t device_info(DeviceInfo* out) {
+// Makes `device` current, if it is not: torch's guard speaks to a CUDA runtime of its own.
+// Attributes are asked once per device and kept: queries are slow, though legal during graph
+// capture.
+inline cudaError_t device_info(int device, DeviceInfo* out) {
   constexpr int kDevices = 64;
   static DeviceInfo known[kDevices];
   static bool have[kDevices];
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
+  int current = -1;
+  cudaError_t error = cudaGetDevice(&current);
+  if (error == cudaSuccess && current != device) error = cudaSetDevice(device);
   if (error != cudaSuccess) return error;
   if (device < kDevices && __atomic_load_n(&have[device], __ATOMIC_ACQUIRE)) {
     *out = known[device];
@@ -150,8 +150,10 @@ cudaError_t launch(const LaunchConfig& c, void (*kernel)(P...), A&&... arguments
   if (c.grid == 0) return cudaSuccess;
   if (c.shared > (48 << 10)) {
     // To the device's limit, always: two threads that launch one kernel would undo each other's.
+    int device = 0;
     DeviceInfo info;
-    cudaError_t error = device_info(&info);
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = device_info(device, &info);
     if (error == cudaSuccess)
       error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    info.shared_per_block);
@@ -194,8 +196,12 @@ cudaError_t occupancy(void (*kernel)(P...), int threads, int64_t shared, int* bl
 template <class... P>
 cudaError_t largest_cluster(void (*kernel)(P...), int threads, int64_t shared, unsigned most,
                             int* blocks) {
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+  cudaFuncAttributes compiled;
+  cudaError_t error = cudaFuncGetAttributes(&compiled, kernel);
+  if (error != cudaSuccess) return error;
+  *blocks = 1;
+  if (compiled.ptxVersion < 90) return cudaSuccess;  // built for older devices, without clusters
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
   for (*blocks = int(most); error == cudaSuccess && *blocks > 1; *blocks /= 2) {
     cudaLaunchAttribute attribute = {};
     attribute.id = cudaLaunchAttributeClusterDimension;
@@ -219,8 +225,7 @@ inline CudaStatus status_of(cudaError_t error, const char* kernel) {
   return {int(error), kernel, cudaGetErrorString(error)};
 }
 
-// ---- element types
-// --------------------------------------------------------------------------------
+// ---- element types -----------------------------------------------------------------------------
 
 struct bf16 {
   uint16_t bits;
@@ -271,8 +276,7 @@ struct Packed {
   }
 };
 
-// ---- reductions
-// -----------------------------------------------------------------------------------
+// ---- reductions --------------------------------------------------------------------------------
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
@@ -325,7 +329,7 @@ __device__ __forceinline__ void group_barrier(unsigned* arrived, unsigned blocks
     __threadfence();
     add_release(arrived, 1u);
     const unsigned target = (*round + 1) * blocks;
-    while (load_acquire(arrived) < target) {
+    while (int(load_acquire(arrived) - target) < 0) {  // also when the counter has wrapped
     }
     __threadfence();
   }

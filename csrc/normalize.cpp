@@ -66,7 +66,7 @@ std::vector<Tensor> normalize_cuda_op(const std::vector<Tensor>& weights,
   std::vector<Tensor> out;
   out.reserve(weights.size());
   if (weights.empty()) return out;
-  const TorchCudaCall call("normalize", weights[0], w[0]);
+  TorchCudaCall call("normalize", weights[0], w[0]);
   const Tensor values = sigma.is_contiguous() ? sigma : torch::stable::clone(sigma);
   std::vector<NormalizeItem> items(weights.size());
   for (size_t i = 0; i < weights.size(); ++i) {
@@ -89,7 +89,7 @@ std::vector<Tensor> normalize_backward_cuda_op(const std::vector<Tensor>& grads,
   std::vector<Tensor> out;
   out.reserve(weights.size());
   if (weights.empty()) return out;
-  const TorchCudaCall call("normalize_backward", weights[0], w[0]);
+  TorchCudaCall call("normalize_backward", weights[0], w[0]);
   const Tensor values = sigma.is_contiguous() ? sigma : torch::stable::clone(sigma);
   std::vector<NormalizeItem> items(weights.size());
   for (size_t i = 0; i < weights.size(); ++i) {

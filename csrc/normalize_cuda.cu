@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(kThreads) normalize_update(const __grid_consta
 template <class S, bool backward>
 CudaStatus run(const NormalizeParams& p, const CudaCall& call) {
   DeviceInfo info;
-  cudaError_t error = device_info(&info);
+  cudaError_t error = device_info(call.device, &info);
   if (error != cudaSuccess) return status_of(error, "device query");
   int64_t total = 0;
   for (int64_t i = 0; i < p.count; ++i) total += p.items[i].weight.m * p.items[i].weight.n;

@@ -42,7 +42,7 @@ Tensor power_iteration_cuda_op(const std::vector<Tensor>& weights, const std::ve
   const Operands w = operands(weights), us = operands(u), vs = operands(v);
   check_power_iteration(w, us, vs, n_iterations, eps);
   if (w.empty()) return empty_sigma();
-  const TorchCudaCall call("power_iteration_", weights[0], w[0]);
+  TorchCudaCall call("power_iteration_", weights[0], w[0]);
   std::vector<PowerIterationItem> items(w.size());
   for (size_t i = 0; i < w.size(); ++i)
     items[i] = {w[i].matrix(), us[i].vector(), vs[i].vector(), us[i].columns()};

@@ -82,8 +82,11 @@ template <class S, int B, int N>
 __global__ void __launch_bounds__(kThreads)
     power_iteration_team(const __grid_constant__ TeamParams<N> p) {
   using C = typename Elem<S>::C;
-  int which = 0;
-  while (which + 1 < p.count && p.items[which + 1].first_block <= int(blockIdx.x)) ++which;
+  int which = int(blockIdx.x) / p.cluster;  // known at once where all have as many blocks
+  if (p.kind == kGroupOfBlocks) {
+    which = 0;
+    while (which + 1 < p.count && p.items[which + 1].first_block <= int(blockIdx.x)) ++which;
+  }
   const DeviceItem& item = p.items[which];
   if (item.weight.m == 0 || item.weight.n == 0) {
     if (int(blockIdx.x) == item.first_block && threadIdx.x == 0)
@@ -134,8 +137,7 @@ __global__ void __launch_bounds__(kThreads)
   s.solve();
 }
 
-// ---- the plan
-// --------------------------------------------------------------------------------------
+// ---- the plan ----------------------------------------------------------------------------------
 
 // What the launch of a list would need, gathered item by item.
 struct Needs {
@@ -394,7 +396,7 @@ struct Plan {
   }
 
   CudaStatus run() {
-    cudaError_t error = device_info(&device);
+    cudaError_t error = device_info(call.device, &device);
     if (error != cudaSuccess) return status_of(error, "device query");
     error = find_widest();
     if (error != cudaSuccess) return status_of(error, "cluster query");

@@ -328,8 +328,7 @@ __global__ void __launch_bounds__(kThreads)
   s.solve_apart();
 }
 
-// ---- launches
-// --------------------------------------------------------------------------------------
+// ---- launches ----------------------------------------------------------------------------------
 
 template <class S>
 struct Cuts;  // in order of the row length they can take

@@ -416,6 +416,7 @@ struct Solver {
     if (phase == kStart) return orthonormal_z();
     for (int i = 0; i < b; ++i)
       if (!finite(d->gt.a[i][i])) return not_finite();
+    __syncthreads();  // all have read gt before the first warp takes it apart
     if (threadIdx.x < 32) {
       warp_ritz(&d->gt, b, &d->x, d->sigma);
       const int kept = warp_invert<C>(d->sigma, b, d->inverse);

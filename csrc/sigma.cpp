@@ -37,7 +37,7 @@ Tensor sigma_cuda_op(const std::vector<Tensor>& weights, const std::vector<Tenso
   const Operands w = operands(weights), us = operands(u), vs = operands(v);
   check_sigma(w, us, vs);
   if (w.empty()) return empty_sigma();
-  const TorchCudaCall call("sigma", weights[0], w[0]);
+  TorchCudaCall call("sigma", weights[0], w[0]);
   std::vector<SigmaItem> items(w.size());
   for (size_t i = 0; i < w.size(); ++i) items[i] = {w[i].matrix(), us[i].vector(), vs[i].vector()};
   Tensor sigma =

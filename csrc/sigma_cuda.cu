@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(32) sigma_finish(const __grid_constant__ Sigma
 template <class S>
 CudaStatus run(const SigmaParams& p, const CudaCall& call) {
   DeviceInfo info;
-  cudaError_t error = device_info(&info);
+  cudaError_t error = device_info(call.device, &info);
   if (error != cudaSuccess) return status_of(error, "device query");
   int64_t total = 0;
   for (int64_t i = 0; i < p.count; ++i)

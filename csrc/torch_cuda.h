@@ -40,7 +40,8 @@ class TorchCudaCall {
            ": expected a torch with CUDA, got a CPU-only build; install a CUDA build of torch");
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(first.device_index, &stream));
-    call_ = {stream, &TorchCudaCall::workspace, this, strategy_of_environment(op)};
+    call_ = {first.device_index, stream, &TorchCudaCall::workspace, this,
+             strategy_of_environment(op)};
   }
   TorchCudaCall(const TorchCudaCall&) = delete;
   TorchCudaCall& operator=(const TorchCudaCall&) = delete;

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 MAX_COLUMNS = 8
+MOST_ITERATIONS = 1_000_000_000
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _CLASSES = {"TypeError": TypeError, "ValueError": ValueError, "RuntimeError": RuntimeError}
 
@@ -152,6 +153,8 @@ def check_power_iteration(
                 )
     if n_iterations < 1:
         raise ValueError(f"{op}: expected n_iterations >= 1, got {n_iterations}")
+    if n_iterations > MOST_ITERATIONS:
+        raise ValueError(f"{op}: expected n_iterations <= {MOST_ITERATIONS}, got {n_iterations}")
     if not eps >= 0 or not math.isfinite(eps):
         raise ValueError(f"{op}: expected eps to be finite and >= 0, got {eps:g}")
 

@@ -265,13 +265,15 @@ class _SpectralLinear(torch.autograd.Function):
         want_x, want_w, want_b = ctx.needs_input_grad[1:4]
         db = g.reshape(-1, g.shape[-1]).sum(0) if want_b else None
         if torch.is_grad_enabled() and any(t.requires_grad for t in (g, x, weight)):
-            dx, dw = reference.spectral_linear_backward(g, x, weight, u, v, sigma)
-            return None, dx if want_x else None, dw if want_w else None, db, None, None, None
+            exact = reference.spectral_linear_backward(g, x, weight, u, v, sigma)
+            first, second = (
+                y if want else None for y, want in zip(exact, (want_x, want_w), strict=True)
+            )
+            return None, first, second, db, None, None, None
         inverse = reference._inverse(sigma.reshape(()))
         scaled = g * inverse.to(g.dtype) if g.dtype == sigma.dtype else (g * inverse).to(g.dtype)
         rows = scaled.reshape(-1, weight.shape[0])
-        dx: Tensor | None = None
-        dw: Tensor | None = None
+        dx = dw = None
         if want_x:
             dx = torch.mm(rows, weight).reshape(x.shape)
         if want_w:

@@ -189,6 +189,12 @@ def special():
     )
     for n in (0, -1, -(2**40)):
         yield case(op, ValueError, f"n_iterations >= 1, got {n}", n_iterations=lambda n=n: n)
+    yield case(
+        op,
+        ValueError,
+        f"n_iterations <= 1000000000, got {2**32 + 1}",
+        n_iterations=lambda: 2**32 + 1,
+    )
     for eps, text in (
         (-1.0, "-1"),
         (-1e-30, "-1e-30"),

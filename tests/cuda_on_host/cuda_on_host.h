@@ -34,8 +34,7 @@
 // Where a barrier or shuffle is called from: evaluated at the call.
 #define SPECNORM_EMULATION_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
-// ---- barriers, shuffles, votes
-// -------------------------------------------------------------------
+// ---- barriers, shuffles, votes -----------------------------------------------------------------
 
 inline void __syncthreads(SPECNORM_EMULATION_SITE) {
   specnorm::emulation::barrier("__syncthreads", 0, {file, line});
@@ -103,8 +102,7 @@ T __shfl_up_sync(unsigned mask, T x, unsigned delta, int width = 32, SPECNORM_EM
                                       source < (lane & ~(width - 1)) ? lane : source, {file, line});
 }
 
-// ---- memory
-// --------------------------------------------------------------------------------------
+// ---- memory ------------------------------------------------------------------------------------
 
 inline void __threadfence() {}
 inline void __threadfence_block() {}
@@ -182,8 +180,7 @@ inline unsigned atomicInc(unsigned* p, unsigned last) {
 void atomicAdd(float*, float) = delete;
 void atomicAdd(double*, double) = delete;
 
-// ---- arithmetic
-// ----------------------------------------------------------------------------------
+// ---- arithmetic --------------------------------------------------------------------------------
 
 inline int __popc(unsigned x) {
   return __builtin_popcount(x);
@@ -237,8 +234,7 @@ SPECNORM_EMULATION_BITS(__uint_as_float, float, unsigned)
 SPECNORM_EMULATION_BITS(__double_as_longlong, long long, double)
 SPECNORM_EMULATION_BITS(__longlong_as_double, double, long long)
 
-// ---- the runtime
-// ---------------------------------------------------------------------------------
+// ---- the runtime -------------------------------------------------------------------------------
 
 enum cudaError_t {
   cudaSuccess = 0,
@@ -323,6 +319,13 @@ inline int reserved_shared(const Device& d) {
 
 inline cudaError_t cudaGetDevice(int* device) {
   *device = specnorm::emulation::emulator().current;
+  return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int device) {
+  auto& emulator = specnorm::emulation::emulator();
+  if (device < 0 || size_t(device) >= emulator.devices.size())
+    return specnorm::emulation::failed(cudaErrorInvalidDevice);
+  emulator.current = device;
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
@@ -436,6 +439,15 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute attribu
   return cudaSuccess;
 }
 
+struct cudaFuncAttributes {
+  int ptxVersion;  // as if compiled for the fake device
+};
+template <class... P>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(P...)) {
+  attributes->ptxVersion = specnorm::emulation::emulator().device().major * 10;
+  return cudaSuccess;
+}
+
 // 0 where `shared` is more than the kernel may use: raise its limit first.
 template <class... P>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*kernel)(P...),
@@ -539,8 +551,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return cudaSuccess;
 }
 
-// ---- the first section of csrc/device.cuh
-// --------------------------------------------------------
+// ---- the first section of csrc/device.cuh ------------------------------------------------------
 
 namespace specnorm {
 namespace device {

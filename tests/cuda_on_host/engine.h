@@ -47,8 +47,7 @@ inline dim3 blockDim, gridDim;
 namespace specnorm {
 namespace emulation {
 
-// ---- what tests may set
-// --------------------------------------------------------------------------
+// ---- what tests may set ------------------------------------------------------------------------
 
 enum class Order { kForward, kReverse };
 
@@ -90,8 +89,7 @@ inline Emulator& emulator() {
   return instance;
 }
 
-// ---- threads, warps, blocks, clusters
-// -------------------------------------------------------------
+// ---- threads, warps, blocks, clusters ----------------------------------------------------------
 
 struct Site {
   const char* file;
@@ -175,8 +173,7 @@ struct Engine {
 };
 inline Engine engine;
 
-// ---- reports
-// --------------------------------------------------------------------------------------
+// ---- reports -----------------------------------------------------------------------------------
 
 inline std::string kernel_name() {
   char name[512] = "";
@@ -261,8 +258,7 @@ inline std::vector<Cluster>& live_clusters() {
   std::abort();
 }
 
-// ---- scheduling
-// -----------------------------------------------------------------------------------
+// ---- scheduling --------------------------------------------------------------------------------
 
 SPECNORM_EMULATION_UNCHECKED inline void make_ready(Thread* t) {
   t->state = State::kReady;
@@ -520,8 +516,7 @@ SPECNORM_EMULATION_UNCHECKED inline void fiber_main() {
   }
 }
 
-// ---- a grid
-// ---------------------------------------------------------------------------------------
+// ---- a grid ------------------------------------------------------------------------------------
 
 inline void grow(size_t threads) {
   const auto resize = [](auto*& array, size_t count) {

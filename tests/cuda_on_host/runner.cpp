@@ -151,7 +151,8 @@ struct Case {
     }
     void* sigma = buffers[size_t(h.sigma)].memory;
     const auto count = int64_t(items.size());
-    const CudaCall call{nullptr, Workspace::ask, workspace, Strategy(h.strategy)};
+    const CudaCall call{emulation::emulator().current, nullptr, Workspace::ask, workspace,
+                        Strategy(h.strategy)};
     const NormalizeParams normalize{dtype, count, divide.data(), sigma};
     (void)call;
     (void)normalize;
