@@ -267,9 +267,11 @@ void test_launch() {
   REQUIRE(launch(cooperative(2, 512), early_exit, p) == cudaSuccess);
   REQUIRE(launch(cooperative(3, 512), early_exit, p) == cudaErrorCooperativeLaunchTooLarge);
   DeviceInfo info;
-  REQUIRE(device_info(&info) == cudaSuccess && info.major == 7 && info.multiprocessors == 1);
+  REQUIRE(device_info(emulation::emulator().current, &info) == cudaSuccess && info.major == 7 &&
+          info.multiprocessors == 1);
   emulator().use({});
-  REQUIRE(device_info(&info) == cudaSuccess && info.major == 9 && info.multiprocessors == 4);
+  REQUIRE(device_info(emulation::emulator().current, &info) == cudaSuccess && info.major == 9 &&
+          info.multiprocessors == 4);
 }
 
 void test_all() {
