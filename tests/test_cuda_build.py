@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
+
+import specnorm_ext
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "csrc").glob("*.cu"))
@@ -116,3 +119,14 @@ def test_no_hot_kernel_spills(reports, arch, capsys):
         assert any(re.match(pattern, k.name) for k in kernels), f"no kernel is named like {pattern}"
     spilled = [k for k in kernels if k.hot and k.spill_stores + k.spill_loads > 0]
     assert not spilled, f"{arch}: registers of hot kernels spill to memory: {spilled}"
+
+
+def test_the_module_with_cuda_kernels_runs_its_cpu_ops_on_a_torch_without_cuda():
+    info = specnorm_ext.build_info()
+    if not info["cuda_kernels"] or torch.version.cuda is not None:
+        pytest.skip("this module has no CUDA kernels, or this torch has CUDA")
+    w = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
+    u, v = specnorm_ext.functional.init_uv(w)
+    sigma = specnorm_ext.functional.power_iteration(w, u, v, 60)
+    torch.testing.assert_close(sigma, torch.tensor(3.0))
+    torch.testing.assert_close(specnorm_ext.functional.normalize(w, u, v, sigma), w / 3)
