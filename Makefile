@@ -52,22 +52,24 @@ $(VENV)/.made:
 	$(PY) -m pip install --quiet --disable-pip-version-check --upgrade pip
 	touch $@
 
-# torch first: the extension is built against the one that is installed.
+# torch first: the extension is built against the one that is installed. And the build's own tools: in an isolated
+# build their paths differ each time, which makes scikit-build-core begin anew, minutes where CUDA kernels are built.
 $(VENV)/.torch: $(VENV)/.made constraints.txt
 	$(PIP) torch numpy
+	$(PIP) scikit-build-core pybind11 cmake ninja
 	touch $@
 
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
-	$(PIP) --editable .
+	$(PIP) --no-build-isolation --editable .
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.built
-	$(PIP) --editable ".[cli]"
+	$(PIP) --no-build-isolation --editable ".[cli]"
 	$(PIP) --no-deps silero-vad
 	touch $@
 
 $(VENV)/.test $(VENV)/.bench $(VENV)/.lint: $(VENV)/.%: $(VENV)/.built
-	$(PIP) --editable ".[$*]"
+	$(PIP) --no-build-isolation --editable ".[$*]"
 	touch $@
 
 # On a machine with a GPU, into the environment of PYTHON, which must have a CUDA build of torch.
