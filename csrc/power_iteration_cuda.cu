@@ -42,11 +42,11 @@ struct TeamParams {
 template <class S>
 __device__ void prefetch_slice(const Rows<S>& from) {
   if (from.inner != 1) return;
-  const int64_t row = from.length * int64_t(sizeof(S)), lines = (row + 127) / 128;
-  for (int64_t k = threadIdx.x; k < from.rows * lines; k += blockDim.x) {
-    const int64_t r = k / lines, byte = k % lines * 128;
-    prefetch(reinterpret_cast<const char*>(from.w + r * from.ld) + byte);
-  }
+  // 32 bits: a slice fits in shared memory
+  const unsigned lines = unsigned((from.length * int64_t(sizeof(S)) + 127) / 128);
+  for (unsigned k = threadIdx.x; k < unsigned(from.rows) * lines; k += blockDim.x)
+    prefetch(reinterpret_cast<const char*>(from.w + int64_t(k / lines) * from.ld) +
+             k % lines * 128);
 }
 
 // Several loads of a thread are in flight before the first is used.

@@ -29,7 +29,8 @@ constexpr int kReduceThreads = 256;
 
 struct StreamParams {
   int count, n_iterations, pass;
-  int64_t a_shared;  // bytes of shared memory for a; 0: it is read from the workspace
+  int64_t a_shared;  // pass for anything: bytes of shared memory for a; 0: it is read from the
+                     // workspace
   double eps;
   void* sigma;
   char* workspace;
@@ -132,18 +133,12 @@ __global__ void __launch_bounds__(T::threads, T::blocks)
   char* record = base + layout.records + tile * layout.record_bytes;
   C* part = reinterpret_cast<C*>(record + sizeof(RecordHead));
 
-  // Shared memory: sums of the warps for two groups, then z and a where they are kept there.
+  // Shared memory: sums of the warps for two groups, then a (or z where T says so), element e of a
+  // thread's k-th pack at (k kPack + e) threads + thread: no bank conflicts, and no barrier, since
+  // a thread reads only what it wrote.
   C* sums = reinterpret_cast<C*>(dynamic_shared());
-  C* z_far = sums + 2 * T::rows * kWarps;
-  C* a_near = z_far + (T::z_shared ? padded(length) : 0);
-  if (p.a_shared) {
-    for (int k = int(threadIdx.x); k < length; k += T::threads) a_near[k] = a[k];
-    a = a_near;
-  }
-  if (T::z_shared)
-    for (int k = int(threadIdx.x); k < length; k += T::threads) z_far[k] = 0;
-  __syncthreads();
-
+  C* near = sums + 2 * T::rows * kWarps;
+  const auto place = [](int k, int e) { return (k * kPack + e) * T::threads + int(threadIdx.x); };
   constexpr int kNear = T::z_shared ? 1 : T::packs * kPack;
   C z[kNear];
 #pragma unroll
@@ -161,6 +156,14 @@ __global__ void __launch_bounds__(T::threads, T::blocks)
           to[i][k].raw = load_once(reinterpret_cast<const uint4*>(x.w + (r + i) * x.ld + j));
       }
   };
+  load(rows[0], r0);  // on their way while a is copied
+#pragma unroll
+  for (int k = 0; k < T::packs; ++k) {
+    const int j = (k * T::threads + int(threadIdx.x)) * kPack;
+#pragma unroll
+    for (int e = 0; e < kPack; ++e)
+      near[place(k, e)] = T::z_shared ? C(0) : j < length ? a[j + e] : C(0);
+  }
   double tt = 0;
   const auto use = [&](const Packed<S>(&w)[T::rows][T::packs], int64_t r, C* slot) {
     C total[T::rows];
@@ -173,7 +176,7 @@ __global__ void __launch_bounds__(T::threads, T::blocks)
         if (j < length) {
 #pragma unroll
           for (int e = 0; e < kPack; ++e) {
-            const C v = a[j + e];
+            const C v = T::z_shared ? a[j + e] : near[place(k, e)];
 #pragma unroll
             for (int i = 0; i < T::rows; ++i) total[i] += w[i][k].get(e) * v;
           }
@@ -203,15 +206,13 @@ __global__ void __launch_bounds__(T::threads, T::blocks)
     // z takes the values of t as they are: C(axpy_unit) is 1 wherever this kernel is used
 #pragma unroll
     for (int k = 0; k < T::packs; ++k) {
-      const int j = (k * T::threads + int(threadIdx.x)) * kPack;
-      if (T::z_shared && j >= length) continue;
-      C* to = T::z_shared ? z_far + j : z + (T::z_shared ? 0 : k * kPack);
 #pragma unroll
       for (int e = 0; e < kPack; ++e) {
-        C sum = to[e];
+        C& to = T::z_shared ? near[place(k, e)] : z[T::z_shared ? 0 : k * kPack + e];
+        C sum = to;
 #pragma unroll
         for (int i = 0; i < T::rows; ++i) sum += total[i] * w[i][k].get(e);
-        to[e] = sum;
+        to = sum;
       }
     }
   };
@@ -220,7 +221,6 @@ __global__ void __launch_bounds__(T::threads, T::blocks)
   // enough.
   C* slots[2] = {sums, sums + T::rows * kWarps};
   if (T::buffers == 2) {
-    load(rows[0], r0);
     for (int64_t r = r0; r < r1; r += 2 * T::rows) {
       load(rows[T::buffers - 1], r + T::rows);
       use(rows[0], r, slots[0]);
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(T::threads, T::blocks)
   } else {
     int turn = 0;
     for (int64_t r = r0; r < r1; r += T::rows, turn ^= 1) {
-      load(rows[0], r);
+      if (r > r0) load(rows[0], r);
       use(rows[0], r, turn ? slots[1] : slots[0]);
     }
   }
@@ -240,9 +240,9 @@ __global__ void __launch_bounds__(T::threads, T::blocks)
   for (int k = 0; k < T::packs; ++k) {
     const int j = (k * T::threads + int(threadIdx.x)) * kPack;
     if (j >= length) continue;
-    const C* from = T::z_shared ? z_far + j : z + (T::z_shared ? 0 : k * kPack);
 #pragma unroll
-    for (int e = 0; e < kPack; ++e) part[j + e] = from[e];
+    for (int e = 0; e < kPack; ++e)
+      part[j + e] = T::z_shared ? near[place(k, e)] : z[T::z_shared ? 0 : k * kPack + e];
   }
 }
 
@@ -368,22 +368,26 @@ int64_t longest_row(int cut) {
 
 constexpr int kCuts = 5;
 
-// Shared memory that a cut cannot do without, for rows of that length; a comes on top where it
-// fits.
+// Shared memory of a cut: the warps' sums, and a or z for rows of any length that it takes.
 template <class S, class T>
-int64_t fixed_bytes_of(int64_t length) {
-  using C = typename Elem<S>::C;
-  return (2 * T::rows * (T::threads / 32) + (T::z_shared ? padded(length) : 0)) *
-         int64_t(sizeof(C));
+constexpr int64_t cut_bytes_of() {
+  return (2 * T::rows * (T::threads / 32) + T::threads * T::packs * Packed<S>::count) *
+         int64_t(sizeof(typename Elem<S>::C));
 }
 template <class S>
-int64_t fixed_bytes(int cut, int64_t length) {
+int64_t cut_bytes(int cut) {
   using X = Cuts<S>;
-  const int64_t bytes[] = {
-      fixed_bytes_of<S, typename X::A>(length), fixed_bytes_of<S, typename X::B>(length),
-      fixed_bytes_of<S, typename X::C>(length), fixed_bytes_of<S, typename X::D>(length),
-      fixed_bytes_of<S, typename X::E>(length)};
+  constexpr int64_t bytes[] = {cut_bytes_of<S, typename X::A>(), cut_bytes_of<S, typename X::B>(),
+                               cut_bytes_of<S, typename X::C>(), cut_bytes_of<S, typename X::D>(),
+                               cut_bytes_of<S, typename X::E>()};
   return bytes[cut];
+}
+template <class S>
+int blocks_live(int cut) {  // on one multiprocessor
+  using X = Cuts<S>;
+  constexpr int blocks[] = {X::A::blocks, X::B::blocks, X::C::blocks,
+                            X::D::blocks, X::E::blocks, 1};
+  return blocks[cut];
 }
 
 // The cut that takes a matrix, or kCuts: the pass for anything.
@@ -394,7 +398,7 @@ int cut_of(const DeviceItem& item, const DeviceInfo& info) {
   if (item.columns > 1 || !x.aligned || x.length % Packed<S>::count != 0) return kCuts;
   for (int cut = 0; cut < kCuts; ++cut)
     if (x.length <= longest_row<S>(cut))
-      return fixed_bytes<S>(cut, x.length) <= info.shared_per_block ? cut : kCuts;
+      return cut_bytes<S>(cut) <= info.shared_per_block ? cut : kCuts;
   return kCuts;
 }
 
@@ -424,14 +428,8 @@ struct Streamer {
   }
 
   template <class T>
-  void pass_rows(StreamParams& p, int64_t grid, int64_t longest) {
-    const int64_t vector = padded(longest) * int64_t(sizeof(C));
-    const int64_t fixed = fixed_bytes_of<S, T>(longest);
-    // An equal share for each block of the multiprocessor.
-    const int64_t most =
-        T::blocks > 1 ? info.shared_per_block / T::blocks - 1024 : int64_t(info.shared_per_block);
-    p.a_shared = fixed + vector <= most ? vector : 0;
-    go("stream pass", config(grid, T::threads, fixed + p.a_shared), &stream_pass_rows<S, T>, p);
+  void pass_rows(StreamParams& p, int64_t grid) {
+    go("stream pass", config(grid, T::threads, cut_bytes_of<S, T>()), &stream_pass_rows<S, T>, p);
   }
 
   template <int B>
@@ -455,19 +453,19 @@ struct Streamer {
     for (p.pass = 0; p.pass < passes; ++p.pass) {
       switch (cut) {
         case 0:
-          pass_rows<typename Cuts<S>::A>(p, tiles, longest);
+          pass_rows<typename Cuts<S>::A>(p, tiles);
           break;
         case 1:
-          pass_rows<typename Cuts<S>::B>(p, tiles, longest);
+          pass_rows<typename Cuts<S>::B>(p, tiles);
           break;
         case 2:
-          pass_rows<typename Cuts<S>::C>(p, tiles, longest);
+          pass_rows<typename Cuts<S>::C>(p, tiles);
           break;
         case 3:
-          pass_rows<typename Cuts<S>::D>(p, tiles, longest);
+          pass_rows<typename Cuts<S>::D>(p, tiles);
           break;
         case 4:
-          pass_rows<typename Cuts<S>::E>(p, tiles, longest);
+          pass_rows<typename Cuts<S>::E>(p, tiles);
           break;
         default: {
           const int64_t vector = longest * int64_t(sizeof(C));
@@ -484,15 +482,18 @@ struct Streamer {
 
 }  // namespace
 
-// As many tiles as two blocks a multiprocessor, while that makes tiles of 64 KB to 2 MB: each costs
-// a partial z of one row's length, and several waves of small tiles balance better than one of
-// large.
+// As many tiles as blocks live at once, while that makes tiles of 64 KB to 2 MB: each costs a
+// partial z of one row's length, and several waves of small tiles balance better than one of large.
 template <class S>
 void cut_stream(List* list, const DeviceInfo& info) {
   int64_t total = 0;
-  for (const DeviceItem& item : list->items)
+  int live = 1;
+  for (const DeviceItem& item : list->items) {
     total += item.weight.m * item.weight.n * int64_t(sizeof(S));
-  int64_t tile = total / (2 * info.multiprocessors) + 1;
+    const int blocks = blocks_live<S>(cut_of<S>(item, info));
+    live = blocks > live ? blocks : live;
+  }
+  int64_t tile = total / (live * info.multiprocessors) + 1;
   tile = tile < (64 << 10) ? (64 << 10) : tile;
   if (list->items.size() > 1 && tile > (2 << 20)) tile = 2 << 20;
   for (DeviceItem& item : list->items) {

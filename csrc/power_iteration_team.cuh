@@ -86,6 +86,7 @@ __device__ __forceinline__ bool finite(double x) {
 template <class S, int B>
 struct Solver {
   using C = typename Elem<S>::C;
+  static constexpr int kAhead = 4;  // loads in flight where one block goes through a vector
 
   // who
   int kind;
@@ -178,11 +179,19 @@ struct Solver {
       }
       const C* from = static_cast<const C*>(item->v.data) + i * item->v.col_stride;
       double largest = 0;
-      for (int64_t k = threadIdx.x; k < n; k += blockDim.x) {
-        const C x = from[k * item->v.row_stride];
-        to[k] = x;
-        const double size = fabs(double(x));
-        largest = size > largest ? size : largest;
+      const int64_t step = blockDim.x;
+      for (int64_t k = threadIdx.x; k < n; k += kAhead * step) {
+        C x[kAhead];
+#pragma unroll
+        for (int j = 0; j < kAhead; ++j)
+          if (k + j * step < n) x[j] = from[(k + j * step) * item->v.row_stride];
+#pragma unroll
+        for (int j = 0; j < kAhead; ++j) {
+          if (k + j * step >= n) continue;
+          to[k + j * step] = x[j];
+          const double size = fabs(double(x[j]));
+          largest = size > largest ? size : largest;
+        }
       }
       largest = block_max(largest, d->sums);
       // whose squares float64 cannot hold
@@ -347,14 +356,31 @@ struct Solver {
   __device__ void hand_out(const VectorRef& to, int column, const C* from, int64_t count,
                            double factor, unsigned share, unsigned shares) {
     C* x = static_cast<C*>(to.data) + column * to.col_stride;
-    for (int64_t k = int64_t(share) * blockDim.x + threadIdx.x; k < count;
-         k += int64_t(shares) * blockDim.x)
-      x[k * to.row_stride] = C(double(from[k]) * factor);
+    const int64_t step = int64_t(shares) * blockDim.x;
+    for (int64_t k = int64_t(share) * blockDim.x + threadIdx.x; k < count; k += kAhead * step) {
+      C value[kAhead];  // loaded together: a store that might overlap would hold back each next
+                        // load
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i)
+        if (k + i * step < count) value[i] = from[k + i * step];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i)
+        if (k + i * step < count) x[(k + i * step) * to.row_stride] = C(double(value[i]) * factor);
+    }
   }
   // a = unit z / size, in two steps: unit / size may be past the largest number.
   __device__ void next_vector(double size) {
-    for (int64_t k = threadIdx.x; k < length(); k += blockDim.x)
-      a[k] = C(double(C(double(z[k]) / size)) * dot_unit);
+    const int64_t step = blockDim.x;
+    for (int64_t k = threadIdx.x; k < length(); k += kAhead * step) {
+      C value[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i)
+        if (k + i * step < length()) value[i] = z[k + i * step];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i)
+        if (k + i * step < length())
+          a[k + i * step] = C(double(C(double(value[i]) / size)) * dot_unit);
+    }
     __syncthreads();
   }
 
@@ -500,8 +526,9 @@ struct Solver {
       if (phase != kStart) --left;
       if (by_columns) phase = left > 1 ? kPass : kLast;
       const C* from = kind == kClusterOfBlocks ? cluster_map(z, 0) : z;
-      for (int64_t k = threadIdx.x; k < b * stride(); k += blockDim.x)
-        a[k] = k % stride() < length() ? C(double(from[k]) * dot_unit) : C(0);
+      for (int i = 0; i < b; ++i)
+        for (int64_t k = threadIdx.x; k < stride(); k += blockDim.x)
+          a[i * stride() + k] = k < length() ? C(double(from[i * stride() + k]) * dot_unit) : C(0);
     }
     if (size > 1) sync();  // the first block's z and decision have been read by all
     __syncthreads();

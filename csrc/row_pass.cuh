@@ -25,6 +25,18 @@ struct Rows {
   bool aligned;  // every row begins on 16 bytes, elements are dense
   bool padded;   // and may be read to whole packs: they are followed by zeros
 
+  __device__ __forceinline__ bool whole() const {
+    return aligned && (padded || length % kPack == 0);
+  }
+  // Known before a loop, so that nothing in it stands between one load and the next.
+  template <bool Whole>
+  __device__ __forceinline__ Packed<S> fetch_as(int64_t r, int64_t j) const {
+    if constexpr (!Whole) return fetch(r, j);
+    Packed<S> x;
+    x.raw = *reinterpret_cast<const uint4*>(w + r * ld + j);
+    return x;
+  }
+
   __device__ __forceinline__ Packed<S> fetch(int64_t r, int64_t j) const {
     const S* p = w + r * ld + j * inner;
     Packed<S> x;
@@ -77,15 +89,14 @@ __host__ __device__ constexpr int64_t group_bytes(int threads) {
   return int64_t(threads) * Packed<S>::count * int64_t(sizeof(typename Elem<S>::C));
 }
 
-// One block over rows [r0, r1): t [b, t_stride] is written (kDot) or read, z [b, z_stride] is
-// overwritten. B is the number of columns that registers are set aside for, b <= B the number there
-// are.
-template <class S, int B>
-__device__ void row_pass(const Rows<S>& x, int64_t r0, int64_t r1, int mode,
-                         const typename Elem<S>::C* a, int64_t a_stride, int b,
-                         typename Elem<S>::C* t, int64_t t_stride, typename Elem<S>::C scale,
-                         typename Elem<S>::C* z, int64_t z_stride,
-                         PassShared<typename Elem<S>::C>* shared, typename Elem<S>::C* groups) {
+template <class S, int B, bool Whole>
+__device__ __forceinline__ void row_pass_as(const Rows<S>& x, int64_t r0, int64_t r1, int mode,
+                                            const typename Elem<S>::C* a, int64_t a_stride, int b,
+                                            typename Elem<S>::C* t, int64_t t_stride,
+                                            typename Elem<S>::C scale, typename Elem<S>::C* z,
+                                            int64_t z_stride,
+                                            PassShared<typename Elem<S>::C>* shared,
+                                            typename Elem<S>::C* groups) {
   using C = typename Elem<S>::C;
   constexpr int kPack = Packed<S>::count;
   constexpr int kTogether = B < 4 ? B : 4;  // columns of z that an axpy keeps in registers
@@ -111,12 +122,17 @@ __device__ void row_pass(const Rows<S>& x, int64_t r0, int64_t r1, int mode,
         for (int i = 0; i < B; ++i) sum[i] = 0;
 #pragma unroll kAhead
         for (int64_t j = int64_t(lane) * kPack; j < x.length; j += 32 * kPack) {
-          const Packed<S> w = x.fetch(c0 + r, j);
+          const Packed<S> w = x.template fetch_as<Whole>(c0 + r, j);
 #pragma unroll
           for (int i = 0; i < B; ++i)
             if (i < b) {
 #pragma unroll
-              for (int e = 0; e < kPack; ++e) sum[i] += w.get(e) * a[i * a_stride + j + e];
+              for (int e0 = 0; e0 < kPack; e0 += Packed<C>::count) {
+                Packed<C> v;
+                v.raw = *reinterpret_cast<const uint4*>(a + i * a_stride + j + e0);
+#pragma unroll
+                for (int e = 0; e < Packed<C>::count; ++e) sum[i] += w.get(e0 + e) * v.get(e);
+              }
             }
         }
 #pragma unroll
@@ -150,7 +166,7 @@ __device__ void row_pass(const Rows<S>& x, int64_t r0, int64_t r1, int mode,
           for (int e = 0; e < kPack; ++e) sum[i][e] = 0;
 #pragma unroll kAhead
         for (int r = group; r < count; r += side) {
-          const Packed<S> w = x.fetch(c0 + r, q * kPack);
+          const Packed<S> w = x.template fetch_as<Whole>(c0 + r, q * kPack);
 #pragma unroll
           for (int i = 0; i < kTogether; ++i) {
             if (i0 + i < b) {
@@ -184,6 +200,24 @@ __device__ void row_pass(const Rows<S>& x, int64_t r0, int64_t r1, int mode,
     }
     __syncthreads();
   }
+}
+
+// One block over rows [r0, r1): t [b, t_stride] is written (kDot) or read, z [b, z_stride] is
+// overwritten. B is the number of columns that registers are set aside for, b <= B the number there
+// are. a and z lie on 16 bytes.
+template <class S, int B>
+__device__ __forceinline__ void row_pass(const Rows<S>& x, int64_t r0, int64_t r1, int mode,
+                                         const typename Elem<S>::C* a, int64_t a_stride, int b,
+                                         typename Elem<S>::C* t, int64_t t_stride,
+                                         typename Elem<S>::C scale, typename Elem<S>::C* z,
+                                         int64_t z_stride, PassShared<typename Elem<S>::C>* shared,
+                                         typename Elem<S>::C* groups) {
+  if (x.whole())
+    row_pass_as<S, B, true>(x, r0, r1, mode, a, a_stride, b, t, t_stride, scale, z, z_stride,
+                            shared, groups);
+  else
+    row_pass_as<S, B, false>(x, r0, r1, mode, a, a_stride, b, t, t_stride, scale, z, z_stride,
+                             shared, groups);
 }
 
 // max |W| over rows [r0, r1), NaN if any element is not finite; the same in every thread.

@@ -617,6 +617,27 @@ def test_automatic_choice_on_a_weight_larger_than_the_chip(runner):
         check_one(runner, w, device=replace(SMALL, multiprocessors=2))
 
 
+# Both edges of each cut of the streaming pass (power_iteration_stream_cuda.cu, WideCuts and NarrowCuts), the rows of
+# DESIGN 7, and one length past them all, which takes the pass for anything.
+ROW_LENGTHS = {
+    F32: (2048, 2052, 4096, 4100, 8192, 8196, 14336, 16384, 16388, 28672, 32768, 32772),
+    F64: (1024, 1026, 2048, 2050, 4096, 4098, 8192, 8194, 16384, 16386),
+    BF16: (2048, 2056, 4096, 4104, 8192, 8200, 16384, 16392, 28672, 32768, 32776),
+}
+ROW_LENGTHS[F16] = ROW_LENGTHS[BF16]
+
+
+@needs("power_iteration")
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@each_dtype
+def test_every_cut_of_the_streaming_pass(runner, dtype, layout):
+    devices = (H200, SMALL, replace(H200, multiprocessors=1, shared_per_block=166912))
+    for i, length in enumerate(ROW_LENGTHS[dtype]):
+        w = random_weight((3, 9, 1, 17, 2)[i % 5], length, dtype)
+        w = w if layout == "contiguous" else w.mT
+        check_one(runner, w, strategy="stream", device=devices[i % 3])
+
+
 @needs("power_iteration")
 @each_strategy
 def test_no_workspace(runner, strategy):
