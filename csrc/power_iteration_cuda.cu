@@ -20,9 +20,9 @@ using namespace device;
 
 namespace {
 
-constexpr int kFewItems = 32;    // parameters of 4 KB: every device and driver
-constexpr int kManyItems = 256;  // 32 KB: one launch for hundreds of small matrices
-constexpr int kThreads = 512;
+constexpr int kFewItems = 32;           // parameters of 4 KB: every device and driver
+constexpr int kManyItems = 256;         // 32 KB: one launch for hundreds of small matrices
+constexpr int kThreads = 384;           // 168 registers each: 128 of 512 threads spill
 constexpr unsigned kMostClustered = 8;  // what every device with clusters allows
 constexpr int64_t kBarrierBytes = 256;  // one counter a group, on cache lines of its own
 constexpr int kFewThreads = 128;        // of small matrices, where barriers are most of the work

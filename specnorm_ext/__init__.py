@@ -30,7 +30,8 @@ def build_info() -> dict[str, object]:
     Returns:
         a dict with ``version``, ``cpu_kernels`` (the instruction set in use: baseline, avx2 or avx512; the
         environment variable SPECNORM_EXT_ISA can lower it), ``cpu_kernels_built``, ``cuda_kernels`` (whether CUDA
-        kernels were built; then also ``cuda_architectures`` and ``cuda_compiler``), ``torch_built_with``, ``torch_minimum``, ``torch_running`` and ``compiler``.
+        kernels were built; then also ``cuda_architectures`` and ``cuda_compiler``), ``torch_built_with``,
+        ``torch_minimum``, ``torch_running`` and ``compiler``.
 
     Example:
         >>> import specnorm_ext

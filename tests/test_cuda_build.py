@@ -23,8 +23,8 @@ SOURCES = sorted((ROOT / "csrc").glob("*.cu"))
 NVCC = shutil.which(os.environ.get("CUDACXX") or "nvcc")
 ARCHITECTURES = ("sm_80", "sm_90")
 # Whose time is that of a call with one column. The others work for microseconds between passes, when a matrix has
-# left the plain range, or on several columns at once (<S, 8>), whose sums do not all fit into 128 registers: 50 to 400
-# bytes of spills there, against which smaller blocks would have to be measured.
+# left the plain range, or on several columns at once (<S, 8>), whose sums do not all fit into registers (the table says
+# what spills there; smaller blocks, the remedy, would have to be measured against it).
 HOT = (
     r"power_iteration_team<\S+, 1,", r"stream_pass_rows<", r"stream_pass_any<\S+, 1>", r"stream_reduce<",
     r"sigma_tiles<", r"normalize_divide<", r"normalize_inner<", r"normalize_update<",
