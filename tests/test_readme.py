@@ -58,6 +58,7 @@ ROWS = {
     "512 x 4608 float32": step("512 x 4608 float32"),
     "1024 x 4096 float32": step("1024 x 4096 float32"),
     "4096 x 4096 bfloat16": step("4096 x 4096 bfloat16, reads of its own bytes"),
+    "4096 x 4096 float32, 4 columns": step("4096 x 4096 float32, b = 4"),
     "11 weights of an SN-GAN discriminator, one call": step(
         "11 weights of an SN-GAN discriminator, one call"
     ),
