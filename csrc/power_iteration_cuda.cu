@@ -4,9 +4,8 @@
 //  kBlock     one block. Also everything that needs no speed: strides that no other way can load,
 //             matrices to be done again with a scale.
 //  kCluster   a cluster of up to 8 blocks, W in their shared memory, sums through distributed
-//  shared
-//             memory: one launch for all such matrices, all iterations inside, and no barrier wider
-//             than the cluster (0.2 us where one across the grid costs 1.1).
+//             shared memory: one launch for all such matrices, all iterations inside, and no
+//             barrier wider than the cluster.
 //  kResident  a group of blocks per matrix in one cooperative launch, when all that is left fits on
 //             chip: W is read from memory once for all iterations.
 //  kStream    the rest (power_iteration_stream_cuda.cu): W read from memory once an iteration by as
@@ -177,11 +176,7 @@ struct Plan {
     return x.fixed + x.vectors + x.slice <= limit();
   }
   List& list(Strategy s) { return lists[int(s) - 1]; }
-  int most_clustered() const { return widest; }
-
-  bool clusters(const DeviceItem& item) const {
-    return on_chip(item, kClusterOfBlocks, most_clustered());
-  }
+  bool clusters(const DeviceItem& item) const { return on_chip(item, kClusterOfBlocks, widest); }
 
   // Asked once per device: 0 is "not yet".
   cudaError_t find_widest() {
@@ -262,8 +257,8 @@ struct Plan {
         if (!on_chip(item, kClusterOfBlocks, blocks)) return false;
       return true;
     };
-    cluster = call.strategy == Strategy::kCluster && most_clustered() > 1 ? 2 : 1;
-    while (cluster < most_clustered() &&
+    cluster = call.strategy == Strategy::kCluster && widest > 1 ? 2 : 1;
+    while (cluster < widest &&
            (!all_fit(cluster) || (int64_t(items.size()) * 2 * cluster <= device.multiprocessors &&
                                   largest_slice(cluster) > (16 << 10))))
       cluster *= 2;

@@ -332,7 +332,6 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class S>
 struct Cuts;  // in order of the row length they can take
-template <class S>
 struct WideCuts {
   using A = Cut<256, 2, 4, false, 2, 2>;
   using B = Cut<256, 4, 2, false, 2, 2>;
@@ -341,10 +340,9 @@ struct WideCuts {
   using E = Cut<512, 16, 1, true, 1, 1>;
 };
 template <>
-struct Cuts<float> : WideCuts<float> {};
+struct Cuts<float> : WideCuts {};
 template <>
-struct Cuts<double> : WideCuts<double> {};
-template <class S>
+struct Cuts<double> : WideCuts {};
 struct NarrowCuts {  // 16-bit types: z takes twice the room of the row
   using A = Cut<256, 1, 8, false, 2, 2>;
   using B = Cut<256, 2, 3, false, 2, 2>;
@@ -353,9 +351,9 @@ struct NarrowCuts {  // 16-bit types: z takes twice the room of the row
   using E = Cut<512, 8, 1, true, 2, 1>;
 };
 template <>
-struct Cuts<device::bf16> : NarrowCuts<device::bf16> {};
+struct Cuts<device::bf16> : NarrowCuts {};
 template <>
-struct Cuts<device::f16> : NarrowCuts<device::f16> {};
+struct Cuts<device::f16> : NarrowCuts {};
 
 template <class S>
 int64_t longest_row(int cut) {
