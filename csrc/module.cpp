@@ -1,7 +1,9 @@
 // The pybind11 module specnorm_ext._C. Importing it registers the ops (ops.cpp's static
 // initializers). The functions beside them are the ops' CPU kernels without the dispatcher, for
 // the short cuts in _ops.py; each returns False, having done nothing, for what it does not take.
+// fingerprint tells whether a weight was changed behind its version counter's back.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <torch/headeronly/version.h>
 
@@ -74,6 +76,11 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("normalize", [](py::handle weights, py::handle u, py::handle v, py::handle values,
                         py::handle out) { return normalize(from, weights, u, v, values, out); });
+  m.def("fingerprint", [](py::handle tensor) -> std::optional<uint64_t> {
+    Operand x;
+    if (!from.borrow(tensor.ptr(), x)) return std::nullopt;
+    return specnorm::fingerprint(x);
+  });
   m.def("build_info", [] {
     py::dict info;
     info["cpu_kernels"] = specnorm::cpu_kernels().name;

@@ -20,7 +20,18 @@ if hasattr(torch.ops.specnorm_ext, "power_iteration_") and __name__ + "._C" not 
 from . import _C as _C
 from . import _ops as _ops  # registers fake kernels, autograd and vmap rules
 from . import functional, reference
+from .blocks import Blocks
 from .estimate import Estimate, spectral_norms
+from .layers import (
+    SpectralConv1d,
+    SpectralConv2d,
+    SpectralConv3d,
+    SpectralConvTranspose1d,
+    SpectralConvTranspose2d,
+    SpectralConvTranspose3d,
+    SpectralEmbedding,
+    SpectralLinear,
+)
 from .parametrizations import spectral_norm
 
 
@@ -44,7 +55,16 @@ def build_info() -> dict[str, object]:
 __version__ = str(_C.build_info()["version"])
 
 __all__ = [
+    "Blocks",
     "Estimate",
+    "SpectralConv1d",
+    "SpectralConv2d",
+    "SpectralConv3d",
+    "SpectralConvTranspose1d",
+    "SpectralConvTranspose2d",
+    "SpectralConvTranspose3d",
+    "SpectralEmbedding",
+    "SpectralLinear",
     "build_info",
     "functional",
     "reference",

@@ -18,15 +18,17 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _python_dispatch
 from torch.utils import checkpoint as _checkpoint
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 # Of forwards inside autograd.Functions nobody says when they are no longer needed: so many are kept.
 LIMIT = 64
@@ -39,6 +41,15 @@ _MODES = (
     torch._C._TorchDispatchModeKey.PROXY,
     torch._C._TorchDispatchModeKey.FUNCTIONAL,
 )
+
+
+_callers: list[Callable[..., Any]] = []
+
+
+def left_to_python(function: F) -> F:
+    """For what runs between a forward and the functions here: see traced_in_checkpoint."""
+    _callers.append(function)
+    return function
 
 
 def version_of(x: Tensor) -> int:
@@ -67,6 +78,10 @@ def traced_in_checkpoint() -> bool:
     # The forward is left to Python then, but what it calls would be traced again. These must look, at each call.
     for function in (is_eager, here, _frame_of, unseen, Forwards.add, Forwards.find):
         torch._dynamo.decorators.skip(function)
+    for (
+        function
+    ) in _callers:  # as frames of their own; inside a compiled forward they are traced as ever
+        torch._dynamo.eval_frame.skip_code(function.__code__)
     return True
 
 

@@ -1,0 +1,128 @@
+"""Fused weights: which rows belong to which block, each block with a sigma of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a weight [out, in] that holds several matrices is divided, each with its own spectral norm.
+
+    Args:
+        rows: how many blocks of equal size its rows make, or the size of each one: ``3`` for a fused QKV,
+            ``(4096, 1024, 1024)`` for one with grouped queries, ``n_heads`` for the heads of a projection.
+        interleaved: row r belongs to block r mod ``rows`` (gate and up in turn), where else blocks are contiguous.
+        experts: the length of a leading dimension, [experts, out, in], of which every entry is a matrix, or is divided
+            as ``rows`` says; 0 for none.
+
+    Raises:
+        ValueError: rows < 1, uneven sizes beside interleaved, experts < 0, no division at all.
+
+    Example:
+        >>> import specnorm_ext
+        >>> specnorm_ext.Blocks(2, interleaved=True)
+        Blocks(rows=2, interleaved=True)
+    """
+
+    rows: int | tuple[int, ...] = 1
+    interleaved: bool = False
+    experts: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rows, int):
+            good = not isinstance(self.rows, bool) and self.rows >= 1
+        else:
+            object.__setattr__(self, "rows", tuple(int(x) for x in self.rows))
+            good = len(self.rows) > 0 and all(x >= 1 for x in self.rows)
+        if not good:
+            raise ValueError(
+                f"Blocks: expected rows to be a number of blocks or their sizes, got {self.rows!r}"
+            )
+        if self.interleaved and not isinstance(self.rows, int):
+            raise ValueError(
+                f"Blocks: expected one number of rows for interleaved blocks, got sizes {self.rows}"
+            )
+        if self.experts < 0:
+            raise ValueError(f"Blocks: expected experts >= 0, got {self.experts}")
+
+    def __repr__(self) -> str:
+        parts = [f"rows={self.rows}"]
+        if self.interleaved:
+            parts.append("interleaved=True")
+        if self.experts:
+            parts.append(f"experts={self.experts}")
+        return f"Blocks({', '.join(parts)})"
+
+    @staticmethod
+    def of(blocks: int | Sequence[int] | Blocks | None) -> Blocks | None:
+        """What a ``blocks=`` argument means."""
+        if blocks is None or isinstance(blocks, Blocks):
+            return blocks
+        return Blocks(blocks if isinstance(blocks, int) else tuple(blocks))
+
+    @property
+    def per_matrix(self) -> int:
+        return self.rows if isinstance(self.rows, int) else len(self.rows)
+
+    @property
+    def count(self) -> int:
+        return self.per_matrix * max(1, self.experts)
+
+    def check(self, who: str, weight: Tensor, matrix: Tensor) -> None:
+        """`matrix`: the weight, or one expert's, as [m, n]."""
+        if self.experts and weight.shape[0] != self.experts:
+            raise ValueError(
+                f"{who}: expected a weight [{self.experts}, ...] for blocks={self}, got {list(weight.shape)}"
+            )
+        m = matrix.shape[0]
+        if isinstance(self.rows, int):
+            if m % self.rows:
+                raise ValueError(
+                    f"{who}: expected rows in {self.rows} blocks of equal size for blocks={self}, got {m} rows; "
+                    "give the size of each block"
+                )
+        elif sum(self.rows) != m:
+            raise ValueError(
+                f"{who}: expected {sum(self.rows)} rows for blocks={self}, got {m} rows"
+            )
+
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x [m, ...] of one matrix into views, one for each block."""
+        if not isinstance(self.rows, int):
+            return x.split(self.rows)
+        if self.rows == 1:
+            return (x,)
+        if self.interleaved:
+            return tuple(x[i :: self.rows] for i in range(self.rows))
+        return x.chunk(self.rows)
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The inverse of split(), copied."""
+        if len(parts) == 1:
+            return parts[0]
+        if self.interleaved:
+            return torch.stack(tuple(parts), 1).flatten(0, 1)
+        return torch.cat(tuple(parts))
+
+    def spread(self, x: Tensor, m: int) -> Tensor:
+        """x [count], one value for each block, to [m], one for each row of all matrices."""
+        if isinstance(self.rows, int):
+            if not self.interleaved:
+                return x.repeat_interleave(m // self.count)
+            each = m // self.count
+            by_expert = x.view(-1, 1, self.rows)
+            return by_expert.expand(by_expert.shape[0], each, self.rows).reshape(-1)
+        by_expert = x.view(-1, len(self.rows))
+        columns = [
+            by_expert[:, i : i + 1].expand(by_expert.shape[0], size)
+            for i, size in enumerate(self.rows)
+        ]
+        return torch.cat(columns, 1).reshape(-1)
+
+
+__all__ = ["Blocks"]

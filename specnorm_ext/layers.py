@@ -1,0 +1,399 @@
+"""Layers that divide their weight by its spectral norm: torch.nn's, with the options of spectral_norm()."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as nnf
+
+from . import _ops
+from .blocks import Blocks
+from .state import SpectralState
+
+
+def _verify_loaded(module: nn.Module, _incompatible: Any) -> None:
+    layer = cast(SpectralLayer, module)
+    layer.spectral.verify_loaded(layer.weight)
+
+
+class SpectralLayer(nn.Module):
+    """What the layers have in common; the plain layer of torch comes next in a class's bases."""
+
+    spectral: SpectralState  # u, v and the options
+    weight: Tensor
+    dim = 0  # of the weight, that counts its rows
+
+    def __init__(
+        self,
+        *args: Any,
+        n_power_iterations: int = 1,
+        n_vectors: int = 1,
+        eps: float = 1e-12,
+        bound: float | None = None,
+        learnable_scale: bool = False,
+        detach_sigma: bool = False,
+        blocks: int | Sequence[int] | Blocks | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        divided = Blocks.of(blocks)
+        if divided is not None and divided.experts:
+            self._add_experts(divided.experts)
+        state = SpectralState(
+            self.weight,
+            n_power_iterations,
+            self.dim,
+            eps,
+            n_vectors,
+            bound,
+            learnable_scale,
+            detach_sigma,
+            divided,
+            type(self).__name__,
+        )
+        self.adopt(state)
+
+    def _add_experts(self, experts: int) -> None:
+        raise ValueError(
+            f"{type(self).__name__}: expected blocks without experts, got {experts}; SpectralLinear has them"
+        )
+
+    def adopt(self, spectral: SpectralState) -> None:
+        """Take over u, v and options; also of a layer that becomes one of ours (convert.py)."""
+        self.spectral = spectral
+        spectral.keeps_sigma = True
+        spectral._book.registered = True
+        self.register_load_state_dict_post_hook(_verify_loaded)
+
+    @property
+    def sigma(self) -> Tensor:
+        """|u^T W v| by u and v as they stand, detached and on the weight's device: [], or [blocks]. One read of W."""
+        return self.spectral.sigma_of(self.weight)
+
+    @property
+    def normalized_weight(self) -> Tensor:
+        """What the layer applies, W / sigma times the learned scale, detached, by u and v as they stand."""
+        with torch.no_grad():
+            training = self.spectral.training
+            self.spectral.training = False
+            try:
+                return self.spectral.normalized(self.weight)
+            finally:
+                self.spectral.training = training
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()  # type: ignore[misc]
+        self._reseed()
+
+    def _reseed(self) -> None:
+        if "spectral" in self._modules:  # not while torch's constructor runs
+            self.spectral._book.unseeded = True
+            self.spectral.forget()
+
+    def train(self, mode: bool = True) -> SpectralLayer:
+        self.spectral._book.kept = None
+        return super().train(mode)
+
+    def __repr__(self) -> str:
+        return f"{self._get_name()}({self.extra_repr()})"  # on one line, without the child that holds u and v
+
+    def extra_repr(self) -> str:
+        parts = [super().extra_repr()]
+        if self.spectral.n_power_iterations != 1:
+            parts.append(f"n_power_iterations={self.spectral.n_power_iterations}")
+        parts += self.spectral.options()
+        if not self.weight.is_meta and not self.spectral._book.unseeded:
+            values = self.sigma.reshape(-1).tolist()
+            parts.append(f"sigma={', '.join(f'{x:.4g}' for x in values[:4])}")
+            if len(values) > 4:
+                parts[-1] += ", ..."
+        return ", ".join(parts)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Also the keys of torch's parametrization, and those of the old torch.nn.utils.spectral_norm."""
+        for new, others in (
+            ("weight", ("parametrizations.weight.original", "weight_orig")),
+            ("spectral._u", ("parametrizations.weight.0._u", "weight_u")),
+            ("spectral._v", ("parametrizations.weight.0._v", "weight_v")),
+            ("spectral.scale", ("parametrizations.weight.0.scale",)),
+        ):
+            for other in others:
+                if prefix + other in state_dict and prefix + new not in state_dict:
+                    state_dict[prefix + new] = state_dict.pop(prefix + other)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _leading(x: Tensor) -> Tensor:
+    return x if x.dim() == 1 else x[:, 0]
+
+
+class SpectralLinear(SpectralLayer, nn.Linear):
+    r"""``torch.nn.Linear`` by W / sigma, which is never written to memory.
+
+    .. math:: y = x W^T / \sigma + b,\qquad dW = (g^T x - \langle g, y - b \rangle\, u v^T) / \sigma
+
+    the latter as one matrix product.
+
+    Beside the arguments of ``torch.nn.Linear``:
+
+    Args:
+        n_power_iterations: in each training forward (none in eval), unless a :class:`SpectralNormGroup` does it. 15 run
+            when the layer is made.
+        n_vectors, eps, bound, learnable_scale, detach_sigma, blocks: as in :func:`spectral_norm`. With
+            ``blocks=Blocks(experts=E)`` the weight is [E, out, in], the bias [E, out], and the input [E, ..., in].
+
+    ``weight`` is W, as it is trained and stored; ``normalized_weight`` is what the layer applies, ``sigma`` the norm
+    that it divides by. u and v are in the state dict under ``spectral._u`` and ``spectral._v`` (the learned scale
+    under ``spectral.scale``); checkpoints of torch's parametrization and of the old ``torch.nn.utils.spectral_norm``
+    load as well. In eval sigma is computed once per version of the weight. A change through ``.data`` leaves no
+    version behind: on the CPU it is seen by a few sampled entries, elsewhere not at all; call ``eval()`` after it.
+
+    Shapes and dtypes: x [..., in_features], y [..., out_features], in the weight's dtype (under autocast as
+    ``torch.nn.Linear``); float32, float64, bfloat16, float16. Differentiable in x, weight and bias to any order, with u
+    and v constant. Activation checkpointing as in :func:`spectral_norm`.
+
+    Raises:
+        ValueError, IndexError, TypeError: options out of range, as :func:`spectral_norm`; an input that does not fit.
+
+    Source: Miyato et al., ICLR 2018, equations 8 and 12.
+
+    Example:
+        >>> import torch, specnorm_ext
+        >>> layer = specnorm_ext.SpectralLinear(20, 40, n_vectors=4)
+        >>> layer(torch.randn(2, 20)).shape
+        torch.Size([2, 40])
+    """
+
+    def _add_experts(self, experts: int) -> None:
+        one = {"weight": self.weight, "bias": self.bias}
+        for name, x in one.items():
+            if x is not None:
+                setattr(self, name, nn.Parameter(x.new_empty((experts, *x.shape))))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.weight.dim() == 2:
+            super().reset_parameters()
+            return
+        with torch.no_grad():
+            for i, w in enumerate(
+                self.weight
+            ):  # torch's rule, which is for matrices, for each expert
+                nn.init.kaiming_uniform_(w, a=5**0.5)
+                if self.bias is not None:
+                    limit = self.in_features**-0.5 if self.in_features else 0.0
+                    nn.init.uniform_(self.bias[i], -limit, limit)
+        self._reseed()
+
+    def forward(self, input: Tensor) -> Tensor:
+        spectral: Any = self._modules["spectral"]
+        weight, bias = self.weight, self.bias
+        if spectral.blocks is not None:
+            return nnf.linear(input, spectral.normalized(weight), bias)
+        u, v, sigma = spectral.current(weight)
+        scale = spectral._scale()
+        if scale is None:
+            if not torch.is_grad_enabled() and _is_simple(input, weight):
+                return _scaled_linear(input, weight, bias, sigma)
+            return torch.ops.specnorm_ext.spectral_linear(
+                input, weight, bias, _leading(u), _leading(v), sigma
+            )
+        y = torch.ops.specnorm_ext.spectral_linear(
+            input, weight, None, _leading(u), _leading(v), sigma
+        )
+        scale = scale.to(y.dtype)
+        return y * scale if bias is None else torch.addcmul(bias.to(y.dtype), y, scale)
+
+
+def _is_simple(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch.addmm serves as it is, below the op's dispatch: a matrix that fits, on the CPU."""
+    return (
+        _ops.is_plain(weight)
+        and type(x) is Tensor
+        and weight.is_cpu
+        and x.dim() == 2
+        and x.shape[1] == weight.shape[1]
+        and x.dtype == weight.dtype
+        and x.device == weight.device
+    )
+
+
+def _scaled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor) -> Tensor:
+    value = sigma.item()
+    alpha = 1 / value if value else 0.0
+    if bias is None:
+        return torch.addmm(weight.select(1, 0), x, weight.t(), beta=0, alpha=alpha)
+    return torch.addmm(bias, x, weight.t(), alpha=alpha)
+
+
+class _SpectralConv(SpectralLayer):
+    def forward(self, input: Tensor) -> Tensor:
+        layer: Any = self
+        weight = layer.spectral.normalized(layer.weight)
+        return cast(Tensor, layer._conv_forward(input, weight, layer.bias))
+
+
+class _SpectralConvTranspose(SpectralLayer):
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        layer: Any = self
+        n = len(layer.kernel_size)
+        output_padding = layer._output_padding(
+            input,
+            output_size,
+            layer.stride,
+            layer.padding,
+            layer.kernel_size,
+            n,
+            layer.dilation,
+        )
+        function = (nnf.conv_transpose1d, nnf.conv_transpose2d, nnf.conv_transpose3d)[n - 1]
+        return function(
+            input,
+            layer.spectral.normalized(layer.weight),
+            layer.bias,
+            layer.stride,
+            layer.padding,
+            output_padding,
+            layer.groups,
+            layer.dilation,
+        )
+
+
+class SpectralConv1d(_SpectralConv, nn.Conv1d):
+    """``torch.nn.Conv1d`` by W / sigma, sigma that of the flattened kernel.
+
+    W [out_channels, in_channels / groups, ...] seen as [out_channels, the rest], as torch does; its norm is not that
+    of the convolution as an operator. Arguments as of ``torch.nn.Conv1d``; options, attributes, state dict and errors
+    as of :class:`SpectralLinear`.
+
+    Example:
+        >>> import torch, specnorm_ext
+        >>> specnorm_ext.SpectralConv1d(3, 4, 3)(torch.randn(2, 3, 8)).shape
+        torch.Size([2, 4, 6])
+    """
+
+
+class SpectralConv2d(_SpectralConv, nn.Conv2d):
+    """``torch.nn.Conv2d`` by W / sigma, sigma that of the flattened kernel.
+
+    W [out_channels, in_channels / groups, ...] seen as [out_channels, the rest], as torch does; its norm is not that
+    of the convolution as an operator. Arguments as of ``torch.nn.Conv2d``; options, attributes, state dict and errors
+    as of :class:`SpectralLinear`.
+
+    Example:
+        >>> import torch, specnorm_ext
+        >>> specnorm_ext.SpectralConv2d(3, 4, 3)(torch.randn(2, 3, 8, 8)).shape
+        torch.Size([2, 4, 6, 6])
+    """
+
+
+class SpectralConv3d(_SpectralConv, nn.Conv3d):
+    """``torch.nn.Conv3d`` by W / sigma, sigma that of the flattened kernel.
+
+    W [out_channels, in_channels / groups, ...] seen as [out_channels, the rest], as torch does; its norm is not that
+    of the convolution as an operator. Arguments as of ``torch.nn.Conv3d``; options, attributes, state dict and errors
+    as of :class:`SpectralLinear`.
+
+    Example:
+        >>> import torch, specnorm_ext
+        >>> specnorm_ext.SpectralConv3d(3, 4, 3)(torch.randn(2, 3, 8, 8, 8)).shape
+        torch.Size([2, 4, 6, 6, 6])
+    """
+
+
+class SpectralConvTranspose1d(_SpectralConvTranspose, nn.ConvTranspose1d):
+    """``torch.nn.ConvTranspose1d`` by W / sigma, sigma that of the flattened kernel.
+
+    W [in_channels, out_channels / groups, ...] seen as [out_channels / groups, the rest], as torch does; its
+    norm is not that of the convolution as an operator. Arguments as of ``torch.nn.ConvTranspose1d``; options,
+    attributes, state dict and errors as of :class:`SpectralLinear`.
+
+    Example:
+        >>> import torch, specnorm_ext
+        >>> specnorm_ext.SpectralConvTranspose1d(3, 4, 3)(torch.randn(2, 3, 8)).shape
+        torch.Size([2, 4, 10])
+    """
+
+    dim = 1
+
+
+class SpectralConvTranspose2d(_SpectralConvTranspose, nn.ConvTranspose2d):
+    """``torch.nn.ConvTranspose2d`` by W / sigma, sigma that of the flattened kernel.
+
+    W [in_channels, out_channels / groups, ...] seen as [out_channels / groups, the rest], as torch does; its
+    norm is not that of the convolution as an operator. Arguments as of ``torch.nn.ConvTranspose2d``; options,
+    attributes, state dict and errors as of :class:`SpectralLinear`.
+
+    Example:
+        >>> import torch, specnorm_ext
+        >>> specnorm_ext.SpectralConvTranspose2d(3, 4, 3)(torch.randn(2, 3, 8, 8)).shape
+        torch.Size([2, 4, 10, 10])
+    """
+
+    dim = 1
+
+
+class SpectralConvTranspose3d(_SpectralConvTranspose, nn.ConvTranspose3d):
+    """``torch.nn.ConvTranspose3d`` by W / sigma, sigma that of the flattened kernel.
+
+    W [in_channels, out_channels / groups, ...] seen as [out_channels / groups, the rest], as torch does; its
+    norm is not that of the convolution as an operator. Arguments as of ``torch.nn.ConvTranspose3d``; options,
+    attributes, state dict and errors as of :class:`SpectralLinear`.
+
+    Example:
+        >>> import torch, specnorm_ext
+        >>> specnorm_ext.SpectralConvTranspose3d(3, 4, 3)(torch.randn(2, 3, 8, 8, 8)).shape
+        torch.Size([2, 4, 10, 10, 10])
+    """
+
+    dim = 1
+
+
+class SpectralEmbedding(SpectralLayer, nn.Embedding):
+    """``torch.nn.Embedding`` by W / sigma, W [num_embeddings, embedding_dim].
+
+    Arguments as of ``torch.nn.Embedding``, options, attributes, state dict and errors as of :class:`SpectralLinear`.
+
+    Raises:
+        ValueError: ``sparse=True``; the gradient of sigma has entries in every row.
+
+    Example:
+        >>> import torch, specnorm_ext
+        >>> specnorm_ext.SpectralEmbedding(10, 3)(torch.tensor([[1, 2]])).shape
+        torch.Size([1, 2, 3])
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.sparse:
+            raise ValueError(
+                "SpectralEmbedding: expected sparse=False, got True; the gradient of sigma is dense"
+            )
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nnf.embedding(
+            input,
+            self.spectral.normalized(self.weight),
+            self.padding_idx,
+            self.max_norm,
+            self.norm_type,
+            self.scale_grad_by_freq,
+        )
+
+
+__all__ = [
+    "SpectralConv1d",
+    "SpectralConv2d",
+    "SpectralConv3d",
+    "SpectralConvTranspose1d",
+    "SpectralConvTranspose2d",
+    "SpectralConvTranspose3d",
+    "SpectralEmbedding",
+    "SpectralLayer",
+    "SpectralLinear",
+]

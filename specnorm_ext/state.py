@@ -1,0 +1,547 @@
+"""u, v and sigma of one spectrally normalized weight: made, iterated, verified, moved and loaded.
+
+What the parametrization (parametrizations.py), the layers (layers.py) and the group (group.py) have in common.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _C, _ops, recomputation
+from ._checks import DTYPES, MAX_COLUMNS, state_dtype
+from ._ops import is_plain
+from .blocks import Blocks
+from .recomputation import Forward, Forwards, Place, left_to_python, version_of
+
+WARM_UP_ITERATIONS = 15  # torch's, at registration
+
+# u and v of a healthy layer give at least 0.84 of what one more iteration gives (one iteration from a random
+# start, square Gaussian; anything longer is closer to 1). u and v of other weights give next to nothing.
+STALE_BELOW = 0.75
+
+UVSigma = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass
+class Given:
+    """What a SpectralNormGroup has computed for a weight, in force until its next update."""
+
+    weight: Tensor
+    u: Tensor
+    v: Tensor
+    sigma: Tensor  # [blocks]
+
+
+@dataclass
+class Book:
+    """What a weight's state remembers between calls. Apart from the module: its attributes are slow to write."""
+
+    registered: bool = False
+    unseeded: bool = False  # u, v not yet drawn (a meta weight)
+    unverified: bool = False  # u, v not yet seen beside this weight (just loaded, or assigned to)
+    seen: tuple[Any, ...] | None = None  # what the last verification in eval looked at
+    kept: UVSigma | None = None  # of that one, where sigma is computed once per weight version
+    compiled: bool = False  # written by torch.compile, read by nobody
+    forwards: Forwards = field(default_factory=Forwards)  # that a recomputation may ask for
+    given: Given | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Book:
+        # No group updates a copy, and no graph leads to it.
+        return Book(self.registered, self.unseeded, self.unverified)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Book, (self.registered, self.unseeded, self.unverified)
+
+
+standalone_forwards = 0  # in training, of weights outside any group: why a group looks for new ones
+
+
+class SpectralState(nn.Module):
+    """u, v and the options of one weight. `owner` names the public thing in messages."""
+
+    _u: Tensor  # [m] or [m, b], the blocks' beneath each other
+    _v: Tensor  # [n] or [n, b]; with blocks [blocks, n] or [blocks, n, b]
+    owner = "spectral_norm"
+
+    def __init__(
+        self,
+        weight: Tensor,
+        n_power_iterations: int = 1,
+        dim: int = 0,
+        eps: float = 1e-12,
+        n_vectors: int = 1,
+        bound: float | None = None,
+        learnable_scale: bool = False,
+        detach_sigma: bool = False,
+        blocks: Blocks | None = None,
+        owner: str | None = None,
+    ) -> None:
+        super().__init__()
+        if owner is not None:
+            self.owner = owner
+        who = self.owner
+        ndim = weight.dim() - (blocks is not None and blocks.experts > 0)
+        if blocks is not None and ndim < 2:
+            raise ValueError(
+                f"{who}: expected a weight of {weight.dim() - ndim + 2} dimensions or more for blocks={blocks}, "
+                f"got {weight.dim()}"
+            )
+        if dim >= ndim or dim < -ndim:
+            raise IndexError(f"{who}: expected dim in the range [-{ndim}, {ndim - 1}], got {dim}")
+        if isinstance(n_power_iterations, bool) or n_power_iterations <= 0:
+            raise ValueError(
+                f"{who}: expected n_power_iterations to be positive, got {n_power_iterations}"
+            )
+        if not eps >= 0 or not math.isfinite(eps):
+            raise ValueError(f"{who}: expected eps to be finite and >= 0, got {eps}")
+        if not 1 <= n_vectors <= MAX_COLUMNS:
+            raise ValueError(
+                f"{who}: expected n_vectors between 1 and {MAX_COLUMNS}, got {n_vectors}"
+            )
+        if bound is not None and not (bound > 0 and math.isfinite(bound)):
+            raise ValueError(f"{who}: expected bound to be positive and finite, got {bound}")
+        if bound is not None and learnable_scale:
+            raise ValueError(
+                f"{who}: expected bound or learnable_scale, got both; a learned scale has no bound"
+            )
+        if weight.dtype not in DTYPES:
+            raise TypeError(
+                f"{who}: expected a weight of torch.float32, torch.float64, torch.bfloat16 or "
+                f"torch.float16, got {weight.dtype}"
+            )
+        self.dim = dim if dim >= 0 else dim + ndim
+        self.n_power_iterations = n_power_iterations
+        self.eps = eps
+        self.bound = bound
+        self.detach_sigma = detach_sigma
+        self.keeps_sigma = False  # in eval: computed once per weight version
+        self._ndim = ndim
+        self._book = Book()
+        self.blocks = blocks
+        dtype = state_dtype(weight.dtype)
+        # A layer made under inference_mode must still train later: none of its state may be an inference tensor.
+        with torch.inference_mode(False), torch.no_grad():
+            if blocks is not None:
+                blocks.check(who, weight, self._matrix(weight if not blocks.experts else weight[0]))
+            if learnable_scale:
+                self.scale = nn.Parameter(torch.ones((), dtype=dtype, device=weight.device))
+            else:
+                self.register_parameter("scale", None)
+            if ndim > 1:
+                parts = self.matrices(weight.detach())
+                b = min(n_vectors, *(max(1, min(x.shape)) for x in parts))
+                columns = () if n_vectors == 1 else (b,)
+                n = parts[0].shape[1]
+                for name, shape in (
+                    ("_u", (sum(x.shape[0] for x in parts),)),
+                    ("_v", (n,) if blocks is None else (len(parts), n)),
+                ):
+                    x = torch.empty((*shape, *columns), dtype=dtype, device=weight.device)
+                    self.register_buffer(name, x)
+                self._book.unseeded = weight.is_meta
+                if not weight.is_meta:
+                    us, vs = self._us(self._u), self._vs(self._v)
+                    self._seed(range(len(parts)), us, vs)
+                    self._warm_up(range(len(parts)), parts, us, vs)
+
+    def extra_repr(self) -> str:
+        parts = [f"n_power_iterations={self.n_power_iterations}", f"dim={self.dim}"]
+        return ", ".join(parts + self.options())
+
+    def options(self) -> list[str]:
+        """The options that are not as they are by default, for a repr."""
+        parts = []
+        if self._ndim > 1 and self._u.dim() == 2:
+            parts.append(f"n_vectors={self._u.shape[1]}")
+        if self.bound is not None:
+            parts.append(f"bound={self.bound:g}")
+        if self._parameters.get("scale") is not None:
+            parts.append("learnable_scale=True")
+        if self.detach_sigma:
+            parts.append("detach_sigma=True")
+        if self.blocks is not None:
+            parts.append(f"blocks={self.blocks}")
+        return parts
+
+    # ---- the weight as matrices, and back -----------------------------------------------------------------------
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        """[m, n]: `dim` first, the rest flattened; a view wherever strides allow one."""
+        if self.dim != 0:
+            weight = weight.movedim(self.dim, 0)
+        return weight if weight.dim() == 2 else weight.flatten(1)
+
+    def matrices(self, weight: Tensor) -> list[Tensor]:
+        """The weight as matrices that each have a sigma of their own: one, or one for every block."""
+        if self.blocks is None:
+            return [weight if self.dim == 0 and self._ndim == 2 else self._matrix(weight)]
+        experts = weight.unbind(0) if self.blocks.experts else (weight,)
+        return [x for w in experts for x in self.blocks.split(self._matrix(w))]
+
+    def _us(self, u: Tensor) -> list[Tensor]:
+        if self.blocks is None:
+            return [u]
+        experts = u.chunk(self.blocks.experts) if self.blocks.experts else (u,)
+        return [x for part in experts for x in self.blocks.split(part)]
+
+    def _vs(self, v: Tensor) -> list[Tensor]:
+        return [v] if self.blocks is None else list(v.unbind(0))
+
+    def _tensor(self, matrix: Tensor, weight: Tensor) -> Tensor:
+        """The inverse of _matrix, in `weight`'s shape."""
+        if weight.dim() == 2:
+            return matrix if self.dim == 0 else matrix.mT
+        if self.dim == 0:
+            return matrix.view(weight.shape)
+        moved = matrix.view(weight.movedim(self.dim, 0).shape)
+        # torch hands out W / sigma in W's own layout, and callers may view() it
+        return moved.movedim(0, self.dim).contiguous()
+
+    def _whole(self, parts: list[Tensor], weight: Tensor) -> Tensor:
+        """The inverse of matrices(), in `weight`'s shape."""
+        if self.blocks is None:
+            return parts[0] if parts[0] is weight else self._tensor(parts[0], weight)
+        if not self.blocks.experts:
+            return self._tensor(self.blocks.join(parts), weight)
+        k = len(parts) // self.blocks.experts
+        joined = [
+            self._tensor(self.blocks.join(parts[i * k : (i + 1) * k]), w)
+            for i, w in enumerate(weight.unbind(0))
+        ]
+        return torch.stack(joined)
+
+    # ---- u and v ------------------------------------------------------------------------------------------------
+
+    def _warm_up(
+        self, which: Sequence[int], parts: list[Tensor], us: list[Tensor], vs: list[Tensor]
+    ) -> None:
+        chosen = ([xs[i] for i in which] for xs in (parts, us, vs))
+        torch.ops.specnorm_ext.power_iteration_(*chosen, WARM_UP_ITERATIONS, self.eps)
+
+    @staticmethod
+    def _seed(which: Sequence[int], us: list[Tensor], vs: list[Tensor]) -> None:
+        for i in which:
+            for x in (us[i], vs[i]):
+                # drawn contiguous, as torch draws, whatever x's strides
+                fresh = torch.empty(x.shape, dtype=x.dtype, device=x.device).normal_(0, 1)
+                x.copy_(nn.functional.normalize(fresh, dim=0))
+
+    def place(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """u and v follow the weight: its device, and the state dtype of its dtype."""
+        dtype = state_dtype(weight.dtype)
+        self._u = self._u.to(weight.device, dtype)
+        self._v = self._v.to(weight.device, dtype)
+        return self._u, self._v
+
+    def verify_loaded(self, weight: Tensor) -> None:
+        """After loading, while nothing depends on it yet: do u and v belong to the weight?"""
+        if self._book.unverified and is_plain(weight):
+            self.place(weight)
+            self.verify(self.matrices(weight.detach()))
+
+    @torch.no_grad()
+    def verify(self, parts: list[Tensor]) -> None:
+        """Make u and v fit this weight before they are used; warn once of what had to be mended."""
+        us, vs = self._us(self._u), self._vs(self._v)
+        if self._book.unseeded:
+            self._book.unseeded = self._book.unverified = False
+            self._seed(range(len(parts)), us, vs)
+            self._warm_up(range(len(parts)), parts, us, vs)
+            return
+        self._book.unverified = False
+        if any(0 in x.shape for x in parts):
+            return
+        pairs = list(zip(us, vs, strict=True))
+        # Divided by their largest entries first: their squares may be past the largest or the least float.
+        tops = [x.abs().amax(0) for pair in pairs for x in pair]
+        units = [
+            torch.linalg.vector_norm(x / top, dim=0)
+            for x, top in zip((x for pair in pairs for x in pair), tops, strict=True)
+        ]
+        per = 2 * (1 if self._u.dim() == 1 else self._u.shape[1])  # lengths of one pair
+        factors = zip(
+            *(torch.cat([y.reshape(-1) for y in z]).tolist() for z in (tops, units)), strict=True
+        )
+        lengths = [top * unit for top, unit in factors]
+        bad = [
+            i
+            for i in range(len(parts))
+            if not all(0 < x < math.inf for x in lengths[i * per : (i + 1) * per])
+        ]
+        if bad:
+            warnings.warn(
+                "specnorm_ext: u or v of a spectrally normalized weight held NaN, Inf or zeros; drawn anew",
+                stacklevel=2,
+            )
+            self._seed(bad, us, vs)
+            self._warm_up(bad, parts, us, vs)
+            if len(bad) == len(parts):
+                return
+        good = [i for i in range(len(parts)) if i not in bad]
+        measured = [x for i in good for x in lengths[i * per : (i + 1) * per]]
+        shortest, longest = min(measured), max(measured)
+        if shortest < 0.98 or longest > 1.02:
+            warnings.warn(
+                f"specnorm_ext: u and v of a spectrally normalized weight were not normalized (lengths "
+                f"{shortest:.3g} to {longest:.3g}); normalized",
+                stacklevel=2,
+            )
+        if max(1 - shortest, longest - 1) > 64 * torch.finfo(self._u.dtype).eps:
+            for i in good:
+                for x, top in zip(pairs[i], tops[2 * i : 2 * i + 2], strict=True):
+                    x.copy_(nn.functional.normalize(x / top, dim=0))
+        copies = [[x.clone() for x in xs] for xs in (us, vs)]
+        better = torch.ops.specnorm_ext.power_iteration_(parts, *copies, 1, self.eps)
+        stored = torch.ops.specnorm_ext.sigma(parts, us, vs)
+        after, before = better.tolist(), stored.abs().tolist()
+        if not all(math.isfinite(x) for x in after):
+            self._book.unverified = True  # a bad weight says nothing about u and v: look again
+        stale = [
+            i
+            for i, (x, y) in enumerate(zip(before, after, strict=True))
+            if math.isfinite(y) and x < STALE_BELOW * y
+        ]
+        if stale:
+            warnings.warn(
+                "specnorm_ext: u and v of a spectrally normalized weight do not belong to it (loaded without "
+                "them, or the weight was replaced); recomputed",
+                stacklevel=2,
+            )
+            self._warm_up(stale, parts, us, vs)
+
+    # ---- what a forward multiplies with -------------------------------------------------------------------------
+
+    @left_to_python
+    def current(self, weight: Tensor, parts: list[Tensor] | None = None) -> UVSigma:
+        """u, v and d of this forward: the weight is divided by d, whose derivative is u^T dW v.
+
+        d is sigma, or what `bound` and `detach_sigma` make of it. In training this iterates, unless a group has
+        done so. The tensors are nobody else's to overwrite as long as gradients are recorded.
+        """
+        place = self._place()
+        if place is None:
+            u, v, sigma = self._now(weight, parts)
+            if torch.is_grad_enabled():
+                # The next forward overwrites the buffers, perhaps before this one's backward.
+                u = u.clone() if u is self._buffers["_u"] else u
+                v = v.clone() if v is self._buffers["_v"] else v
+        else:
+            u, v, sigma = self._at(place, weight, parts)
+        if self.bound is not None or self.detach_sigma:
+            u, sigma = self._dependence(u, sigma)
+        return u, v, sigma
+
+    @left_to_python
+    def _place(self) -> Place | None:
+        """Where this forward runs, if activation checkpointing may repeat it."""
+        if torch.compiler.is_compiling():
+            if self.training:
+                # A compiled checkpoint would recompute from the v that its own forward has left. One that changes
+                # an attribute, however, torch.compile leaves to Python (fullgraph=True: refuses), where all is right.
+                self._book.compiled = True
+            if recomputation.traced_in_checkpoint():
+                # The same for a compiled layer inside a checkpoint: this very function then runs in Python.
+                raise RuntimeError(
+                    f"{self.owner}: expected no fullgraph=True for a layer inside a checkpoint, got it: compiled, the "
+                    "layer would iterate again when it is recomputed"
+                )
+            return None
+        return recomputation.here()
+
+    @left_to_python
+    def _now(self, weight: Tensor, parts: list[Tensor] | None) -> UVSigma:
+        """u, v and sigma of a forward; u and v may be the buffers themselves."""
+        given = self._book.given
+        if given is not None and self.training and given.weight is weight:
+            return given.u, given.v, given.sigma
+        u, v = self._buffers["_u"], self._buffers["_v"]
+        assert u is not None
+        assert v is not None
+        plain = is_plain(weight)
+        direct = plain and weight.is_cpu
+        if u.dtype != state_dtype(weight.dtype) or u.device != weight.device:
+            u, v = self.place(weight)
+        if parts is None:
+            parts = self.matrices(weight)
+        if plain and (self._book.unseeded or self._book.unverified):
+            self.verify(parts)
+        if self.training:
+            if plain:
+                global standalone_forwards
+                standalone_forwards += 1
+            run = _ops.power_iteration_direct if direct else torch.ops.specnorm_ext.power_iteration_
+            return u, v, run(parts, self._us(u), self._vs(v), self.n_power_iterations, self.eps)
+        if not plain:
+            return self._bilinear(parts, u, v, False)
+        # Outside training nothing iterates, so whatever has changed since the last look is looked at.
+        book = self._book
+        seen = self._eye(weight, u, v)
+        if book.seen != seen:
+            self.verify(parts)
+            book.kept = None
+            book.seen = self._eye(weight, u, v)
+        if not self.keeps_sigma or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return self._bilinear(parts, u, v, direct)
+        kept = book.kept
+        if kept is None:
+            with torch.inference_mode(False):  # it may serve in training's graphs later
+                kept = book.kept = self._bilinear(parts, u, v, direct)
+        return kept
+
+    def _eye(self, weight: Tensor, u: Tensor, v: Tensor) -> tuple[Any, ...]:
+        """What tells one state of the weight in eval from another, without reading all of it."""
+        eye = (weight.data_ptr(), version_of(weight), version_of(u), version_of(v))
+        if not self.keeps_sigma:
+            return eye
+        if (
+            weight.is_cpu
+        ):  # a few entries: changes through .data (averaged weights, say) leave no version
+            return (*eye, _C.fingerprint(weight))
+        # one stream does not wait for what another has kept
+        return (*eye, torch.cuda.current_stream(weight.device)) if weight.is_cuda else eye
+
+    def _bilinear(self, parts: list[Tensor], u: Tensor, v: Tensor, direct: bool) -> UVSigma:
+        """sigma = u^T W v of u and v as they are, and u turned where the weight's sign was: sigma is a norm."""
+        with torch.no_grad():
+            run = _ops.sigma_direct if direct else torch.ops.specnorm_ext.sigma
+            sigma = run(parts, self._us(u), self._vs(v))
+            if direct and self.blocks is None:
+                return (-u, v, -sigma) if sigma.item() < 0 else (u, v, sigma)
+            sign = torch.where(sigma < 0, -1.0, 1.0).to(u.dtype)
+            return self._by_block(u, sign), v, sigma.abs()
+
+    def _by_block(self, u: Tensor, factor: Tensor) -> Tensor:
+        """u times factor [blocks], each block its own."""
+        if self.blocks is not None:
+            factor = self.blocks.spread(factor, u.shape[0])
+        return u * (factor if u.dim() == 1 else factor.unsqueeze(-1))
+
+    @left_to_python
+    def _at(self, place: Place, weight: Tensor, parts: list[Tensor] | None) -> UVSigma:
+        """u, v and sigma where activation checkpointing may run the forward again, or does so now."""
+
+        def state() -> tuple[Tensor, ...]:
+            # Unseen by selective checkpointing, which counts operations: they run this once only.
+            with recomputation.unseen():
+                u, v, sigma = self._now(weight, parts)
+                return u.clone(), v.clone(), sigma
+
+        u, v, sigma = self.repeatable(place, weight, state)
+        return u, v, sigma
+
+    @left_to_python
+    def repeatable(self, place: Place, weight: Tensor, state: Any) -> tuple[Tensor, ...]:
+        """`state()` of this forward, or, where this forward repeats another one, of that."""
+        scale, forwards = self._scale(), self._book.forwards
+        past = forwards.find(place, weight, scale)
+        if past is None:
+            past = Forward.of(weight, scale, state())
+        forwards.add(place, past)
+        assert past.state is not None
+        return past.state
+
+    @left_to_python
+    def _dependence(self, u: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """What W is divided by, d, and u scaled so that u v^T is the derivative of d."""
+        if self.bound is not None:
+            # d = max(1, sigma / bound). "not <=" so that a NaN counts as above and comes out as NaN.
+            within = sigma <= self.bound
+            u = self._by_block(u, torch.where(within, 0.0, 1 / self.bound).to(u.dtype))
+            sigma = torch.where(within, torch.ones_like(sigma), sigma / self.bound)
+        if self.detach_sigma:
+            u = torch.zeros_like(u)
+        return u, sigma
+
+    def _scale(self) -> Tensor | None:
+        try:
+            return self._parameters["scale"]
+        except KeyError:  # in a DataParallel replica parameters are attributes
+            return self.scale
+
+    @left_to_python
+    def scaled(self, x: Tensor) -> Tensor:
+        """x times the learned scale, if there is one."""
+        scale = self._scale()
+        return x if scale is None else x * scale.to(x.dtype)
+
+    @left_to_python
+    def normalized(self, weight: Tensor) -> Tensor:
+        """W / d in W's shape, times the learned scale."""
+        parts = self.matrices(weight)
+        u, v, d = self.current(weight, parts)
+        # straight to the kernels wherever gradients are not recorded
+        direct = not torch.is_grad_enabled() and is_plain(weight) and weight.is_cpu
+        run = _ops.normalize_direct if direct else torch.ops.specnorm_ext.normalize
+        out = run(parts, self._us(u), self._vs(v), d)
+        if parts[0] is weight:
+            return self.scaled(out[0])
+        return self.scaled(self._whole(out, weight))
+
+    @torch.no_grad()
+    def sigma_of(self, weight: Tensor) -> Tensor:
+        """sigma = |u^T W v| by u and v as they stand, without an iteration: [] or, with blocks, [blocks]."""
+        sigma = torch.ops.specnorm_ext.sigma(
+            self.matrices(weight), self._us(self._u), self._vs(self._v)
+        ).abs()
+        return sigma[0] if self.blocks is None else sigma
+
+    # ---- moving and loading -------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SpectralState:
+        before = {k: x for k, x in self._buffers.items() if x is not None}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            assert new is not None
+            if old.is_meta and not new.is_meta:
+                self._book.unseeded = True  # to_empty(): whatever lay in that memory
+            elif new.dtype in (torch.float16, torch.bfloat16):
+                # half() and bfloat16() round weights; u and v stay float32, unrounded
+                self._buffers[name] = old.to(new.device, torch.float32)
+        self.forget()
+        return self
+
+    def forget(self) -> None:
+        """Nothing that was computed from the weight holds any more."""
+        self._book.seen = self._book.kept = self._book.given = None
+
+    def _replicate_for_data_parallel(self) -> SpectralState:
+        replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica._book = Book(self._book.registered)  # what is in ours is on another device
+        return replica
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        if self._ndim > 1:
+            for name in ("_u", "_v"):
+                loaded = state_dict.get(prefix + name)
+                own = self._buffers[name]
+                if isinstance(loaded, Tensor) and own is not None:
+                    state_dict[prefix + name] = _fit_columns(loaded, own)
+            if prefix + "_u" in state_dict and prefix + "_v" in state_dict:
+                self._book.unseeded = False
+            self._book.unverified = True
+            self.forget()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _fit_columns(loaded: Tensor, own: Tensor) -> Tensor:
+    """A checkpoint's u or v with another number of columns: the leading ones kept, missing ones drawn."""
+    if loaded.shape == own.shape or loaded.dim() > 2 or loaded.shape[:1] != own.shape[:1]:
+        return loaded
+    columns = loaded if loaded.dim() == 2 else loaded.unsqueeze(1)
+    if own.dim() == 1:
+        return columns[:, 0]
+    missing = own.shape[1] - columns.shape[1]
+    if missing > 0:
+        fresh = torch.randn(own.shape[0], missing, dtype=columns.dtype, device=columns.device)
+        columns = torch.cat([columns, nn.functional.normalize(fresh, dim=0)], 1)
+    return columns[:, : own.shape[1]]
