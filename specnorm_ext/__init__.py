@@ -22,6 +22,7 @@ from . import _ops as _ops  # registers fake kernels, autograd and vmap rules
 from . import functional, reference
 from .blocks import Blocks
 from .estimate import Estimate, spectral_norms
+from .group import SpectralNormGroup
 from .layers import (
     SpectralConv1d,
     SpectralConv2d,
@@ -65,6 +66,7 @@ __all__ = [
     "SpectralConvTranspose3d",
     "SpectralEmbedding",
     "SpectralLinear",
+    "SpectralNormGroup",
     "build_info",
     "functional",
     "reference",

@@ -344,15 +344,23 @@ _impl.impl("spectral_linear", _spectral_linear_autocast("cuda"), "AutocastCUDA")
 # ---- short cuts around the dispatcher ---------------------------------------------------------------------------
 
 
-def is_plain(x: Tensor) -> bool:
-    """A tensor whose values Python may look at now: not traced, not fake, not inside a torch.func transform."""
+def is_untraced() -> bool:
+    """Whether Python may look at values now: nothing traced, faked, or inside a torch.func transform."""
     return (
         not torch.compiler.is_compiling()
-        and type(x) in (Tensor, torch.nn.Parameter)
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
-        and not x.is_meta
     )
+
+
+def is_ordinary(x: Tensor | None) -> bool:
+    """A tensor of torch's own kind with memory behind it."""
+    return x is not None and type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta
+
+
+def is_plain(x: Tensor) -> bool:
+    """A tensor whose values Python may look at now."""
+    return is_untraced() and is_ordinary(x)
 
 
 def power_iteration_direct(

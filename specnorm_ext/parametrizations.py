@@ -56,7 +56,7 @@ class SpectralNorm(SpectralState):
         return value
 
 
-def _parametrizations(module: nn.Module) -> list[tuple[str, Any, SpectralNorm]]:
+def parametrizations_of(module: nn.Module) -> list[tuple[str, Any, SpectralNorm]]:
     """(name, parametrization list, our entry) for every spectrally normalized tensor of this very module."""
     if not parametrize.is_parametrized(module):
         return []
@@ -66,7 +66,7 @@ def _parametrizations(module: nn.Module) -> list[tuple[str, Any, SpectralNorm]]:
 
 def _read_old_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """`weight_orig`, `weight_u`, `weight_v` of torch.nn.utils.spectral_norm under the parametrization's keys."""
-    for name, _list, _own in _parametrizations(module):
+    for name, _list, _own in parametrizations_of(module):
         new = f"{prefix}parametrizations.{name}."
         for old_key, new_key in (("orig", "original"), ("u", "0._u"), ("v", "0._v")):
             old = f"{prefix}{name}_{old_key}"
@@ -76,7 +76,7 @@ def _read_old_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str, *
 
 def _verify_loaded(module: nn.Module, _incompatible: Any) -> None:
     """After loading, while nothing depends on it yet: do u and v belong to the weight?"""
-    for _name, plist, own in _parametrizations(module):
+    for _name, plist, own in parametrizations_of(module):
         own.verify_loaded(plist.original)
 
 

@@ -51,6 +51,7 @@ class Book:
     compiled: bool = False  # written by torch.compile, read by nobody
     forwards: Forwards = field(default_factory=Forwards)  # that a recomputation may ask for
     given: Given | None = None
+    group: Any = None  # a weak reference to the SpectralNormGroup that gives
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Book:
         # No group updates a copy, and no graph leads to it.
@@ -169,6 +170,19 @@ class SpectralState(nn.Module):
         if self.blocks is not None:
             parts.append(f"blocks={self.blocks}")
         return parts
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether there are u and v at all: a 1-D weight has neither."""
+        return self._ndim > 1
+
+    @property
+    def group(self) -> Any:
+        """The SpectralNormGroup that this weight is in, or None."""
+        return None if self._book.group is None else self._book.group()
+
+    def leave_group(self) -> None:
+        self._book.given = self._book.group = None
 
     # ---- the weight as matrices, and back -----------------------------------------------------------------------
 
@@ -358,9 +372,10 @@ class SpectralState(nn.Module):
     @left_to_python
     def _now(self, weight: Tensor, parts: list[Tensor] | None) -> UVSigma:
         """u, v and sigma of a forward; u and v may be the buffers themselves."""
-        given = self._book.given
-        if given is not None and self.training and given.weight is weight:
-            return given.u, given.v, given.sigma
+        if self.training and self._book.group is not None:
+            given = self._given()
+            if given is not None and given.weight is weight:
+                return given.u, given.v, given.sigma
         u, v = self._buffers["_u"], self._buffers["_v"]
         assert u is not None
         assert v is not None
@@ -394,6 +409,16 @@ class SpectralState(nn.Module):
             with torch.inference_mode(False):  # it may serve in training's graphs later
                 kept = book.kept = self._bilinear(parts, u, v, direct)
         return kept
+
+    @left_to_python
+    def _given(self) -> Given | None:
+        """What the group has computed, if it is in force here."""
+        book = self._book
+        if book.given is None and not torch.compiler.is_compiling():
+            group = self.group
+            if group is not None and group.serves:
+                group.serve()
+        return book.given
 
     def _eye(self, weight: Tensor, u: Tensor, v: Tensor) -> tuple[Any, ...]:
         """What tells one state of the weight in eval from another, without reading all of it."""

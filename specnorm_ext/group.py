@@ -1,0 +1,345 @@
+"""SpectralNormGroup: u, v and sigma of every spectrally normalized weight of a model, in one call."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import _ops, recomputation
+from . import state as states
+from ._ops import is_ordinary, is_untraced
+from .layers import SpectralLayer
+from .parametrizations import parametrizations_of
+from .state import Given, SpectralState
+
+
+@dataclass(eq=False)
+class _Member:
+    """One weight, and what was last seen of it."""
+
+    name: str
+    state: SpectralState
+    parameters: dict[str, Any]  # of the module that holds the weight
+    key: str
+    weight: Any = None
+    pointer: int = 0
+    u: Tensor | None = None
+    v: Tensor | None = None
+
+    def is_as_seen(self) -> bool:
+        weight, buffers = self.parameters.get(self.key), self.state._buffers
+        return (
+            weight is self.weight
+            and weight.data_ptr() == self.pointer
+            and buffers["_u"] is self.u
+            and buffers["_v"] is self.v
+        )
+
+
+class _Call:
+    """Members that go into one call of the op, and its arguments."""
+
+    def __init__(self, members: list[_Member]) -> None:
+        self.members = members
+        self.matrices: list[Tensor] = []
+        self.us: list[Tensor] = []
+        self.vs: list[Tensor] = []
+        self.counts: list[int] = []  # matrices of each member
+        for x in members:
+            weight, state = x.parameters[x.key], x.state
+            x.weight, x.pointer = weight, weight.data_ptr()
+            x.u, x.v = state.place(weight)
+            parts = state.matrices(weight.detach())
+            self.matrices += parts
+            self.us += state._us(x.u)
+            self.vs += state._vs(x.v)
+            self.counts.append(len(parts))
+        self.state_shapes = [
+            (x.u.shape, x.v.shape) for x in members if x.u is not None and x.v is not None
+        ]
+        self.state_sizes = [s.numel() for pair in self.state_shapes for s in pair]
+        self.one_column = all(len(s) == 1 for pair in self.state_shapes for s in pair)
+
+    def run(self, keep: bool) -> None:
+        """Iterate, and give each member what came of it; `keep`: out of reach of the next iteration."""
+        first = self.members[0].state
+        direct = self.matrices[0].is_cpu
+        run = _ops.power_iteration_direct if direct else torch.ops.specnorm_ext.power_iteration_
+        sigma = run(self.matrices, self.us, self.vs, first.n_power_iterations, first.eps)
+        sigmas = sigma.split(self.counts)
+        pairs: Iterator[Any]
+        if keep:
+            # one copy for all, of which each has a view: two small copies for each would be two launches on a GPU
+            flat = torch.cat([x.reshape(-1) for m in self.members for x in (m.u, m.v)])  # type: ignore[union-attr]
+            pieces = flat.split(self.state_sizes)
+            if not self.one_column:
+                shapes = (s for pair in self.state_shapes for s in pair)
+                pieces = tuple(x.view(s) for x, s in zip(pieces, shapes, strict=True))
+            pairs = zip(pieces[::2], pieces[1::2], strict=True)
+        else:
+            pairs = ((m.u, m.v) for m in self.members)
+        for m, s, (u, v) in zip(self.members, sigmas, pairs, strict=True):
+            m.state._book.given = Given(m.weight, u, v, s)
+
+
+class _Link:
+    """What the hooks on a root share: its group. A copy of the root has none, until its first forward."""
+
+    def __init__(self, group: SpectralNormGroup | None = None) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Link:
+        return _Link()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Link, ()
+
+
+class _RootHook:
+    """Before or after each forward of the root."""
+
+    def __init__(self, link: _Link, after: bool) -> None:
+        self.link = link
+        self.after = after
+
+    def __call__(self, module: nn.Module, *_: Any) -> None:
+        # Compiled, each layer iterates by itself; a DataParallel replica has u and v of its own.
+        if torch.compiler.is_compiling() or getattr(module, "_is_replica", False):
+            return
+        group = self.link.group
+        if self.after:
+            if group is not None:
+                group._forget()
+            return
+        if group is None:
+            states = [x for x in module.modules() if isinstance(x, SpectralState)]
+            if not states or any(x.group is not None for x in states):
+                return  # its owner has seen to it
+            group = self.link.group = SpectralNormGroup(module, "manual")
+        group._before_forward()
+
+
+class _StepHook:
+    """After each step of an optimizer."""
+
+    def __init__(self, group: SpectralNormGroup | None = None) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _StepHook:
+        return _StepHook()  # a copied optimizer steps other weights
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _StepHook, ()
+
+    def __call__(self, *_: Any) -> None:
+        if self.group is not None:
+            self.group._update_training(keep=True)
+
+
+class SpectralNormGroup:
+    r"""Update u, v and sigma of all spectrally normalized weights of a model in one call; the layers use them.
+
+    Without a group every layer runs its own power iteration in every training forward. With one, a single call of
+    ``torch.ops.specnorm_ext.power_iteration_`` does it for the whole model (one call for each dtype, device,
+    n_power_iterations and eps, where they differ), and the layers use its result until the next.
+
+    Args:
+        model: holds the weights: our layers (:class:`SpectralLinear`, ...) and those of :func:`spectral_norm`, shared
+            ones once. Layers that are added later are found as soon as they have run once.
+        when: "forward": before each training forward of ``model`` itself, which is torch's way (layers called past it
+            iterate by themselves). "step": after each step of ``optimizer`` (and at once, for the first forward), so
+            that several forwards between steps, of a GAN or of accumulated gradients, cost one update. "manual":
+            when :meth:`update` is called; until then layers iterate by themselves.
+        optimizer: for "step", which it implies.
+
+    Only weights whose layers are in training are updated, except by :meth:`update`, which takes all: call it for an
+    averaged copy of a model, say, whose u and v follow its weights then. In eval layers compute sigma by themselves,
+    once per version of the weight.
+
+    A deep copy of the model has no part in the group: under "forward" it makes one of its own, otherwise its layers
+    iterate by themselves. Under torch.compile "forward" leaves the iteration to the compiled layers; "step" and
+    :meth:`update` run outside of the graph, whose layers use what they give.
+
+    Raises:
+        ValueError: "step" without an optimizer, another ``when``; no spectrally normalized weight in the model; a
+            weight that is in a group already.
+
+    Example:
+        >>> import torch, specnorm_ext
+        >>> model = torch.nn.Sequential(specnorm_ext.SpectralLinear(8, 8), specnorm_ext.SpectralLinear(8, 1))
+        >>> group = specnorm_ext.SpectralNormGroup(model)
+        >>> y = model(torch.randn(2, 8))  # one call for both layers
+        >>> list(group.sigmas())
+        ['0.weight', '1.weight']
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        when: Literal["forward", "step", "manual"] | None = None,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        when = when or ("forward" if optimizer is None else "step")
+        if when not in ("forward", "step", "manual"):
+            raise ValueError(
+                f"SpectralNormGroup: expected when to be 'forward', 'step' or 'manual', got {when!r}"
+            )
+        if (when == "step") != (optimizer is not None):
+            raise ValueError(
+                f"SpectralNormGroup: expected an optimizer with when='step' and with nothing else, got when={when!r} "
+                f"and {'none' if optimizer is None else 'one'}"
+            )
+        self._root = weakref.ref(model)
+        self.serves = when == "step"  # whether a layer that has been given nothing yet may ask
+        self._members: list[_Member] = []
+        self._calls: list[_Call] = []
+        self._called: list[_Member] = []  # whom they are for
+        self._handles: list[Any] = []
+        self._standalone = -1
+        self._scan()
+        if not self._members:
+            raise ValueError(
+                "SpectralNormGroup: expected a model with spectrally normalized weights, got "
+                f"{type(model).__name__} without any; use SpectralLinear and the like, or spectral_norm(), first"
+            )
+        if when == "forward":
+            link = _Link(self)
+            self._handles += [
+                model.register_forward_pre_hook(_RootHook(link, after=False)),
+                # what an update gave holds in this forward: one that goes past the root must not find it
+                model.register_forward_hook(_RootHook(link, after=True), always_call=True),
+            ]
+        elif optimizer is not None:
+            hook = _StepHook(self)
+            self._handles.append(optimizer.register_step_post_hook(hook))
+            hook()
+
+    def __repr__(self) -> str:
+        return f"SpectralNormGroup({len(self._members)} weights)"
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    # ---- what users call ----------------------------------------------------------------------------------------
+
+    def update(self) -> None:
+        """Iterate on every weight, also of layers in eval, and give the layers in training what comes of it."""
+        self.serves = self.serves or not self._handles
+        self._run(self._look(), keep=torch.is_grad_enabled())
+
+    @torch.no_grad()
+    def sigmas(self) -> dict[str, Tensor]:
+        """|u^T W v| of every weight by name, as u and v stand, in one call; [], or [blocks] for fused weights."""
+        out: dict[str, Tensor] = {}
+        for call in self._arranged(self._look()):
+            values = torch.ops.specnorm_ext.sigma(call.matrices, call.us, call.vs).abs()
+            for m, s in zip(call.members, values.split(call.counts), strict=True):
+                out[m.name] = s[0] if m.state.blocks is None else s
+        return {m.name: out[m.name] for m in self._members if m.name in out}
+
+    def remove(self) -> None:
+        """Leave the model: no hook stays, and each layer iterates by itself again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for m in self._members:
+            m.state.leave_group()
+        self._members, self._calls, self._called = [], [], []
+
+    # ---- which weights ------------------------------------------------------------------------------------------
+
+    def _scan(self) -> None:
+        root = self._root()
+        assert root is not None
+        found: dict[int, _Member] = {}
+        for prefix, module in root.named_modules():
+            name = f"{prefix}." if prefix else ""
+            if isinstance(module, SpectralLayer):
+                member = _Member(f"{name}weight", module.spectral, module._parameters, "weight")
+                found.setdefault(id(member.state), member)
+            for key, plist, own in parametrizations_of(module):
+                # a weight that other parametrizations compute first is a new tensor each time
+                if own is plist[0] and "original" in plist._parameters and own.is_matrix:
+                    member = _Member(f"{name}{key}", own, plist._parameters, "original")
+                    found.setdefault(id(own), member)
+        for m in found.values():
+            other = m.state.group
+            if other is not None and other is not self:
+                raise ValueError(
+                    f"SpectralNormGroup: expected {m.name} in no group yet, got one in another; "
+                    "call remove() of that one first"
+                )
+        mine: weakref.ref[Any] = weakref.ref(self)
+        for m in self._members:
+            if id(m.state) not in found:
+                m.state.leave_group()
+        for m in found.values():
+            m.state._book.group = mine
+            m.state.keeps_sigma = True
+        known = {id(m.state): m for m in self._members}
+        self._members = [known.get(i, m) for i, m in found.items()]
+        self._standalone = states.standalone_forwards
+
+    def _look(self) -> list[_Member]:
+        """The members, among them those that were added since."""
+        if self._standalone != states.standalone_forwards:
+            self._scan()
+        return self._members
+
+    def _arranged(self, members: list[_Member]) -> list[_Call]:
+        """`members` as calls of the op, with u and v that fit their weights."""
+        usable = [m for m in members if is_ordinary(m.parameters.get(m.key))]
+        for m in usable:
+            book = m.state._book
+            if book.unseeded or book.unverified:
+                weight = m.parameters[m.key]
+                m.state.place(weight)
+                m.state.verify(m.state.matrices(weight.detach()))
+        if usable != self._called or not all(m.is_as_seen() for m in usable):
+            calls: dict[Any, list[_Member]] = {}
+            for m in usable:
+                w, s = m.parameters[m.key], m.state
+                calls.setdefault((w.dtype, w.device, s.n_power_iterations, s.eps), []).append(m)
+            self._calls = [_Call(x) for x in calls.values()]
+            self._called = usable
+        return self._calls
+
+    def _run(self, members: list[_Member], keep: bool) -> None:
+        if not is_untraced():
+            return  # under a transform each layer iterates by itself, on the tensors of the transform
+        # what is given under inference mode may serve training later
+        with torch.inference_mode(False), torch.no_grad():
+            for call in self._arranged(members):
+                call.run(keep)
+
+    def _update_training(self, keep: bool) -> None:
+        training = [m for m in self._look() if m.state.training]
+        if training:
+            self._run(training, keep)
+
+    def serve(self) -> None:
+        """For layers that have been given nothing: just loaded or moved, or found a moment ago."""
+        self._run(
+            [m for m in self._look() if m.state.training and m.state._book.given is None], True
+        )
+
+    # ---- around the root's forward ------------------------------------------------------------------------------
+
+    def _before_forward(self) -> None:
+        place = recomputation.here()
+        if place is not None and (place.again or place.task != -1):
+            return  # activation checkpointing runs the root again: its layers repeat what they had
+        self._update_training(keep=torch.is_grad_enabled())
+
+    def _forget(self) -> None:
+        for m in self._members:
+            m.state._book.given = None
+
+
+__all__ = ["SpectralNormGroup"]
