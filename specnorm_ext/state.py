@@ -407,7 +407,8 @@ class SpectralState(nn.Module):
             self.verify(parts)
             book.kept = None
             book.seen = self._eye(weight, u, v)
-        if not self.keeps_sigma or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if not self.keeps_sigma or not self._may_keep(weight):
+            book.kept = None
             return self._bilinear(parts, u, v, direct)
         kept = book.kept
         if kept is None:
@@ -415,6 +416,15 @@ class SpectralState(nn.Module):
                 values = self._bilinear(parts, u, v, direct)
             kept = book.kept = Values(weight, weight.data_ptr(), *values)
         return kept.u, kept.v, kept.sigma
+
+    @staticmethod
+    def _may_keep(weight: Tensor) -> bool:
+        if weight.is_cpu:
+            return True  # see _eye
+        # Fused optimizers step without a trace in the version counter, and who trains in eval calls with gradients.
+        if torch.is_grad_enabled() and weight.requires_grad:
+            return False
+        return not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
 
     @left_to_python
     def _given(self) -> Values | None:
@@ -553,7 +563,11 @@ class SpectralState(nn.Module):
         ).abs()
         return sigma[0] if self.blocks is None else sigma
 
-    # ---- moving and loading -------------------------------------------------------------------------------------
+    # ---- switching, moving and loading -------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> SpectralState:
+        self._book.kept = None
+        return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SpectralState:
         before = {k: x for k, x in self._buffers.items() if x is not None}
