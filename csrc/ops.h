@@ -2,6 +2,7 @@
 // by reference: the boxing code would copy them, handle by handle, into parameters taken by value.
 #pragma once
 
+#include <tuple>
 #include <vector>
 
 #include "dispatch.h"
@@ -22,6 +23,11 @@ std::vector<Tensor> normalize_backward_cpu_op(const std::vector<Tensor>& grads,
 
 Tensor spectral_linear_cpu_op(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
                               const Tensor& u, const Tensor& v, const Tensor& sigma);
+// dx and dW, each [0] where it is not wanted. y: the layer's output, or nothing.
+std::tuple<Tensor, Tensor> spectral_linear_backward_cpu_op(
+    const Tensor& g, const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
+    const Tensor& u, const Tensor& v, const Tensor& sigma, std::optional<Tensor> y, bool want_x,
+    bool want_w);
 
 // The same from the operands on: check, fill the parameter struct, launch. What comes out goes to
 // memory that the caller made: sigma [len(weights)], and a matrix like each weight.

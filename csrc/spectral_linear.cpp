@@ -1,35 +1,139 @@
-// spectral_linear: y = x W^T / sigma + b without W / sigma. One matrix product of torch's BLAS,
-// which takes alpha = 1 / sigma and the bias on its way.
+// spectral_linear: y = x W^T / sigma + b without W / sigma, and its backward
+//
+//     dx = g W / sigma;    dW = (g^T x - c u v^T) / sigma,    c = <g, y - b>
+//
+// Each is one matrix product of torch's BLAS, which takes alpha = 1 / sigma, the bias and any
+// strides it can walk. dW is written as -c / sigma u v^T first, and the product added to it: no
+// slower than the product alone (its pages have to be touched once in any case), where a second
+// pass over dW afterwards costs a tenth more, and operands with a row for the rank-one term cost
+// two temporaries of the batch's size.
+#include "spectral_linear.h"
+
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
+#include <cfloat>
+#include <cmath>
+#include <tuple>
 #include <vector>
 
 #include "checks.h"
+#include "isa_cpu.h"
 #include "ops.h"
 
 namespace specnorm {
+namespace {
+
+// [..., n] as [rows, n]: a view where there is one.
+Tensor flattened(const Tensor& x, const Operand& of, int64_t rows) {
+  return of.dim == 2 ? x : torch::stable::reshape(x, {rows, of.sizes[of.dim - 1]});
+}
+Tensor shaped_like(const Tensor& flat, const Operand& of, int64_t last) {
+  if (of.dim == 2) return flat;
+  std::vector<int64_t> shape(of.sizes, of.sizes + of.dim);
+  shape.back() = last;
+  return torch::stable::view(flat, shape);
+}
+int64_t rows_of(const Operand& x) {
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < x.dim; ++d) rows *= x.sizes[d];
+  return rows;
+}
+
+// 1 / sigma for the BLAS, 0 where sigma is, and the power of two that the operand beside W must be
+// multiplied with for it: beside a W near the ends of the range of its sums, products would leave
+// that range before alpha brings them back.
+struct Inverse {
+  double exact, alpha, power;
+};
+Inverse inverse_of(const Operand& sigma) {
+  const bool wide = sigma.dtype == ScalarType::Double;
+  const double value = wide ? *reinterpret_cast<const double*>(sigma.data)
+                            : double(*reinterpret_cast<const float*>(sigma.data));
+  const double largest = wide ? DBL_MAX : double(FLT_MAX);
+  const int shift = wide ? 500 : 60;
+  Inverse x{value == 0 ? 0 : 1 / value, 0, 1};
+  if (x.exact > largest) x.exact = largest;  // of a denormal sigma: Inf times 0 would be NaN
+  if (value > std::ldexp(1.0, shift)) x.power = std::ldexp(1.0, -shift);
+  if (value != 0 && value < std::ldexp(1.0, -shift)) x.power = std::ldexp(1.0, shift);
+  x.alpha = value == 0 ? 0 : 1 / (value * x.power);
+  return x;
+}
+Tensor scaled(const Tensor& x, double power) {
+  if (power == 1) return x;
+  AtenTensorHandle out;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mul_Scalar(x.get(), power, &out));
+  return Tensor(out);
+}
+
+// out = beta self + alpha a b. beta = 0 ignores what self holds.
+void product(const Tensor& out, const Tensor& self, double beta, const Tensor& a, const Tensor& b,
+             double alpha) {
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_addmm_out(out.get(), self.get(), a.get(), b.get(), beta, alpha));
+}
+
+double inner_cpu_of(const Tensor& a, const Tensor& b, const Operand* shift) {
+  const Operand x(a), y(b);
+  double sum = 0;
+  const InnerParams params{*kernel_dtype(x.dtype), x.matrix(), y.matrix(),
+                           shift == nullptr ? VectorRef{} : shift->vector(), &sum};
+  check_status("spectral_linear_backward", cpu_kernels().inner(params, torch_pool()));
+  return sum;
+}
+
+void rank_one_cpu_to(const Tensor& out, const Operand& u, const Operand& v, double factor,
+                     bool add) {
+  const Operand x(out);
+  const RankOneParams params{
+      *kernel_dtype(x.dtype), x.data,     x.sizes[0], x.sizes[1], x.strides[0],
+      x.strides[1],           u.vector(), v.vector(), factor,     add};
+  check_status("spectral_linear_backward", cpu_kernels().rank_one(params, torch_pool()));
+}
+
+}  // namespace
 
 Tensor spectral_linear_cpu_op(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
                               const Tensor& u, const Tensor& v, const Tensor& sigma) {
   const Operand xs(x), w(weight), s(sigma);
   const std::optional<Operand> b = bias ? std::optional<Operand>(Operand(*bias)) : std::nullopt;
-  check_spectral_linear(xs, w, b ? &*b : nullptr, Operand(u), Operand(v), s);
-  const int64_t out = w.sizes[0], in = w.sizes[1];
-  int64_t batch = 1;
-  std::vector<int64_t> shape(xs.sizes, xs.sizes + xs.dim);
-  for (int64_t d = 0; d + 1 < xs.dim; ++d) batch *= shape[size_t(d)];
-  shape.back() = out;
-  const Tensor flat = xs.dim == 2 ? x : torch::stable::reshape(x, {batch, in});
-  Tensor y = torch::stable::new_empty(x, {batch, out});
-  const double value = s.dtype == ScalarType::Double
-                           ? *reinterpret_cast<const double*>(s.data)
-                           : double(*reinterpret_cast<const float*>(s.data));
-  const double alpha = value == 0 ? 0 : 1 / value;  // W / sigma is 0 where sigma is
-  // beta = 0 ignores what y holds
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(
-      y.get(), bias ? bias->get() : y.get(), flat.get(),
-      torch::stable::transpose(weight, 0, 1).get(), bias ? 1.0 : 0.0, alpha));
-  return xs.dim == 2 ? y : torch::stable::view(y, shape);
+  check_spectral_linear("spectral_linear", xs, w, b ? &*b : nullptr, Operand(u), Operand(v), s);
+  const int64_t batch = rows_of(xs), out = w.sizes[0];
+  const Inverse inverse = inverse_of(s);
+  const Tensor flat = scaled(flattened(x, xs, batch), inverse.power);
+  const Tensor y = torch::stable::new_empty(x, {batch, out});
+  product(y, bias ? *bias : y, bias ? 1 : 0, flat, torch::stable::transpose(weight, 0, 1),
+          inverse.alpha);
+  return shaped_like(y, xs, out);
+}
+
+std::tuple<Tensor, Tensor> spectral_linear_backward_cpu_op(
+    const Tensor& g, const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
+    const Tensor& u, const Tensor& v, const Tensor& sigma, std::optional<Tensor> y, bool want_x,
+    bool want_w) {
+  const Operand gs(g), xs(x), w(weight), us(u), vs(v), s(sigma);
+  const std::optional<Operand> b = bias ? std::optional<Operand>(Operand(*bias)) : std::nullopt;
+  const std::optional<Operand> ys = y ? std::optional<Operand>(Operand(*y)) : std::nullopt;
+  check_spectral_linear_backward(gs, xs, w, b ? &*b : nullptr, us, vs, s, ys ? &*ys : nullptr);
+  const int64_t batch = rows_of(xs), in = w.sizes[1];
+  const Inverse inverse = inverse_of(s);
+  const Tensor g2 = flattened(g, gs, batch), x2 = flattened(x, xs, batch);
+  const Tensor none = torch::stable::new_empty(x, {0});
+  const Tensor dx = want_x ? torch::stable::new_empty(x, {batch, in}) : none;
+  const Tensor dw = want_w ? torch::stable::empty_like(weight) : none;
+  if (want_x) product(dx, dx, 0, scaled(g2, inverse.power), weight, inverse.alpha);
+  if (want_w) {
+    const Tensor g2t = torch::stable::transpose(g2, 0, 1);
+    if (want_x || y) {
+      const double c = want_x ? inner_cpu_of(dx, x2, nullptr)
+                              : inner_cpu_of(g2, flattened(*y, *ys, batch), b ? &*b : nullptr);
+      rank_one_cpu_to(dw, us, vs, -c * inverse.exact, false);
+      product(dw, dw, 1, g2t, x2, inverse.exact);
+    } else {
+      product(dw, dw, 0, g2t, x2, inverse.exact);
+      rank_one_cpu_to(dw, us, vs, -inner_cpu_of(dw, weight, nullptr) * inverse.exact, true);
+    }
+  }
+  return {want_x ? shaped_like(dx, xs, in) : dx, dw};
 }
 
 }  // namespace specnorm
