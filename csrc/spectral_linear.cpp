@@ -49,12 +49,13 @@ Inverse inverse_of(const Operand& sigma) {
   const bool wide = sigma.dtype == ScalarType::Double;
   const double value = wide ? *reinterpret_cast<const double*>(sigma.data)
                             : double(*reinterpret_cast<const float*>(sigma.data));
-  const double largest = wide ? DBL_MAX : double(FLT_MAX);
+  const double size = std::fabs(value), largest = wide ? DBL_MAX : double(FLT_MAX);
   const int shift = wide ? 500 : 60;
   Inverse x{value == 0 ? 0 : 1 / value, 0, 1};
-  if (x.exact > largest) x.exact = largest;  // of a denormal sigma: Inf times 0 would be NaN
-  if (value > std::ldexp(1.0, shift)) x.power = std::ldexp(1.0, -shift);
-  if (value != 0 && value < std::ldexp(1.0, -shift)) x.power = std::ldexp(1.0, shift);
+  // of a denormal sigma: Inf times 0 would be NaN
+  if (std::fabs(x.exact) > largest) x.exact = std::copysign(largest, value);
+  if (size > std::ldexp(1.0, shift)) x.power = std::ldexp(1.0, -shift);
+  if (size != 0 && size < std::ldexp(1.0, -shift)) x.power = std::ldexp(1.0, shift);
   x.alpha = value == 0 ? 0 : 1 / (value * x.power);
   return x;
 }
