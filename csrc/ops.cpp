@@ -34,5 +34,7 @@ STABLE_TORCH_LIBRARY_IMPL(specnorm_ext, CUDA, m) {
   m.impl("sigma", TORCH_BOX(&specnorm::sigma_cuda_op));
   m.impl("normalize", TORCH_BOX(&specnorm::normalize_cuda_op));
   m.impl("normalize_backward", TORCH_BOX(&specnorm::normalize_backward_cuda_op));
+  m.impl("spectral_linear", TORCH_BOX(&specnorm::spectral_linear_cuda_op));
+  m.impl("spectral_linear_backward", TORCH_BOX(&specnorm::spectral_linear_backward_cuda_op));
 }
 #endif

@@ -11,14 +11,25 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
+#include <atomic>
 #include <cfloat>
 #include <cmath>
+#include <string>
 #include <tuple>
 #include <vector>
 
 #include "checks.h"
 #include "isa_cpu.h"
 #include "ops.h"
+#if defined(SPECNORM_HAVE_CUDA_KERNELS)
+#include "cublas_lt.h"
+#include "torch_cuda.h"
+
+// Weak, as in torch_cuda.h: only CUDA builds of torch have it.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cuda_mm_out(AtenTensorHandle out,
+                                                                       AtenTensorHandle self,
+                                                                       AtenTensorHandle mat2);
+#endif
 
 namespace specnorm {
 namespace {
@@ -136,5 +147,133 @@ std::tuple<Tensor, Tensor> spectral_linear_backward_cpu_op(
   }
   return {want_x ? shaped_like(dx, xs, in) : dx, dw};
 }
+
+#if defined(SPECNORM_HAVE_CUDA_KERNELS)
+bool (*float32_as_tf32)() = nullptr;
+
+namespace {
+
+// A matrix that cuBLAS can walk: x itself unless neither of its strides is 1, or rows overlap.
+Tensor walkable(const Tensor& x) {
+  cublas_lt::Matrix stored;
+  return cublas_lt::as_stored(Operand(x).matrix(), &stored) ? x : torch::stable::contiguous(x);
+}
+
+// Products for the launcher by torch's own mm, where cuBLASLt does not take them.
+class TorchProducts {
+ public:
+  TorchProducts() : other_{&TorchProducts::run, this, nullptr} {}
+  TorchProducts(const TorchProducts&) = delete;
+  TorchProducts& operator=(const TorchProducts&) = delete;
+
+  void add(LinearProduct which, const Tensor& out, const Tensor& a, const Tensor& b) {
+    entries_.push_back({which, out, a, b});
+  }
+  OtherProducts* other() { return &other_; }
+
+  // Once in a process: right all the same, but with a pass over the result more.
+  void warn() const {
+    static std::atomic<bool> warned{false};
+    if (other_.refusal == nullptr || warned.exchange(true)) return;
+    const std::string text =
+        std::string(
+            "specnorm_ext: spectral_linear multiplies by torch's matmul and scales the "
+            "result in a pass of its own, because of: ") +
+        other_.refusal;
+    aoti_torch_warn(__func__, __FILE__, uint32_t(__LINE__), text.c_str());
+  }
+
+ private:
+  struct Entry {
+    LinearProduct which;
+    Tensor out, a, b;
+  };
+  static void run(void* self, LinearProduct which) {
+    for (const Entry& x : static_cast<TorchProducts*>(self)->entries_)
+      if (x.which == which)
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mm_out(x.out.get(), x.a.get(), x.b.get()));
+  }
+  OtherProducts other_;
+  std::vector<Entry> entries_;
+};
+
+bool tf32_for(const Operand& weight) {
+  return weight.dtype == ScalarType::Float && float32_as_tf32 != nullptr && float32_as_tf32();
+}
+Tensor dense_vector(const Tensor& x) {
+  return torch::stable::contiguous(x);
+}
+
+}  // namespace
+
+Tensor spectral_linear_cuda_op(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
+                               const Tensor& u, const Tensor& v, const Tensor& sigma) {
+  const Operand xs(x), w(weight), s(sigma);
+  const std::optional<Operand> b = bias ? std::optional<Operand>(Operand(*bias)) : std::nullopt;
+  check_spectral_linear("spectral_linear", xs, w, b ? &*b : nullptr, Operand(u), Operand(v), s);
+  TorchCudaCall call("spectral_linear", weight, w);
+  const int64_t batch = rows_of(xs), out = w.sizes[0];
+  const Tensor x2 = walkable(flattened(x, xs, batch)), w2 = walkable(weight);
+  const Tensor y = torch::stable::new_empty(x, {batch, out});
+  const Tensor shift = bias ? dense_vector(*bias) : y;
+  TorchProducts products;
+  products.add(LinearProduct::kOutput, y, x2, torch::stable::transpose(w2, 0, 1));
+  const SpectralLinearParams params{*kernel_dtype(w.dtype),
+                                    tf32_for(w),
+                                    Operand(x2).matrix(),
+                                    Operand(w2).matrix(),
+                                    bias ? shift.data_ptr() : nullptr,
+                                    s.data,
+                                    Operand(y).matrix(),
+                                    products.other()};
+  call.check(cuda::spectral_linear_cuda(params, call.call()), 1);
+  products.warn();
+  return shaped_like(y, xs, out);
+}
+
+std::tuple<Tensor, Tensor> spectral_linear_backward_cuda_op(
+    const Tensor& g, const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
+    const Tensor& u, const Tensor& v, const Tensor& sigma, std::optional<Tensor> y, bool want_x,
+    bool want_w) {
+  const Operand gs(g), xs(x), w(weight), us(u), vs(v), s(sigma);
+  const std::optional<Operand> b = bias ? std::optional<Operand>(Operand(*bias)) : std::nullopt;
+  const std::optional<Operand> ys = y ? std::optional<Operand>(Operand(*y)) : std::nullopt;
+  check_spectral_linear_backward(gs, xs, w, b ? &*b : nullptr, us, vs, s, ys ? &*ys : nullptr);
+  TorchCudaCall call("spectral_linear_backward", weight, w);
+  const int64_t batch = rows_of(xs), in = w.sizes[1];
+  const Tensor g2 = walkable(flattened(g, gs, batch)), x2 = walkable(flattened(x, xs, batch));
+  const Tensor w2 = walkable(weight);
+  const Tensor y2 = y ? flattened(*y, *ys, batch) : g2;
+  const Tensor none = torch::stable::new_empty(x, {0});
+  const Tensor shift = y && bias ? dense_vector(*bias) : none;
+  const Tensor dx = want_x ? torch::stable::new_empty(x, {batch, in}) : none;
+  const Tensor dw = want_w ? torch::stable::empty_like(weight) : none;
+  TorchProducts products;
+  products.add(LinearProduct::kInputGradient, dx, g2, w2);
+  products.add(LinearProduct::kWeightGradient, dw, torch::stable::transpose(g2, 0, 1), x2);
+  const auto matrix_if = [](bool wanted, const Tensor& t) {
+    return wanted ? Operand(t).matrix() : MatrixRef{};
+  };
+  const SpectralLinearBackwardParams params{*kernel_dtype(w.dtype),
+                                            tf32_for(w),
+                                            want_x,
+                                            want_w,
+                                            Operand(g2).matrix(),
+                                            Operand(x2).matrix(),
+                                            Operand(w2).matrix(),
+                                            matrix_if(bool(y), y2),
+                                            bool(y),
+                                            y && bias ? shift.data_ptr() : nullptr,
+                                            us.vector(),
+                                            vs.vector(),
+                                            s.data,
+                                            matrix_if(want_x, dx),
+                                            matrix_if(want_w, dw),
+                                            products.other()};
+  call.check(cuda::spectral_linear_backward_cuda(params, call.call()), 1);
+  products.warn();
+  return {want_x ? shaped_like(dx, xs, in) : dx, dw};
+}
+#endif
 
 }  // namespace specnorm

@@ -38,4 +38,48 @@ Status inner_cpu(const InnerParams&, const Parallel&);
 Status rank_one_cpu(const RankOneParams&, const Parallel&);
 }  // namespace avx512
 
+// ---- CUDA --------------------------------------------------------------------------------------
+
+enum class LinearProduct : int { kOutput = 0, kInputGradient = 1, kWeightGradient = 2 };
+
+// Products by the caller's own means, without alpha, for where cuBLASLt does not take them: x W^T
+// into y, g W into dx, g^T x into dW, queued on the call's stream.
+struct OtherProducts {
+  void (*run)(void* ctx, LinearProduct which);
+  void* ctx;
+  const char* refusal;  // out: why the last one was asked for, or null
+};
+
+struct SpectralLinearParams {
+  DType dtype;
+  bool tf32;          // f32: products may round their inputs to TF32
+  MatrixRef x;        // [batch, in]
+  MatrixRef weight;   // [out, in]
+  const void* bias;   // [out], dense, or null
+  const void* sigma;  // one number, state dtype
+  MatrixRef y;        // [batch, out], dense; written
+  OtherProducts* other;
+};
+
+struct SpectralLinearBackwardParams {
+  DType dtype;
+  bool tf32, want_x, want_w;
+  MatrixRef g;       // [batch, out]
+  MatrixRef x;       // [batch, in]
+  MatrixRef weight;  // [out, in]
+  MatrixRef y;       // [batch, out], the layer's output, where there is one
+  bool have_y;
+  const void* bias;   // [out], dense, or null; beside y
+  VectorRef u, v;     // [out], [in]
+  const void* sigma;  // one number, state dtype
+  MatrixRef dx;       // [batch, in], dense; written
+  MatrixRef dw;       // [out, in], dense by rows or by columns; written
+  OtherProducts* other;
+};
+
+namespace cuda {
+CudaStatus spectral_linear_cuda(const SpectralLinearParams&, const CudaCall&);
+CudaStatus spectral_linear_backward_cuda(const SpectralLinearBackwardParams&, const CudaCall&);
+}  // namespace cuda
+
 }  // namespace specnorm
