@@ -7,6 +7,7 @@ of the case can reach, and begins (alignment apart) with the first.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
@@ -66,18 +67,15 @@ def no_sanitizers(out: Path) -> str | None:
 
 class Build:
     """The runner of these ops, compiled side by side: of spectral_linear with cuBLASLt's wrapper and a library in its
-    place, else with the emulation's own tests. `replace` puts files of csrc in the place of others of that name."""
+    place, else with the emulation's own tests."""
 
-    def __init__(
-        self, out: Path, ops: Sequence[str] = OPS[:4], replace: Mapping[str, Path] | None = None
-    ) -> None:
+    def __init__(self, out: Path, ops: Sequence[str] = OPS[:4]) -> None:
         have = [f"-DSPECNORM_HAVE_{op.upper()}" for op in ops if FILE_OF[op].exists()]
         sources = [s for s in CSRC.glob("*_cuda.cu") if s.name.startswith(tuple(ops))]
         sources.sort(key=lambda path: -path.stat().st_size)  # the longest first
         linear = ops == LINEAR
         if linear:
             sources.append(CSRC / "cublas_lt.cpp")
-        sources = [(replace or {}).get(s.name, s) for s in sources]
         jobs: dict[str, list[str | Path]] = {s.stem: ["-x", "c++", "-c", s] for s in sources}
         jobs["runner"] = [*have, "-c", HERE / "runner.cpp"]
         if linear:
@@ -105,8 +103,19 @@ class Build:
 
     def runner(self) -> Path:
         self._check([*(path.name for path in self.objects), *self.library])
-        program = self.out / "run"
-        linked = call([CXX, *SANITIZE, *self.objects, "-ldl", "-o", program])
+        return self._link(self.objects, self.out / "run")
+
+    def with_file(self, source: Path) -> Path:
+        """The runner once more, `source` in the place of the file of its name."""
+        self.runner()
+        changed = source.with_suffix("")
+        done = call([CXX, *FLAGS, "-x", "c++", "-c", source, "-o", changed])
+        assert done.returncode == 0, done.stderr[-4000:]
+        objects = [changed if path.name == source.stem else path for path in self.objects]
+        return self._link(objects, self.out / f"run_{source.parent.name}")
+
+    def _link(self, objects: Sequence[Path], program: Path) -> Path:
+        linked = call([CXX, *SANITIZE, *objects, "-ldl", "-o", program])
         assert linked.returncode == 0, linked.stderr[-4000:]
         return program
 
@@ -137,6 +146,7 @@ TURING = replace(
     H200, shared_per_block=65536, shared_per_multiprocessor=65536, threads_per_multiprocessor=1024,
     major=7,
 )  # fmt: skip
+SMALL_LINEAR = replace(H200, multiprocessors=1)
 
 # Orders of blocks and threads, F for forward and R for reverse. Two differ in both and tell most races; a
 # determinism test takes all, and the first once more.
@@ -267,6 +277,9 @@ class _Worker:
             return _Answer(code, differs, numbers, *texts, [self._bytes(n) for n in sizes])
         except EOFError:
             code = self.process.wait()
+            for pipe in (self.process.stdin, self.process.stdout):
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
             self.process = None
             text = self.log.read_text(errors="replace")
             what = f"ran for over {timeout} s" if code == -9 else f"exited with {code}"
@@ -451,6 +464,7 @@ class Runner:
         timeout: float = 120,
     ) -> None:
         buffers = _Buffers()
+        sigma = sigma.reshape(1)
         for t in (x, w, sigma, bias, g, y, u, v):
             if t is not None:
                 buffers.add(t)
@@ -474,7 +488,9 @@ class Runner:
 
     def spectral_linear(self, x, w, bias, sigma, **options) -> Tensor:
         out = torch.full((x.shape[0], w.shape[0]), torch.nan, dtype=w.dtype)
-        self._linear("spectral_linear", x, w, sigma, 0, bias=bias, out=out, written=[out], **options)
+        self._linear(
+            "spectral_linear", x, w, sigma, 0, bias=bias, out=out, written=[out], **options
+        )
         return out
 
     def spectral_linear_backward(
