@@ -50,11 +50,11 @@ int64_t rows_of(const Operand& x) {
   return rows;
 }
 
-// 1 / sigma for the BLAS, 0 where sigma is, and the power of two that the operand beside W must be
-// multiplied with for it: beside a W near the ends of the range of its sums, products would leave
-// that range before alpha brings them back.
+// 1 / sigma, 0 where sigma is. Beside a W near the ends of the range of its sums, products would
+// leave that range, and so may the other operand where BLAS multiplies it with alpha first: then
+// (power is not 1) that operand takes a power of two before the product, and the result the rest.
 struct Inverse {
-  double exact, alpha, power;
+  double exact, power, rest;
 };
 Inverse inverse_of(const Operand& sigma) {
   const bool wide = sigma.dtype == ScalarType::Double;
@@ -62,26 +62,46 @@ Inverse inverse_of(const Operand& sigma) {
                             : double(*reinterpret_cast<const float*>(sigma.data));
   const double size = std::fabs(value), largest = wide ? DBL_MAX : double(FLT_MAX);
   const int shift = wide ? 500 : 60;
-  Inverse x{value == 0 ? 0 : 1 / value, 0, 1};
+  Inverse x{value == 0 ? 0 : 1 / value, 1, 1};
   // of a denormal sigma: Inf times 0 would be NaN
   if (std::fabs(x.exact) > largest) x.exact = std::copysign(largest, value);
   if (size > std::ldexp(1.0, shift)) x.power = std::ldexp(1.0, -shift);
   if (size != 0 && size < std::ldexp(1.0, -shift)) x.power = std::ldexp(1.0, shift);
-  x.alpha = value == 0 ? 0 : 1 / (value * x.power);
+  x.rest = 1 / (value * x.power);
   return x;
-}
-Tensor scaled(const Tensor& x, double power) {
-  if (power == 1) return x;
-  AtenTensorHandle out;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mul_Scalar(x.get(), power, &out));
-  return Tensor(out);
 }
 
 // out = beta self + alpha a b. beta = 0 ignores what self holds.
 void product(const Tensor& out, const Tensor& self, double beta, const Tensor& a, const Tensor& b,
              double alpha) {
+  if (std::isnan(alpha)) {  // BLAS libraries have been seen to leave parts of `out` as they were
+    Tensor to = out;
+    torch::stable::fill_(to, NAN);
+    return;
+  }
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_cpu_addmm_out(out.get(), self.get(), a.get(), b.get(), beta, alpha));
+}
+Tensor times(const Tensor& x, double factor) {
+  AtenTensorHandle out;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mul_Scalar(x.get(), factor, &out));
+  return Tensor(out);
+}
+
+// a b / sigma + bias, [rows, cols], where b is W or its transposed view.
+Tensor divided_product(const Tensor& a, const Tensor& b, int64_t rows, int64_t cols,
+                       const Inverse& inverse, const Tensor* bias) {
+  const Tensor out = torch::stable::new_empty(a, {rows, cols});
+  if (inverse.power == 1) {
+    product(out, bias ? *bias : out, bias ? 1 : 0, a, b, inverse.exact);
+    return out;
+  }
+  product(out, out, 0, times(a, inverse.power), b, 1);
+  const Tensor y = times(out, inverse.rest);
+  if (bias == nullptr) return y;
+  AtenTensorHandle shifted;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_add_Tensor(y.get(), bias->get(), 1, &shifted));
+  return Tensor(shifted);
 }
 
 double inner_cpu_of(const Tensor& a, const Tensor& b, const Operand* shift) {
@@ -110,11 +130,8 @@ Tensor spectral_linear_cpu_op(const Tensor& x, const Tensor& weight, std::option
   const std::optional<Operand> b = bias ? std::optional<Operand>(Operand(*bias)) : std::nullopt;
   check_spectral_linear("spectral_linear", xs, w, b ? &*b : nullptr, Operand(u), Operand(v), s);
   const int64_t batch = rows_of(xs), out = w.sizes[0];
-  const Inverse inverse = inverse_of(s);
-  const Tensor flat = scaled(flattened(x, xs, batch), inverse.power);
-  const Tensor y = torch::stable::new_empty(x, {batch, out});
-  product(y, bias ? *bias : y, bias ? 1 : 0, flat, torch::stable::transpose(weight, 0, 1),
-          inverse.alpha);
+  const Tensor y = divided_product(flattened(x, xs, batch), torch::stable::transpose(weight, 0, 1),
+                                   batch, out, inverse_of(s), bias ? &*bias : nullptr);
   return shaped_like(y, xs, out);
 }
 
@@ -130,9 +147,8 @@ std::tuple<Tensor, Tensor> spectral_linear_backward_cpu_op(
   const Inverse inverse = inverse_of(s);
   const Tensor g2 = flattened(g, gs, batch), x2 = flattened(x, xs, batch);
   const Tensor none = torch::stable::new_empty(x, {0});
-  const Tensor dx = want_x ? torch::stable::new_empty(x, {batch, in}) : none;
+  const Tensor dx = want_x ? divided_product(g2, weight, batch, in, inverse, nullptr) : none;
   const Tensor dw = want_w ? torch::stable::empty_like(weight) : none;
-  if (want_x) product(dx, dx, 0, scaled(g2, inverse.power), weight, inverse.alpha);
   if (want_w) {
     const Tensor g2t = torch::stable::transpose(g2, 0, 1);
     if (want_x || y) {

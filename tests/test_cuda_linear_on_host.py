@@ -21,13 +21,13 @@ from helpers import (
     F32,
     F64,
     LAYOUTS,
-    eps_of,
+    check_linear,
+    check_linear_backward,
     random_weight,
     same_bits,
     smallest,
     start,
     state_dtype,
-    tolerance,
 )
 
 SHAPES = ((1, 1, 1), (5, 7, 3), (33, 20, 65), (64, 48, 32), (2, 1, 300), (1, 130, 9), (70, 3, 1))
@@ -96,47 +96,6 @@ def case(batch, out, inputs, dtype, i=0, layouts=("contiguous",)):
 WALKABLE = ("contiguous", "transposed", "row_strided", "transposed_strided")
 
 
-def stored(dtype, error, exact):
-    """`error` in float32 or wider, and the rounding of what is stored."""
-    return error + 2 * eps_of(dtype) * exact.abs() + smallest(dtype)
-
-
-def check_forward(y, x, w, b, sigma, roundings=1):
-    x, w, s = x.double(), w.double(), sigma.double()
-    shift = 0 if b is None else b.double()
-    exact = x @ w.mT / s + shift
-    size = x.abs() @ w.mT.abs() / s + abs(shift)
-    bound = stored(y.dtype, tolerance("dot", y.dtype, w.shape[1]) * size, exact)
-    bound += (roundings - 1) * 2 * eps_of(y.dtype) * (exact - shift).abs()
-    assert ((y.double() - exact).abs() <= bound).all()
-
-
-def check_backward(dx, dw, g, x, w, b, u, v, sigma, y=None):
-    """Errors of c by the way it was computed: from dx, from y, or from dW."""
-    dtype, out = w.dtype, w.shape[0]
-    g, x, w, u, v, s = (t.double() for t in (g, x, w, u, v, sigma.reshape(())))
-    exact_x, size_x = g @ w / s, g.abs() @ w.abs() / s
-    error_x = stored(dtype, tolerance("dot", dtype, out) * size_x, exact_x)
-    if dx is not None:
-        assert ((dx.double() - exact_x).abs() <= error_x).all()
-    if dw is None:
-        return
-    product, size = g.mT @ x / s, g.mT.abs() @ x.abs() / s
-    error = stored(dtype, tolerance("dot", dtype, len(x)) * size, product)
-    c = (exact_x * x).sum()
-    if dx is not None:
-        of_c = (error_x * x.abs()).sum()
-    elif y is not None:
-        of_c = (g.abs() * eps_of(dtype) * y.double().abs()).sum()
-    else:
-        of_c = (error * w.abs()).sum()
-    outer = torch.outer(u, v)
-    term = c * outer / s
-    bound = error + of_c * outer.abs() / s + stored(dtype, 4 * eps_of(u.dtype) * term.abs(), term)
-    bound = stored(dtype, bound, product - term)
-    assert ((dw.double() - (product - term)).abs() <= bound).all()
-
-
 @each_dtype
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_forward(runner, dtype, bias):
@@ -146,7 +105,7 @@ def test_forward(runner, dtype, bias):
         _, x, w, b, _, _, sigma = case(*shape, dtype, i, WALKABLE)
         y = runner.spectral_linear(x, w, b if bias else None, sigma, orders=ALL_ORDERS)
         assert runner.refusal == ""
-        check_forward(y, x, w, b if bias else None, sigma)
+        check_linear(y, x, w, b if bias else None, sigma)
 
 
 @each_dtype
@@ -166,7 +125,9 @@ def test_backward(runner, dtype, wants):
         )
         assert runner.refusal == ""
         assert dw.stride() == torch.empty_like(w).stride()
-        check_backward(dx if want_x else None, dw if want_w else None, g, x, w, b, u, v, sigma, y)
+        check_linear_backward(
+            dx if want_x else None, dw if want_w else None, g, x, w, u, v, sigma, y
+        )
 
 
 def test_rows_of_several_pieces_on_few_and_many_multiprocessors(runner):
@@ -174,9 +135,9 @@ def test_rows_of_several_pieces_on_few_and_many_multiprocessors(runner):
         for dtype in (F32, BF16):
             g, x, w, b, u, v, sigma = case(9, 5, 9001, dtype, i)
             y = runner.spectral_linear(x, w, b, sigma, device=device)
-            check_forward(y, x, w, b, sigma)
+            check_linear(y, x, w, b, sigma)
             dx, dw = runner.spectral_linear_backward(g, x, w, b, u, v, sigma, device=device)
-            check_backward(dx, dw, g, x, w, b, u, v, sigma)
+            check_linear_backward(dx, dw, g, x, w, u, v, sigma)
 
 
 @each_dtype
@@ -186,14 +147,14 @@ def test_where_cublaslt_refuses(refused, dtype):
         g, x, w, b, u, v, sigma = case(*SHAPES[1 + i], dtype, i, WALKABLE)
         y = runner.spectral_linear(x, w, b, sigma)
         assert runner.refusal == words
-        check_forward(y, x, w, b, sigma, roundings=2)  # the product is stored before it is scaled
+        check_linear(y, x, w, b, sigma, roundings=2)  # the product is stored before it is scaled
         y = y if wants == "w from y" else None
         want_x, want_w = "x" in wants, "w" in wants
         dx, dw = runner.spectral_linear_backward(g, x, w, b, u, v, sigma, y, want_x, want_w)
         assert runner.refusal == words
         if dtype in (F32, F64):
             dx, dw = dx if want_x else None, dw if want_w else None
-            check_backward(dx, dw, g, x, w, b, u, v, sigma, y)
+            check_linear_backward(dx, dw, g, x, w, u, v, sigma, y)
 
 
 def test_operands_that_cublas_cannot_walk(runner):
@@ -202,12 +163,12 @@ def test_operands_that_cublas_cannot_walk(runner):
     for change in ("every_2nd_column", "2nd_row_3rd_column"):
         y = runner.spectral_linear(LAYOUTS[change](x), w, b, sigma)
         assert runner.refusal == "neither stride of an operand is 1"
-        check_forward(y, x, w, b, sigma)
+        check_linear(y, x, w, b, sigma)
     wide = g[:1].expand(8, 6)
     dx, dw = runner.spectral_linear_backward(
         wide, x, LAYOUTS["every_2nd_column"](w), b, u, v, sigma
     )
-    check_backward(dx, dw, wide, x, w, b, u, v, sigma)
+    check_linear_backward(dx, dw, wide, x, w, u, v, sigma)
 
 
 def test_views_that_begin_anywhere(runner):
@@ -219,10 +180,10 @@ def test_views_that_begin_anywhere(runner):
                 for r, c in ((16, 24), (8, 24), (8, 16))
             )
             _, _, _, b, u, v, sigma = case(8, 16, 24, dtype)
-            check_forward(runner.spectral_linear(x, w, b, sigma), x, w, b, sigma)
+            check_linear(runner.spectral_linear(x, w, b, sigma), x, w, b, sigma)
             dx, dw = runner.spectral_linear_backward(g, x, w, b, u, v, sigma)
             assert runner.refusal == ""
-            check_backward(dx, dw, g, x, w, b, u, v, sigma)
+            check_linear_backward(dx, dw, g, x, w, u, v, sigma)
 
 
 @each_dtype
@@ -308,9 +269,9 @@ PLANTED = {
 def all_ways(runner):
     for i in range(8):
         g, x, w, b, u, v, sigma = case(5, 7, 3, F32, i, WALKABLE)
-        check_forward(runner.spectral_linear(x, w, b, sigma), x, w, b, sigma)
+        check_linear(runner.spectral_linear(x, w, b, sigma), x, w, b, sigma)
         dx, dw = runner.spectral_linear_backward(g, x, w, b, u, v, sigma)
-        check_backward(dx, dw, g, x, w, b, u, v, sigma)
+        check_linear_backward(dx, dw, g, x, w, u, v, sigma)
     shifted = torch.zeros(1 + 5 * 3)[1:].view(5, 3)
     runner.spectral_linear(shifted, w, b, sigma)
 
