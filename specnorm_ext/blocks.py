@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,8 @@ class Blocks:
             as ``rows`` says; 0 for none.
 
     Raises:
-        ValueError: rows < 1, uneven sizes beside interleaved, experts < 0, no division at all.
+        ValueError: rows < 1, uneven sizes beside interleaved, experts < 0.
+        TypeError: rows that are no integers.
 
     Example:
         >>> import specnorm_ext
@@ -37,7 +39,7 @@ class Blocks:
         if isinstance(self.rows, int):
             good = not isinstance(self.rows, bool) and self.rows >= 1
         else:
-            object.__setattr__(self, "rows", tuple(int(x) for x in self.rows))
+            object.__setattr__(self, "rows", tuple(operator.index(x) for x in self.rows))
             good = len(self.rows) > 0 and all(x >= 1 for x in self.rows)
         if not good:
             raise ValueError(

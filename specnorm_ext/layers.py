@@ -38,10 +38,12 @@ class SpectralLayer(nn.Module):
         blocks: int | Sequence[int] | Blocks | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
         divided = Blocks.of(blocks)
-        if divided is not None and divided.experts:
-            self._add_experts(divided.experts)
+        # A layer made under inference_mode must still train later: no parameter may be an inference tensor.
+        with torch.inference_mode(False):
+            super().__init__(*args, **kwargs)
+            if divided is not None and divided.experts:
+                self._add_experts(divided.experts)
         state = SpectralState(
             self.weight,
             n_power_iterations,
@@ -224,9 +226,10 @@ class SpectralLinear(SpectralLayer, nn.Linear):
         scale = scale.to(y.dtype)
         if bias is None:
             return y * scale
+        shift = bias.to(y.dtype)
         if blocks.experts:  # [E, out] beside [E, ..., out]
-            bias = bias.view(blocks.experts, *[1] * (y.dim() - 2), -1)
-        return torch.addcmul(bias.to(y.dtype), y, scale)
+            shift = shift.view(blocks.experts, *[1] * (y.dim() - 2), -1)
+        return torch.addcmul(shift, y, scale)
 
 
 def _is_simple(x: Tensor, weight: Tensor) -> bool:

@@ -259,7 +259,7 @@ def spectral_linear_blocks(
     interleaved: bool = False,
     experts: int = 0,
 ) -> Tensor:
-    r"""Twin of `torch.ops.specnorm_ext.spectral_linear_blocks`: :math:`y_k = x W_k^T / \sigma_k + b_k` for each block."""
+    r"""Twin of `torch.ops.specnorm_ext.spectral_linear_blocks`: :math:`y_k = x W_k^T / \sigma_k + b_k`, k a block."""
     check_spectral_linear_blocks(x, weight, bias, u, v, sigma, rows, interleaved, experts)
     blocks = Blocks.from_sizes(rows, interleaved, experts)
     w = weight.to(u.dtype)
@@ -313,7 +313,7 @@ def _padding(indices: Tensor, padding_idx: int) -> Tensor:
 def spectral_embedding(
     weight: Tensor, indices: Tensor, u: Tensor, v: Tensor, sigma: Tensor, padding_idx: int = -1
 ) -> Tensor:
-    r"""Twin of `torch.ops.specnorm_ext.spectral_embedding`: :math:`y = W_{idx} / \sigma`, :math:`d\sigma = u^T dW v`."""
+    r"""Twin of `torch.ops.specnorm_ext.spectral_embedding`: :math:`y = W_{i} / \sigma`, :math:`d\sigma = u^T dW v`."""
     check_spectral_embedding(weight, indices, u, v, sigma, padding_idx)
     s = _safe(_tracked(weight, u, v, sigma))
     y = weight[indices.long()].to(u.dtype) / s
