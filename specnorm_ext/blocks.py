@@ -120,7 +120,8 @@ class Blocks:
         if len(parts) == 1:
             return parts[0]
         if self.interleaved:
-            return torch.stack(tuple(parts), 1).flatten(0, 1)
+            rows, rest = len(parts) * parts[0].shape[0], parts[0].shape[1:]
+            return torch.stack(tuple(parts), 1).view(rows, *rest)
         return torch.cat(tuple(parts))
 
     def spread(self, x: Tensor, m: int) -> Tensor:

@@ -534,29 +534,29 @@ class SpectralState(nn.Module):
                 loaded = state_dict.get(prefix + name)
                 own = self._buffers[name]
                 if isinstance(loaded, Tensor) and own is not None:
-                    lead = 2 if name == "_v" and self.blocks is not None else 1
-                    state_dict[prefix + name] = _fit_columns(loaded, own, lead)
+                    state_dict[prefix + name] = self._fit_columns(name, loaded, own)
             if prefix + "_u" in state_dict and prefix + "_v" in state_dict:
                 self._book.unseeded = False
             self._book.unverified = True
             self.forget()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-
-def _fit_columns(loaded: Tensor, own: Tensor, lead: int) -> Tensor:
-    """A checkpoint's u or v with another number of columns: the leading ones kept, missing ones drawn.
-
-    `lead`: how many dimensions come before that of the columns.
-    """
-    fits = loaded.shape[:lead] == own.shape[:lead] and loaded.dim() - lead in (0, 1)
-    if loaded.shape == own.shape or not fits:
-        return loaded
-    columns = loaded if loaded.dim() > lead else loaded.unsqueeze(-1)
-    if own.dim() == lead:
-        return columns[..., 0]
-    missing = own.shape[-1] - columns.shape[-1]
-    if missing > 0:
-        shape = (*own.shape[:-1], missing)
-        fresh = torch.randn(shape, dtype=columns.dtype, device=columns.device)
-        columns = torch.cat([columns, nn.functional.normalize(fresh, dim=-2)], -1)
-    return columns[..., : own.shape[-1]]
+    def _fit_columns(self, name: str, loaded: Tensor, own: Tensor) -> Tensor:
+        """A checkpoint's u or v with another number of columns: the leading ones kept, missing ones drawn."""
+        lead = (
+            2 if name == "_v" and self.blocks is not None else 1
+        )  # dimensions before the columns'
+        fits = loaded.shape[:lead] == own.shape[:lead] and loaded.dim() - lead in (0, 1)
+        if loaded.shape == own.shape or not fits:
+            return loaded
+        columns = loaded if loaded.dim() > lead else loaded.unsqueeze(-1)
+        if own.dim() == lead:
+            return columns[..., 0]
+        missing = own.shape[-1] - columns.shape[-1]
+        if missing > 0:
+            shape = (*own.shape[:-1], missing)
+            fresh = torch.randn(shape, dtype=columns.dtype, device=columns.device)
+            for x in self._us(fresh) if name == "_u" else self._vs(fresh):
+                x.copy_(nn.functional.normalize(x, dim=0))
+            columns = torch.cat([columns, fresh], -1)
+        return columns[..., : own.shape[-1]]
