@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import reference
 from ._checks import check_spectral_linear_blocks, raise_typed
-from ._ops import _below_autograd, _impl, _legacy_vmap, _needs_composite, _ops
+from ._ops import _below_autograd, _impl, _legacy_vmap, _needs_composite, _ops, is_plain
 from .blocks import Blocks
 
 
@@ -26,6 +26,22 @@ def _divided(g: Tensor, by: Tensor) -> Tensor:
     return g / by if g.dtype == by.dtype else (g / by).to(g.dtype)
 
 
+def _balance(sigma: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """A power of two near 1 / sqrt(largest sigma), or None where there is no need of it.
+
+    x W^T and (g / sigma) W are stored in `dtype` and would over- or underflow for a huge or tiny W; with this on x, and
+    its inverse on g / sigma, both are as far from the ends of the dtype as x and g / sqrt(sigma).
+    """
+    if is_plain(sigma) and sigma.is_cpu:
+        least = 0.0625 if dtype == torch.float16 else 1e-12
+        if least < sigma.max().item() < 1 / least:
+            return None
+    top = sigma.amax()
+    usable = torch.isfinite(top) & (top > 0)
+    _, e = torch.frexp(torch.where(usable, top, torch.ones_like(top)))
+    return torch.ldexp(torch.ones_like(top), -torch.div(e, 2, rounding_mode="floor"))
+
+
 @torch.library.register_fake("specnorm_ext::spectral_linear_blocks")
 def _(x, weight, bias, u, v, sigma, rows, interleaved=False, experts=0):
     check_spectral_linear_blocks(x, weight, bias, u, v, sigma, rows, interleaved, experts)
@@ -35,8 +51,11 @@ def _(x, weight, bias, u, v, sigma, rows, interleaved=False, experts=0):
 def _run(x, weight, bias, u, v, sigma, rows, interleaved=False, experts=0):
     check_spectral_linear_blocks(x, weight, bias, u, v, sigma, rows, interleaved, experts)
     blocks = Blocks.from_sizes(rows, interleaved, experts)
+    balance, flat = _balance(sigma, weight.dtype), reference._flat(x, experts)
+    if balance is not None:
+        flat, sigma = flat * balance, sigma * balance
     divisor = reference._by_row(reference._safe(sigma), blocks, weight)
-    y = _product(reference._flat(x, experts), weight.mT)
+    y = _product(flat, weight.mT)
     if bias is None:
         y.div_(divisor)
     else:
@@ -89,12 +108,18 @@ class _SpectralLinearBlocks(torch.autograd.Function):
             )
             dx, dw = (y if want else None for y, want in zip(exact, (want_x, want_w), strict=True))
             return None, dx, dw, db, *rest
-        safe = reference._safe(sigma)
-        scaled = _divided(flat, reference._by_row(safe, blocks, weight))
-        dx = _product(scaled, weight).view(x.shape) if want_x else None
+        safe, inputs = reference._safe(sigma), reference._flat(x, experts)
+        balance = _balance(sigma, weight.dtype)
+        if balance is None:
+            scaled = _divided(flat, reference._by_row(safe, blocks, weight))
+            dx = _product(scaled, weight) if want_x else None
+        else:
+            scaled = _divided(flat, reference._by_row(safe * balance, blocks, weight))
+            inputs = inputs * balance
+            dx = _product(scaled, weight).mul_(balance) if want_x else None
+        dx = None if dx is None else dx.view(x.shape)
         dw = None
         if want_w:
-            inputs = reference._flat(x, experts)
             if ctx.y is not None and ctx.y._version == ctx.version:
                 c = _column_products(flat, reference._flat(ctx.y, experts), bias)
             else:
