@@ -38,6 +38,11 @@ KINDS = {
 by_kind = pytest.mark.parametrize("kind", KINDS)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(_repeatable):
+    torch.set_num_threads(1)  # nothing here is large
+
+
 def rows_of(blocks: Blocks, out: int = OUT) -> list[Tensor]:
     """The rows of each block, all experts' beneath each other: by the definition, not by what is tested."""
     found = []

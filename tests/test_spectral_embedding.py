@@ -18,6 +18,11 @@ op = functional.spectral_embedding
 ROWS, WIDTH = 11, 5
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(_repeatable):
+    torch.set_num_threads(1)  # nothing here is large
+
+
 def case(dtype=F64, shape: tuple[int, ...] = (3, 4), index=torch.int64):
     g = torch.Generator().manual_seed(0)
     w = torch.randn(ROWS, WIDTH, generator=g, dtype=F64).to(dtype)
