@@ -17,6 +17,14 @@ STABLE_TORCH_LIBRARY(specnorm_ext, m) {
   m.def(
       "spectral_linear_backward(Tensor g, Tensor x, Tensor weight, Tensor? bias, Tensor u, Tensor "
       "v, Tensor sigma, Tensor? y, bool want_x, bool want_w) -> (Tensor dx, Tensor dw)");
+  // These two are written in torch's own operations, for every device: specnorm_ext/_linear_blocks.py
+  // and _embedding.py.
+  m.def(
+      "spectral_linear_blocks(Tensor x, Tensor weight, Tensor? bias, Tensor u, Tensor v, Tensor "
+      "sigma, int[] rows, bool interleaved=False, int experts=0) -> Tensor");
+  m.def(
+      "spectral_embedding(Tensor weight, Tensor indices, Tensor u, Tensor v, Tensor sigma, int "
+      "padding_idx=-1) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(specnorm_ext, CPU, m) {

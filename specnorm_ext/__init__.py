@@ -18,7 +18,9 @@ if hasattr(torch.ops.specnorm_ext, "power_iteration_") and __name__ + "._C" not 
     )
 
 from . import _C as _C
-from . import _ops as _ops  # registers fake kernels, autograd and vmap rules
+from . import _embedding as _embedding  # these three register fake kernels, autograd and vmap rules
+from . import _linear_blocks as _linear_blocks
+from . import _ops as _ops
 from . import functional, reference
 from .blocks import Blocks
 from .estimate import Estimate, spectral_norms

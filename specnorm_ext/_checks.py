@@ -270,3 +270,115 @@ def check_spectral_linear_backward(
             raise ValueError(
                 f"{op}: expected {name} to have shape {_sizes(expected)}, got {_shape(t)}"
             )
+
+
+def _check_beside(op: str, weight: Tensor, name: str, x: Tensor, dtype: torch.dtype) -> None:
+    """u, v and sigma: their dtype, and the weight's device."""
+    if x.dtype != dtype:
+        raise TypeError(
+            f"{op}: expected {name} to be {dtype} beside a {weight.dtype} weight, got {x.dtype}"
+        )
+    if x.device != weight.device:
+        raise TypeError(f"{op}: expected {name} on the device of the weight, got {x.device}")
+
+
+def _check_shape(op: str, name: str, x: Tensor, expected: Sequence[int]) -> None:
+    if x.dim() != len(expected) or any(a != b for a, b in zip(x.shape, expected, strict=True)):
+        wanted = "[" + ", ".join(str(s) for s in expected) + "]"
+        raise ValueError(f"{op}: expected {name} to have shape {wanted}, got {_shape(x)}")
+
+
+def _check_dtype(op: str, weight: Tensor) -> None:
+    if weight.dtype not in DTYPES:
+        raise TypeError(
+            f"{op}: expected weight to be torch.float32, torch.float64, torch.bfloat16 or "
+            f"torch.float16, got {weight.dtype}"
+        )
+
+
+def check_spectral_linear_blocks(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    u: Tensor,
+    v: Tensor,
+    sigma: Tensor,
+    rows: Sequence[int],
+    interleaved: bool,
+    experts: int,
+) -> None:
+    op = "spectral_linear_blocks"
+    _check_dtype(op, weight)
+    if len(rows) == 0 or any(r < 1 for r in rows):
+        raise ValueError(
+            f"{op}: expected rows to be [number of blocks] or the size of each, got {list(rows)}"
+        )
+    if interleaved and len(rows) > 1:
+        raise ValueError(
+            f"{op}: expected one number in rows for interleaved blocks, got sizes {list(rows)}"
+        )
+    if experts < 0:
+        raise ValueError(f"{op}: expected experts >= 0, got {experts}")
+    if weight.dim() != 2 + (experts > 0) or (experts and weight.shape[0] != experts):
+        wanted = f"[{experts}, out, in]" if experts else "[out, in]"
+        raise ValueError(f"{op}: expected weight to have shape {wanted}, got {_shape(weight)}")
+    out, inputs = weight.shape[-2:]
+    if len(rows) == 1 and out % rows[0]:
+        raise ValueError(
+            f"{op}: expected weight to have rows for {rows[0]} blocks of equal size, got {_shape(weight)}"
+        )
+    if len(rows) > 1 and sum(rows) != out:
+        raise ValueError(
+            f"{op}: expected weight to have {sum(rows)} rows for blocks of {list(rows)}, got {_shape(weight)}"
+        )
+    for name, t in (("x", x), ("bias", bias)):
+        if t is not None and t.dtype != weight.dtype:
+            raise TypeError(
+                f"{op}: expected {name} to be {weight.dtype}, as the weight, got {t.dtype}"
+            )
+        if t is not None and t.device != weight.device:
+            raise TypeError(f"{op}: expected {name} on the device of the weight, got {t.device}")
+    if experts and (x.dim() < 2 or x.shape[0] != experts or x.shape[-1] != inputs):
+        raise ValueError(
+            f"{op}: expected x to have shape [{experts}, ..., {inputs}], got {_shape(x)}"
+        )
+    if x.dim() < 1 or x.shape[-1] != inputs:
+        raise ValueError(f"{op}: expected x to have shape [..., {inputs}], got {_shape(x)}")
+    if bias is not None:
+        _check_shape(op, "bias", bias, weight.shape[:-1])
+    count = (rows[0] if len(rows) == 1 else len(rows)) * max(1, experts)
+    for name, t, shape in (
+        ("u", u, (out * max(1, experts),)),
+        ("v", v, (count, inputs)),
+        ("sigma", sigma, (count,)),
+    ):
+        _check_beside(op, weight, name, t, state_dtype(weight.dtype))
+        _check_shape(op, name, t, shape)
+
+
+def check_spectral_embedding(
+    weight: Tensor, indices: Tensor, u: Tensor, v: Tensor, sigma: Tensor, padding_idx: int
+) -> None:
+    op = "spectral_embedding"
+    _check_dtype(op, weight)
+    if weight.dim() != 2:
+        raise ValueError(
+            f"{op}: expected weight to be a matrix [num_embeddings, embedding_dim], got shape {_shape(weight)}"
+        )
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"{op}: expected indices to be torch.int64 or torch.int32, got {indices.dtype}"
+        )
+    if indices.device != weight.device:
+        raise TypeError(f"{op}: expected indices on the device of the weight, got {indices.device}")
+    for name, t in (("u", u), ("v", v), ("sigma", sigma)):
+        _check_beside(op, weight, name, t, state_dtype(weight.dtype))
+    _check_shape(op, "u", u, weight.shape[:1])
+    _check_shape(op, "v", v, weight.shape[1:])
+    if sigma.dim() > 1 or (sigma.dim() == 1 and sigma.shape[0] != 1):
+        raise ValueError(f"{op}: expected sigma to be one number, [] or [1], got {_shape(sigma)}")
+    if not -1 <= padding_idx < max(weight.shape[0], 1):
+        raise ValueError(
+            f"{op}: expected padding_idx to be -1 (none) or a row of the weight, below {weight.shape[0]}, "
+            f"got {padding_idx}"
+        )

@@ -355,9 +355,10 @@ _impl.impl("spectral_linear", _spectral_linear_autocast("cuda"), "AutocastCUDA")
 
 
 def is_untraced() -> bool:
-    """Whether Python may look at values now: nothing traced, faked, or inside a torch.func transform."""
+    """Whether Python may look at values now: nothing traced, faked, in a torch.func transform or forward AD."""
     return (
         not torch.compiler.is_compiling()
+        and torch.autograd.forward_ad._current_level < 0
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
@@ -390,13 +391,24 @@ def power_iteration_direct(
 
 
 def normalize_direct(
-    weights: list[Tensor], u: list[Tensor], v: list[Tensor], sigma: Tensor
+    weights: list[Tensor],
+    u: list[Tensor],
+    v: list[Tensor],
+    sigma: Tensor,
+    out: list[Tensor] | None = None,
 ) -> list[Tensor]:
-    """normalize with gradients off: as above."""
-    out = [torch.empty_like(w) for w in weights]
+    """normalize with gradients off: as above. `out`: where to, views of one tensor, say."""
+    given = out is not None
+    if out is None:
+        out = [torch.empty_like(w) for w in weights]
     if _C.normalize(weights, u, v, sigma, out):
         return out
-    return _ops.normalize(weights, u, v, sigma)
+    found = _ops.normalize(weights, u, v, sigma)
+    if not given:
+        return found
+    for x, y in zip(out, found, strict=True):
+        x.copy_(y)
+    return out
 
 
 def sigma_direct(weights: list[Tensor], u: list[Tensor], v: list[Tensor]) -> Tensor:

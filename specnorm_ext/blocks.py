@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,8 @@ class Blocks:
             as ``rows`` says; 0 for none.
 
     Raises:
-        ValueError: rows < 1, uneven sizes beside interleaved, experts < 0, no division at all.
+        ValueError: rows < 1, uneven sizes beside interleaved, experts < 0.
+        TypeError: rows that are no integers.
 
     Example:
         >>> import specnorm_ext
@@ -37,7 +39,7 @@ class Blocks:
         if isinstance(self.rows, int):
             good = not isinstance(self.rows, bool) and self.rows >= 1
         else:
-            object.__setattr__(self, "rows", tuple(int(x) for x in self.rows))
+            object.__setattr__(self, "rows", tuple(operator.index(x) for x in self.rows))
             good = len(self.rows) > 0 and all(x >= 1 for x in self.rows)
         if not good:
             raise ValueError(
@@ -64,6 +66,18 @@ class Blocks:
         if blocks is None or isinstance(blocks, Blocks):
             return blocks
         return Blocks(blocks if isinstance(blocks, int) else tuple(blocks))
+
+    @property
+    def sizes(self) -> list[int]:
+        """`rows` as the ops take it: one number of blocks, or the size of each."""
+        if isinstance(self.rows, int):
+            return [self.rows]
+        return list(self.rows) if len(self.rows) > 1 else [1]
+
+    @staticmethod
+    def from_sizes(sizes: Sequence[int], interleaved: bool, experts: int) -> Blocks:
+        """The inverse: what the ops were given."""
+        return Blocks(sizes[0] if len(sizes) == 1 else tuple(sizes), interleaved, experts)
 
     @property
     def per_matrix(self) -> int:
@@ -106,7 +120,8 @@ class Blocks:
         if len(parts) == 1:
             return parts[0]
         if self.interleaved:
-            return torch.stack(tuple(parts), 1).flatten(0, 1)
+            rows, rest = len(parts) * parts[0].shape[0], parts[0].shape[1:]
+            return torch.stack(tuple(parts), 1).view(rows, *rest)
         return torch.cat(tuple(parts))
 
     def spread(self, x: Tensor, m: int) -> Tensor:
@@ -123,6 +138,34 @@ class Blocks:
             for i, size in enumerate(self.rows)
         ]
         return torch.cat(columns, 1).reshape(-1)
+
+    def sums(self, x: Tensor) -> Tensor:
+        """x [m], one value for each row of all matrices, summed by block: [count]."""
+        if not isinstance(self.rows, int):
+            parts = x.view(max(1, self.experts), -1).split(self.rows, 1)
+            return torch.stack([part.sum(1) for part in parts], 1).reshape(-1)
+        if self.interleaved:
+            each = x.shape[0] // self.count
+            return x.view(max(1, self.experts), each, self.rows).sum(1).reshape(-1)
+        return x.view(self.count, x.shape[0] // self.count).sum(1)
+
+    def tiles(self, a: Tensor, v: Tensor, w: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Views of a [m], v [count, n] and w [m, n], m rows of all matrices, by which a v^T goes to w block by block.
+
+        The three of a tile broadcast. Equal blocks are one tile, uneven ones a tile each.
+        """
+        m, n = w.shape
+        experts = max(1, self.experts)
+        if not isinstance(self.rows, int):
+            ws = w.view(experts, m // experts, n).split(self.rows, 1)
+            columns = a.view(experts, m // experts, 1).split(self.rows, 1)
+            rows = v.view(experts, len(self.rows), 1, n).unbind(1)
+            return list(zip(columns, rows, ws, strict=True))
+        each = m // self.count
+        if self.interleaved:
+            shape = (experts, each, self.rows)
+            return [(a.view(*shape, 1), v.view(experts, 1, self.rows, n), w.view(*shape, n))]
+        return [(a.view(self.count, each, 1), v.unsqueeze(1), w.view(self.count, each, n))]
 
 
 __all__ = ["Blocks"]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import _ops
 from ._checks import raise_typed, state_dtype
+from .blocks import Blocks
 
 Tensors = Tensor | Sequence[Tensor]
 
@@ -159,7 +160,13 @@ def normalize(weights, u, v, sigma):
 
 
 def spectral_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, v: Tensor, sigma: Tensor
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    u: Tensor,
+    v: Tensor,
+    sigma: Tensor,
+    blocks: int | Sequence[int] | Blocks | None = None,
 ) -> Tensor:
     r"""A linear layer with the weight W / sigma, which is never written to memory.
 
@@ -176,6 +183,10 @@ def spectral_linear(
         bias: [out] or None.
         u, v: [out] and [in] (the leading columns, of several), in the state dtype of :func:`power_iteration`.
         sigma: one number, [] or [1], in u's dtype. 0 stands for a zero weight: y = b, and no gradient reaches x or W.
+        blocks: several matrices in one weight, each with a sigma of its own: the number of equal blocks of rows, the
+            size of each, or :class:`Blocks`. Then v is [blocks, in] and sigma [blocks]; with a leading dimension of
+            experts weight is [E, out, in], x [E, ..., in], bias [E, out], and u [E * out]. One product for all of
+            them, and one pass over y that divides by each row's sigma.
 
     Returns:
         [..., out] in x's dtype. Differentiable in x, weight and bias, to any order; sigma itself receives no gradient.
@@ -198,7 +209,72 @@ def spectral_linear(
             raise TypeError(
                 f"spectral_linear: expected {name} to be a tensor, got {type(t).__name__}"
             )
-    return _typed(torch.ops.specnorm_ext.spectral_linear, x, weight, bias, u, v, sigma)
+    divided = Blocks.of(blocks)
+    if divided is None:
+        return _typed(torch.ops.specnorm_ext.spectral_linear, x, weight, bias, u, v, sigma)
+    how = (divided.sizes, divided.interleaved, divided.experts)
+    run = torch.ops.specnorm_ext.spectral_linear_blocks
+    return _typed(run, x, weight, bias, u, v, sigma, *how)
+
+
+def spectral_embedding(
+    weight: Tensor,
+    indices: Tensor,
+    u: Tensor,
+    v: Tensor,
+    sigma: Tensor,
+    padding_idx: int | None = None,
+) -> Tensor:
+    r"""Rows of W / sigma, which is never written to memory.
+
+    .. math:: y_i = W_{idx_i} / \sigma,\qquad dW = \frac{1}{\sigma} \Bigl(\sum_i e_{idx_i} g_i^T - c\, u v^T\Bigr),
+        \quad c = \langle g, y \rangle
+
+    that is, sigma depends on W as :math:`u^T W v` does, with u and v constant. The gradient is dense: sigma
+    depends on every row.
+
+    Args:
+        weight: [num_embeddings, embedding_dim]; float32, float64, bfloat16 or float16.
+        indices: of any shape, int64 or int32.
+        u, v: [num_embeddings] and [embedding_dim] (the leading columns, of several), in the state dtype of
+            :func:`power_iteration`.
+        sigma: one number, [] or [1], in u's dtype. 0 stands for a zero weight: y = 0, with gradient 0.
+        padding_idx: no gradient comes from entries of this row, as in ``torch.nn.functional.embedding``; a negative one
+            counts from the end.
+
+    Returns:
+        [..., embedding_dim] in the weight's dtype. Differentiable in weight, to any order; sigma itself receives no
+        gradient.
+
+    Raises:
+        TypeError: mixed or unsupported dtypes or devices, indices that are not integers.
+        ValueError: shapes that do not fit, a padding_idx that is no row.
+        IndexError: an index that is no row (on the CPU).
+
+    Source: Miyato et al., ICLR 2018, equations 8 and 12, for rows of W.
+
+    Example:
+        >>> import torch, specnorm_ext
+        >>> w, e = torch.diag(torch.tensor([4.0, 2.0])), torch.tensor([1.0, 0.0])
+        >>> specnorm_ext.functional.spectral_embedding(w, torch.tensor([1, 0]), e, e, torch.tensor(4.0))
+        tensor([[0.0000, 0.5000],
+                [1.0000, 0.0000]])
+    """
+    for name, t in (("weight", weight), ("indices", indices), ("u", u), ("v", v), ("sigma", sigma)):
+        if not isinstance(t, Tensor):
+            raise TypeError(
+                f"spectral_embedding: expected {name} to be a tensor, got {type(t).__name__}"
+            )
+    padding = -1
+    if padding_idx is not None:
+        count = weight.shape[0] if weight.dim() else 0
+        if not -count <= padding_idx < count:
+            raise ValueError(
+                f"spectral_embedding: expected padding_idx to be a row of the weight, from {-count} to {count - 1}, "
+                f"got {padding_idx}"
+            )
+        padding = padding_idx % count
+    return _typed(torch.ops.specnorm_ext.spectral_embedding, weight, indices, u, v, sigma, padding)
 
 
 def init_uv(
@@ -247,4 +323,11 @@ def init_uv(
     return u, v
 
 
-__all__ = ["init_uv", "normalize", "power_iteration", "sigma", "spectral_linear"]
+__all__ = [
+    "init_uv",
+    "normalize",
+    "power_iteration",
+    "sigma",
+    "spectral_embedding",
+    "spectral_linear",
+]

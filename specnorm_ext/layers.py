@@ -38,10 +38,12 @@ class SpectralLayer(nn.Module):
         blocks: int | Sequence[int] | Blocks | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
         divided = Blocks.of(blocks)
-        if divided is not None and divided.experts:
-            self._add_experts(divided.experts)
+        # A layer made under inference_mode must still train later: no parameter may be an inference tensor.
+        with torch.inference_mode(False):
+            super().__init__(*args, **kwargs)
+            if divided is not None and divided.experts:
+                self._add_experts(divided.experts)
         state = SpectralState(
             self.weight,
             n_power_iterations,
@@ -195,7 +197,7 @@ class SpectralLinear(SpectralLayer, nn.Linear):
             if ready is not None and _fits(input, weight):
                 return _scaled_linear(input, ready.transposed, bias, ready.inverse)
         if spectral.blocks is not None:
-            return nnf.linear(input, spectral.normalized(weight), bias)
+            return self._by_blocks(input)
         u, v, sigma = spectral.current(weight)
         scale = spectral._scale()
         if scale is None:
@@ -210,6 +212,26 @@ class SpectralLinear(SpectralLayer, nn.Linear):
         )
         scale = scale.to(y.dtype)
         return y * scale if bias is None else torch.addcmul(bias.to(y.dtype), y, scale)
+
+    def _by_blocks(self, input: Tensor) -> Tensor:
+        spectral: Any = self._modules["spectral"]
+        weight, bias, blocks = self.weight, self.bias, spectral.blocks
+        u, v, sigma = spectral.current(weight)
+        if u.dim() == 2:
+            u, v = u[:, 0], v[..., 0]
+        how = (u, v, sigma, blocks.sizes, blocks.interleaved, blocks.experts)
+        op = torch.ops.specnorm_ext.spectral_linear_blocks
+        scale = spectral._scale()
+        if scale is None:
+            return op(input, weight, bias, *how)
+        y = op(input, weight, None, *how)
+        scale = scale.to(y.dtype)
+        if bias is None:
+            return y * scale
+        shift = bias.to(y.dtype)
+        if blocks.experts:  # [E, out] beside [E, ..., out]
+            shift = shift.view(blocks.experts, *[1] * (y.dim() - 2), -1)
+        return torch.addcmul(shift, y, scale)
 
 
 def _fits(x: Tensor, weight: Tensor) -> bool:
@@ -375,9 +397,18 @@ class SpectralEmbedding(SpectralLayer, nn.Embedding):
             )
 
     def forward(self, input: Tensor) -> Tensor:
+        spectral: Any = self._modules["spectral"]
+        weight = self.weight
+        if self.max_norm is None and not self.scale_grad_by_freq and spectral.blocks is None:
+            u, v, sigma = spectral.current(weight)
+            padding = -1 if self.padding_idx is None else self.padding_idx
+            y = torch.ops.specnorm_ext.spectral_embedding(
+                weight, input, _leading(u), _leading(v), sigma, padding
+            )
+            return cast(Tensor, spectral.scaled(y))
         return nnf.embedding(
             input,
-            self.spectral.normalized(self.weight),
+            spectral.normalized(weight),
             self.padding_idx,
             self.max_norm,
             self.norm_type,

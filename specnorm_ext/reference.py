@@ -7,6 +7,7 @@ the device with `torch.where`, so nothing here synchronizes. Every function take
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,8 +18,11 @@ from ._checks import (
     check_normalize_backward,
     check_power_iteration,
     check_sigma,
+    check_spectral_embedding,
     check_spectral_linear,
+    check_spectral_linear_blocks,
 )
+from .blocks import Blocks
 
 
 def _pattern(n: int, columns: int, like: Tensor) -> Tensor:
@@ -218,11 +222,141 @@ def spectral_linear_backward(
     return dx.to(x.dtype), dw.to(weight.dtype)
 
 
+def _safe(s: Tensor) -> Tensor:
+    """s as a divisor: infinite where it is 0, since W / 0 stands for 0."""
+    return torch.where(s == 0, torch.full_like(s, torch.inf), s)
+
+
+def _by_row(s: Tensor, blocks: Blocks, weight: Tensor) -> Tensor:
+    """s [blocks] for each row, so that it divides x W^T: [out], or with experts [E, 1, out]."""
+    rows = blocks.spread(s, math.prod(weight.shape[:-1]))
+    return rows.view(blocks.experts, 1, weight.shape[-2]) if blocks.experts else rows
+
+
+def _block_sigmas(w: Tensor, u: Tensor, v: Tensor, sigma: Tensor, blocks: Blocks) -> Tensor:
+    """_tracked of every block."""
+    matrices = w.unbind(0) if blocks.experts else (w,)
+    parts = [x for matrix in matrices for x in blocks.split(matrix)]
+    us = [x for a in u.view(len(matrices), -1).unbind(0) for x in blocks.split(a)]
+    values = zip(parts, us, v.unbind(0), sigma.unbind(0), strict=True)
+    return torch.stack([_tracked(*value) for value in values])
+
+
+def _flat(x: Tensor, experts: int) -> Tensor:
+    """[..., k] as [batch, k], or [E, ..., k] as [E, batch, k]."""
+    lead = math.prod(x.shape[1 if experts else 0 : -1])
+    return x.reshape(*x.shape[:1] if experts else (), lead, x.shape[-1])
+
+
+def spectral_linear_blocks(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    u: Tensor,
+    v: Tensor,
+    sigma: Tensor,
+    rows: Sequence[int],
+    interleaved: bool = False,
+    experts: int = 0,
+) -> Tensor:
+    r"""Twin of `torch.ops.specnorm_ext.spectral_linear_blocks`: :math:`y_k = x W_k^T / \sigma_k + b_k`, k a block."""
+    check_spectral_linear_blocks(x, weight, bias, u, v, sigma, rows, interleaved, experts)
+    blocks = Blocks.from_sizes(rows, interleaved, experts)
+    w = weight.to(u.dtype)
+    s = _safe(_block_sigmas(weight, u, v, sigma, blocks))
+    y = torch.matmul(_flat(x.to(u.dtype), experts), w.mT) / _by_row(s, blocks, weight)
+    if bias is not None:
+        y = y + (bias.unsqueeze(1) if experts else bias).to(u.dtype)
+    return y.reshape(*x.shape[:-1], weight.shape[-2]).to(x.dtype)
+
+
+def spectral_linear_blocks_backward(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    u: Tensor,
+    v: Tensor,
+    sigma: Tensor,
+    rows: Sequence[int],
+    interleaved: bool = False,
+    experts: int = 0,
+) -> tuple[Tensor, Tensor]:
+    r"""Gradients of :func:`spectral_linear_blocks` for x and W, themselves differentiable, to any order.
+
+    .. math:: dx = \sum_k g_k W_k / \sigma_k,\quad dW_k = (g_k^T x - c_k\, u_k v_k^T) / \sigma_k,\quad
+        c_k = \langle g_k, x W_k^T \rangle / \sigma_k
+    """
+    blocks = Blocks.from_sizes(rows, interleaved, experts)
+    w, inputs = weight.to(u.dtype), _flat(x.to(u.dtype), experts)
+    s = _safe(_block_sigmas(weight, u, v, sigma, blocks))
+    scaled = _flat(g.to(u.dtype), experts) / _by_row(s, blocks, weight)
+    dx = torch.matmul(scaled, w)
+    c = blocks.sums((scaled * torch.matmul(inputs, w.mT)).sum(-2).reshape(-1)) / s
+    n = len(w) if experts else 1
+    outer = [
+        torch.outer(a, b)
+        for part, each in zip(
+            (u * blocks.spread(c, u.shape[0])).view(n, -1).unbind(0), v.chunk(n), strict=True
+        )
+        for a, b in zip(blocks.split(part), each.unbind(0), strict=True)
+    ]
+    k = blocks.per_matrix
+    update = torch.stack([blocks.join(outer[i * k : (i + 1) * k]) for i in range(n)])
+    dw = torch.matmul(scaled.mT, inputs) - update.view(weight.shape)
+    return dx.reshape(x.shape).to(x.dtype), dw.to(weight.dtype)
+
+
+def _padding(indices: Tensor, padding_idx: int) -> Tensor:
+    return (indices == padding_idx).unsqueeze(-1)
+
+
+def spectral_embedding(
+    weight: Tensor, indices: Tensor, u: Tensor, v: Tensor, sigma: Tensor, padding_idx: int = -1
+) -> Tensor:
+    r"""Twin of `torch.ops.specnorm_ext.spectral_embedding`: :math:`y = W_{i} / \sigma`, :math:`d\sigma = u^T dW v`."""
+    check_spectral_embedding(weight, indices, u, v, sigma, padding_idx)
+    s = _safe(_tracked(weight, u, v, sigma))
+    y = weight[indices.long()].to(u.dtype) / s
+    if padding_idx >= 0:
+        # no gradient comes from these: not to the row, nor by way of sigma to the others
+        y = torch.where(_padding(indices, padding_idx), y.detach(), y)
+    return y.to(weight.dtype)
+
+
+def spectral_embedding_backward(
+    g: Tensor,
+    weight: Tensor,
+    indices: Tensor,
+    u: Tensor,
+    v: Tensor,
+    sigma: Tensor,
+    padding_idx: int = -1,
+) -> Tensor:
+    r"""Gradient of :func:`spectral_embedding` for W, itself differentiable in g and W, to any order.
+
+    .. math:: dW = (\textstyle\sum_i e_{idx_i} g_i^T - c\, u v^T) / \sigma,\quad c = \langle g, y \rangle
+
+    both sums without the entries that are padding.
+    """
+    s = _safe(_tracked(weight, u, v, sigma))
+    scaled = g.to(u.dtype) / s
+    if padding_idx >= 0:
+        scaled = torch.where(_padding(indices, padding_idx), torch.zeros_like(scaled), scaled)
+    w, rows = weight.to(u.dtype), indices.long()
+    c = (scaled * w[rows]).sum() / s
+    dw = torch.zeros_like(w).index_add(0, rows.reshape(-1), scaled.reshape(-1, w.shape[1]))
+    return (dw - c * torch.outer(u, v)).to(weight.dtype)
+
+
 __all__ = [
     "normalize",
     "normalize_backward",
     "power_iteration_",
     "sigma",
+    "spectral_embedding",
+    "spectral_embedding_backward",
     "spectral_linear",
     "spectral_linear_backward",
+    "spectral_linear_blocks",
+    "spectral_linear_blocks_backward",
 ]

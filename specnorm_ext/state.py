@@ -256,8 +256,9 @@ class SpectralState(nn.Module):
     def place(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """u and v follow the weight: its device, and the state dtype of its dtype."""
         dtype = state_dtype(weight.dtype)
-        self._u = self._u.to(weight.device, dtype)
-        self._v = self._v.to(weight.device, dtype)
+        with torch.inference_mode(False):  # they may serve in training's graphs later
+            self._u = self._u.to(weight.device, dtype)
+            self._v = self._v.to(weight.device, dtype)
         return self._u, self._v
 
     def verify_loaded(self, weight: Tensor) -> None:
@@ -556,6 +557,11 @@ class SpectralState(nn.Module):
         u, v, d = self.current(weight, parts)
         # straight to the kernels wherever gradients are not recorded
         direct = not torch.is_grad_enabled() and is_plain(weight) and weight.is_cpu
+        if direct and self.blocks is not None and self.dim == 0:
+            # Every block to its place. With gradients blocks come as tensors of their own, and are copied there.
+            whole = torch.empty(weight.shape, dtype=weight.dtype)
+            _ops.normalize_direct(parts, self._us(u), self._vs(v), d, self.matrices(whole))
+            return self.scaled(whole)
         run = _ops.normalize_direct if direct else torch.ops.specnorm_ext.normalize
         out = run(parts, self._us(u), self._vs(v), d)
         if parts[0] is weight:
@@ -565,9 +571,12 @@ class SpectralState(nn.Module):
     @torch.no_grad()
     def sigma_of(self, weight: Tensor) -> Tensor:
         """sigma = |u^T W v| by u and v as they stand, without an iteration: [] or, with blocks, [blocks]."""
-        sigma = torch.ops.specnorm_ext.sigma(
-            self.matrices(weight), self._us(self._u), self._vs(self._v)
-        ).abs()
+        u, v, parts = self._u, self._v, self.matrices(weight)
+        if u.dtype != state_dtype(weight.dtype) or u.device != weight.device:
+            u, v = self.place(weight)
+        if self._book.unseeded and is_plain(weight):
+            self.verify(parts)
+        sigma = torch.ops.specnorm_ext.sigma(parts, self._us(u), self._vs(v)).abs()
         return sigma[0] if self.blocks is None else sigma
 
     # ---- switching, moving and loading -------------------------------------------------------------------------------
@@ -607,28 +616,34 @@ class SpectralState(nn.Module):
                 loaded = state_dict.get(prefix + name)
                 own = self._buffers[name]
                 if isinstance(loaded, Tensor) and own is not None:
-                    state_dict[prefix + name] = _fit_columns(loaded, own)
+                    state_dict[prefix + name] = self._fit_columns(name, loaded, own)
             if prefix + "_u" in state_dict and prefix + "_v" in state_dict:
                 self._book.unseeded = False
             self._book.unverified = True
             self.forget()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
+    def _fit_columns(self, name: str, loaded: Tensor, own: Tensor) -> Tensor:
+        """A checkpoint's u or v with another number of columns: the leading ones kept, missing ones drawn."""
+        lead = (
+            2 if name == "_v" and self.blocks is not None else 1
+        )  # dimensions before the columns'
+        fits = loaded.shape[:lead] == own.shape[:lead] and loaded.dim() - lead in (0, 1)
+        if loaded.shape == own.shape or not fits:
+            return loaded
+        columns = loaded if loaded.dim() > lead else loaded.unsqueeze(-1)
+        if own.dim() == lead:
+            return columns[..., 0]
+        missing = own.shape[-1] - columns.shape[-1]
+        if missing > 0:
+            shape = (*own.shape[:-1], missing)
+            fresh = torch.randn(shape, dtype=columns.dtype, device=columns.device)
+            for x in self._us(fresh) if name == "_u" else self._vs(fresh):
+                x.copy_(nn.functional.normalize(x, dim=0))
+            columns = torch.cat([columns, fresh], -1)
+        return columns[..., : own.shape[-1]]
+
 
 def is_capturing(x: Tensor) -> bool:
     """Whether a CUDA graph is captured on the stream that x would be used on."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def _fit_columns(loaded: Tensor, own: Tensor) -> Tensor:
-    """A checkpoint's u or v with another number of columns: the leading ones kept, missing ones drawn."""
-    if loaded.shape == own.shape or loaded.dim() > 2 or loaded.shape[:1] != own.shape[:1]:
-        return loaded
-    columns = loaded if loaded.dim() == 2 else loaded.unsqueeze(1)
-    if own.dim() == 1:
-        return columns[:, 0]
-    missing = own.shape[1] - columns.shape[1]
-    if missing > 0:
-        fresh = torch.randn(own.shape[0], missing, dtype=columns.dtype, device=columns.device)
-        columns = torch.cat([columns, nn.functional.normalize(fresh, dim=0)], 1)
-    return columns[:, : own.shape[1]]
