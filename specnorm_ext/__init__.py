@@ -21,6 +21,7 @@ from . import _C as _C
 from . import _ops as _ops  # registers fake kernels, autograd and vmap rules
 from . import functional, reference
 from .blocks import Blocks
+from .convert import convert
 from .estimate import Estimate, spectral_norms
 from .group import SpectralNormGroup
 from .layers import (
@@ -34,6 +35,7 @@ from .layers import (
     SpectralLinear,
 )
 from .parametrizations import spectral_norm
+from .removal import remove
 
 
 def build_info() -> dict[str, object]:
@@ -68,8 +70,10 @@ __all__ = [
     "SpectralLinear",
     "SpectralNormGroup",
     "build_info",
+    "convert",
     "functional",
     "reference",
+    "remove",
     "spectral_norm",
     "spectral_norms",
 ]

@@ -54,10 +54,10 @@ class _Call:
             weight, state = x.parameters[x.key], x.state
             x.weight, x.pointer = weight, weight.data_ptr()
             x.u, x.v = state.place(weight)
-            parts = state.matrices(weight.detach())
+            parts, us, vs = state.iterated(state.matrices(weight.detach()), x.u, x.v)
             self.matrices += parts
-            self.us += state._us(x.u)
-            self.vs += state._vs(x.v)
+            self.us += us
+            self.vs += vs
             self.counts.append(len(parts))
         self.state_shapes = [
             (x.u.shape, x.v.shape) for x in members if x.u is not None and x.v is not None
@@ -122,6 +122,11 @@ class _RootHook:
                 return  # its owner has seen to it
             group = self.link.group = SpectralNormGroup(module, "manual")
         group._before_forward()
+
+
+def is_group_hook(hook: Any) -> bool:
+    """Whether a hook of a module is a group's."""
+    return isinstance(hook, _RootHook)
 
 
 class _StepHook:
@@ -285,6 +290,11 @@ class SpectralNormGroup:
         known = {id(m.state): m for m in self._members}
         self._members = [known.get(i, m) for i, m in found.items()]
         self._standalone = states.standalone_forwards
+
+    def rescan(self) -> None:
+        """For what changes layers of the model (convert.py)."""
+        if self._root() is not None:
+            self._scan()
 
     def _look(self) -> list[_Member]:
         """The members, among them those that were added since."""
