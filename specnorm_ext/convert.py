@@ -83,6 +83,7 @@ class _Weight:
 class _Plan:
     weights: list[_Weight] = field(default_factory=list)
     left: list[str] = field(default_factory=list)  # name and reason of what cannot be converted
+    changed: list[str] = field(default_factory=list)  # names of what gives other values afterwards
     is_normalized: bool = False  # whether the model has a spectrally normalized weight, of any kind
 
 
@@ -238,6 +239,12 @@ def _plan_normalized(
             if w.layer is not None or not isinstance(entry, SpectralNorm):
                 w.state = _state_of(w, weight)
                 plan.weights.append(w)
+                if isinstance(entry, OldHook) and any(
+                    isinstance(p, nn.MultiheadAttention) for p in parents.get(id(module), ())
+                ):
+                    # Attention takes out_proj.weight and does not call it: the hook has never run.
+                    w.state._book.unseeded = True
+                    plan.changed.append(w.name)
     return plan
 
 
@@ -467,11 +474,12 @@ def convert(
       ``parametrizations.weight.0._u``, ``parametrizations.weight.0._v``. Checkpoints of before still load; the names
       are all that is to change for torch to load one of after.
     - The old API computes v before u, and its weights go on doing so here (``v_first=True`` in the repr): with the same
-      u and v, sigma is the same in eval and in every next step. Its layers that have never run have random u and v. In
-      training they are iterated as there; in eval, where its outputs are arbitrary, they are recomputed with a warning.
+      u and v, sigma is the same in eval and in every next step. Layers that have hardly run have random u and v. In
+      training they are iterated as there; in eval, where torch's outputs are arbitrary, they are recomputed with a
+      warning. ``out_proj`` of MultiheadAttention, where the old API has no effect, becomes normalized, with a warning.
     - ``torch.nn.utils.parametrize.cached()`` does not hold for layers; :class:`SpectralNormGroup` does what it is for.
-    - An LSTM, GRU or RNN reads each weight several times a forward and iterates each time, as under torch's
-      parametrization, unless it is in a group; under the old API it did once.
+    - LSTM, GRU and RNN read each weight several times a forward, MultiheadAttention its ``in_proj_weight``, and a
+      parametrization iterates each time, torch's and ours; under the old API that was once, and is in a group.
 
     Complex weights stay with torch's parametrization. Weights that cannot be taken (integer or quantized, computed
     by something else) are left as they are, with a warning that names them.
@@ -556,6 +564,12 @@ def convert(
         settle_groups(groups)
     if plan.left:
         warnings.warn("convert: left as they are: " + ", ".join(plan.left), stacklevel=2)
+    if plan.changed:
+        warnings.warn(
+            "convert: these were raw, since attention never runs the hook of torch.nn.utils.spectral_norm, and are "
+            "normalized from now on: " + ", ".join(plan.changed),
+            stacklevel=2,
+        )
     return model
 
 

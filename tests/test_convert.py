@@ -32,7 +32,12 @@ from specnorm_ext import SpectralLinear, SpectralNormGroup, convert, spectral_no
 from specnorm_ext.layers import SpectralLayer
 from specnorm_ext.parametrizations import parametrizations_of
 
-BEFORE, AFTER = 3, 10  # steps
+BEFORE, AFTER = 5, 10  # steps
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)  # small models: two threads would wait for each other
 
 
 def counts(model: nn.Module) -> tuple[int, int]:
@@ -69,11 +74,15 @@ class Course:
             self.model.train()
         if seed is not None:
             moved(self.model, seed)
-        optimizer = torch.optim.SGD(self.model.parameters(), 0.02, momentum=0.9)
+        optimizer = torch.optim.SGD(self.model.parameters(), 0.005, momentum=0.9)
         self.losses = list(steps(self.model, optimizer, range(BEFORE)))
         self.parameters = [id(p) for p in self.model.parameters()]
         if do:
             convert(self.model)
+            if (name, way) == ("transformer", "old"):
+                # Attention reads in_proj_weight several times, at each of which a parametrization iterates by itself;
+                # the old API's hook does so once.
+                SpectralNormGroup(self.model)
         with torch.no_grad():
             self.values = self.model.eval()(images(99))
         self.model.train()
@@ -106,13 +115,17 @@ def test_values_and_the_next_10_steps_are_those_of_torch(name: str, way: str) ->
         other = distance(Course(name, way, False, seed).results(), theirs.results())
         allowed = {k: max(x, allowed.get(k, 0)) for k, x in other.items()}
     for key in off:
-        assert off[key] <= allowed[key], f"{key}: off by {off[key]:.1e}, not {allowed[key]:.1e}"
+        limit = allowed[key] + tolerance("stored", F64)
+        assert off[key] <= limit, f"{key}: off by {off[key]:.1e}, not {limit:.1e}"
     assert max(allowed.values()) < 1e-6, "the set-up is chaotic"
     assert off["losses"] > 0 or way != "torch"  # of two implementations
     if way == "plain":
         assert counts(ours.model)[0] == NETWORKS[name].layers - (name == "SN-GAN")
     else:
-        assert counts(ours.model) == NETWORKS[name][1:]
+        assert counts(ours.model) == (
+            NETWORKS[name].layers,
+            NETWORKS[name].parametrized - (way == "old" and name == "transformer"),
+        )
     assert [id(p) for p in ours.model.parameters()] == ours.parameters
     assert not of_torch(ours.model)
 
@@ -166,7 +179,8 @@ def test_each_kind_of_layer(kind: str, way: str) -> None:
         torch.manual_seed(0)
         layer = make_one(build().double(), way, n_power_iterations=2, eps=1e-10)
         x = torch.arange(7) if shape is None else torch.randn(shape, dtype=F64)
-        layer(x)
+        for _ in range(4):
+            layer(x)
         layers.append(layer)
         if do:
             kept = {k: p for k, p in layer.named_parameters() if k == "bias"}
@@ -187,7 +201,7 @@ def test_each_kind_of_layer(kind: str, way: str) -> None:
         scale = outputs[0].abs().max().item()
         torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=8 * tol * (1 + scale))
     off = distance(pairs(nn.Sequential(ours)), pairs(nn.Sequential(theirs)))
-    # unit vectors of a small matrix after 6 iterations in all: each off by a product, and the next carries it on
+    # unit vectors of a small matrix after 12 iterations in all: each off by a product, and the next carries it on
     assert max(off.values()) <= 12 * tolerance("product", F64, 36)
 
 
@@ -234,8 +248,9 @@ def test_what_is_no_layer_gets_the_parametrization(way: str) -> None:
         assert not of_torch(module)
         if options:
             assert found[2].dim == options["dim"]
-        value = getattr(module.eval(), name)
-        assert value.dim() < 2 or norm(value, found[2].dim) < 50
+        for _ in range(9):
+            value = getattr(module, name)
+        assert value.dim() < 2 or norm(value, found[2].dim) < 1.3
 
 
 def test_another_parametrization_of_the_weight_stays_where_it_is() -> None:
@@ -326,7 +341,7 @@ def test_hooks_flags_and_references_stay(way: str) -> None:
     assert not inner.training
     assert not inner.spectral.training
     assert not inner.weight.requires_grad
-    inner(torch.randn(2, 4))
+    inner.train()(torch.randn(2, 4))
     assert calls == ["before", "after"]
 
 
@@ -431,10 +446,10 @@ def test_a_group_keeps_the_order_of_the_old_api() -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_checkpoints_of_before_load_and_go_back_by_their_names(name: str, way: str) -> None:
     before = make(name, way)
-    list(steps(before, torch.optim.SGD(before.parameters(), 0.02), range(2)))
+    list(steps(before, torch.optim.SGD(before.parameters(), 0.005), range(2)))
     checkpoint = copy.deepcopy(before.state_dict())
     after = convert(make(name, way))
-    list(steps(after, torch.optim.SGD(after.parameters(), 0.05), range(5, 7)))
+    list(steps(after, torch.optim.SGD(after.parameters(), 0.005), range(5, 7)))
     assert repr(after.load_state_dict(checkpoint)) == "<All keys matched successfully>"
     x = images(5)
     with torch.no_grad():
@@ -447,6 +462,8 @@ def test_checkpoints_of_before_load_and_go_back_by_their_names(name: str, way: s
     assert off <= allowed
     # and back into torch's parametrization, the keys renamed as the docstring says
     theirs = make(name, "torch")
+    if (name, way) == ("transformer", "old"):
+        parametrize.remove_parametrizations(theirs.encoder.self_attn.out_proj, "weight")
     renamed = {}
     for key, value in after.state_dict().items():
         head, _, tail = key.rpartition(".")
@@ -470,7 +487,7 @@ def copy_of(name: str, way: str, checkpoint: dict[str, Tensor]) -> nn.Module:
 @pytest.mark.parametrize("way", ["torch", "old", "plain"])
 def test_deepcopy_pickle_and_save_of_converted_models(way: str) -> None:
     model = convert(make("SN-GAN", way))
-    list(steps(model, torch.optim.SGD(model.parameters(), 0.01), range(2)))
+    list(steps(model, torch.optim.SGD(model.parameters(), 0.005), range(2)))
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
@@ -482,11 +499,11 @@ def test_deepcopy_pickle_and_save_of_converted_models(way: str) -> None:
     model.eval()
     want = model(images(3))
     model.train()
-    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    optimizer = torch.optim.SGD(model.parameters(), 0.005)
     losses = list(steps(model, optimizer, range(2, 4)))
     for other in copies:
         assert torch.equal(other.eval()(images(3)), want)
-        optimizer = torch.optim.SGD(other.train().parameters(), 0.01)
+        optimizer = torch.optim.SGD(other.train().parameters(), 0.005)
         assert list(steps(other, optimizer, range(2, 4))) == losses
         assert repr(other) == repr(model)
 
@@ -502,11 +519,11 @@ def test_the_fast_path_of_the_encoder_layer_is_normalized(way: str, monkeypatch)
     stack.add_module("layer", layer)
     if way != "plain":
         normalized(stack, torch_spectral_norm if way == "torch" else old_spectral_norm)
-        for _ in range(3):
+        for _ in range(12):
             layer(torch.randn(2, 3, 16, dtype=F64))
     stack.eval()
     convert(stack)
-    assert counts(stack) == (0, 4)
+    assert counts(stack) == (0, 4 - (way == "old"))  # the old API has none for out_proj
     x = torch.randn(2, 5, 16, dtype=F64)
     calls = []
     fast = torch._transformer_encoder_layer_fwd
@@ -533,6 +550,16 @@ def getattr_of(module: nn.Module, key: str) -> Tensor:
     for part in key.split("."):
         module = getattr(module, part)
     return module  # type: ignore[return-value]
+
+
+def test_out_proj_under_the_old_api_was_never_normalized() -> None:
+    """Attention reads its weight, the hook that would normalize it is for calls."""
+    layer = nn.MultiheadAttention(16, 2)
+    old_spectral_norm(layer.out_proj)
+    assert torch.equal(layer.out_proj.weight, layer.out_proj.weight_orig)
+    with pytest.warns(UserWarning, match="normalized from now on: out_proj.weight"):
+        convert(layer)
+    assert norm(layer.eval().out_proj.weight) < 1.2
 
 
 @pytest.mark.skipif(
