@@ -172,6 +172,7 @@ def _state_of(w: _Weight, weight: Tensor) -> SpectralState:
             "bound": entry.bound,
             "detach_sigma": entry.detach_sigma,
             "blocks": entry.blocks,
+            "learnable_scale": entry._parameters["scale"] is not None,
         }
     kind = SpectralNorm if w.layer is None else SpectralState
     state = kind(shape, getattr(entry, "n_power_iterations", 1), entry.dim, entry.eps, **options)
@@ -346,6 +347,10 @@ def _become_parametrization(w: _Weight) -> None:
         parametrize.register_parametrization(module, w.key, w.state, unsafe=True)
         w.plist.unsafe = False
         w.state.train(module.training)
+        # first of the children: parameters keep their order, by which optimizers load their states
+        modules = {"parametrizations": module._modules["parametrizations"], **module._modules}
+        module._modules.clear()
+        module._modules.update(modules)
     else:
         w.plist[w.index] = w.state
     w.state._book.registered = True

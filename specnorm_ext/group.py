@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,10 +15,10 @@ from . import state as states
 from ._ops import is_ordinary, is_untraced
 from .layers import SpectralLayer
 from .parametrizations import parametrizations_of
-from .state import Given, SpectralState
+from .state import SpectralState, Values
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Member:
     """One weight, and what was last seen of it."""
 
@@ -26,18 +26,22 @@ class _Member:
     state: SpectralState
     parameters: dict[str, Any]  # of the module that holds the weight
     key: str
-    weight: Any = None
-    pointer: int = 0
+    values: Any = None  # of the last update; its weight, pointer, u and v are what was seen
     u: Tensor | None = None
     v: Tensor | None = None
 
     def is_as_seen(self) -> bool:
-        weight, buffers = self.parameters.get(self.key), self.state._buffers
+        values, state = self.values, self.state
+        if values is None:
+            return False
+        weight, buffers, book = self.parameters.get(self.key), state._buffers, state._book
         return (
-            weight is self.weight
-            and weight.data_ptr() == self.pointer
+            weight is values.weight
+            and weight.data_ptr() == values.pointer
             and buffers["_u"] is self.u
             and buffers["_v"] is self.v
+            and not book.unverified
+            and not book.unseeded
         )
 
 
@@ -50,41 +54,51 @@ class _Call:
         self.us: list[Tensor] = []
         self.vs: list[Tensor] = []
         self.counts: list[int] = []  # matrices of each member
+        self.copied: list[tuple[int, int, _Member]] = []  # matrices that are no views (dim = 1)
+        self.shapes: list[torch.Size] = []  # of u and v of each member, in turn
         for x in members:
             weight, state = x.parameters[x.key], x.state
-            x.weight, x.pointer = weight, weight.data_ptr()
             x.u, x.v = state.place(weight)
+            x.values = Values(weight, weight.data_ptr(), x.u, x.v, x.u)
             parts, us, vs = state.iterated(state.matrices(weight.detach()), x.u, x.v)
+            memory = weight.untyped_storage().data_ptr()
+            if any(p.untyped_storage().data_ptr() != memory for p in parts):
+                self.copied.append((len(self.matrices), len(self.matrices) + len(parts), x))
             self.matrices += parts
             self.us += us
             self.vs += vs
             self.counts.append(len(parts))
-        self.state_shapes = [
-            (x.u.shape, x.v.shape) for x in members if x.u is not None and x.v is not None
-        ]
-        self.state_sizes = [s.numel() for pair in self.state_shapes for s in pair]
-        self.one_column = all(len(s) == 1 for pair in self.state_shapes for s in pair)
+            self.shapes += [x.u.shape, x.v.shape]
+        self.sizes = [s.numel() for s in self.shapes]
+        self.one_column = all(len(s) == 1 for s in self.shapes)
+        self.one_each = all(k == 1 for k in self.counts)
+
+    def refresh(self) -> None:
+        """What was copied from the weights follows them."""
+        for i, j, x in self.copied:
+            parts = x.state.matrices(x.parameters[x.key].detach())
+            self.matrices[i:j] = [w.mT for w in parts] if x.state.v_first else parts
 
     def run(self, keep: bool) -> None:
         """Iterate, and give each member what came of it; `keep`: out of reach of the next iteration."""
         first = self.members[0].state
-        direct = self.matrices[0].is_cpu
-        run = _ops.power_iteration_direct if direct else torch.ops.specnorm_ext.power_iteration_
+        on_cpu = self.matrices[0].is_cpu
+        run = _ops.power_iteration_direct if on_cpu else torch.ops.specnorm_ext.power_iteration_
         sigma = run(self.matrices, self.us, self.vs, first.n_power_iterations, first.eps)
-        sigmas = sigma.split(self.counts)
-        pairs: Iterator[Any]
+        sigmas = sigma.split(1 if self.one_each else self.counts)
+        pieces: Sequence[Any] = [x for m in self.members for x in (m.u, m.v)]
         if keep:
             # one copy for all, of which each has a view: two small copies for each would be two launches on a GPU
-            flat = torch.cat([x.reshape(-1) for m in self.members for x in (m.u, m.v)])  # type: ignore[union-attr]
-            pieces = flat.split(self.state_sizes)
+            flat = torch.cat([x if self.one_column else x.reshape(-1) for x in pieces])
+            pieces = flat.split(self.sizes)
             if not self.one_column:
-                shapes = (s for pair in self.state_shapes for s in pair)
-                pieces = tuple(x.view(s) for x, s in zip(pieces, shapes, strict=True))
-            pairs = zip(pieces[::2], pieces[1::2], strict=True)
-        else:
-            pairs = ((m.u, m.v) for m in self.members)
-        for m, s, (u, v) in zip(self.members, sigmas, pairs, strict=True):
-            m.state._book.given = Given(m.weight, u, v, s)
+                pieces = [x.view(s) for x, s in zip(pieces, self.shapes, strict=True)]
+        i = 0
+        for m, s in zip(self.members, sigmas, strict=True):
+            values = m.values
+            values.u, values.v, values.sigma, values.inverse = pieces[i], pieces[i + 1], s, None
+            m.state._book.given = values
+            i += 2
 
 
 class _Link:
@@ -109,7 +123,7 @@ class _RootHook:
 
     def __call__(self, module: nn.Module, *_: Any) -> None:
         # Compiled, each layer iterates by itself; a DataParallel replica has u and v of its own.
-        if torch.compiler.is_compiling() or getattr(module, "_is_replica", False):
+        if torch.compiler.is_compiling() or "_is_replica" in module.__dict__:
             return
         group = self.link.group
         if self.after:
@@ -304,34 +318,37 @@ class SpectralNormGroup:
 
     def _arranged(self, members: list[_Member]) -> list[_Call]:
         """`members` as calls of the op, with u and v that fit their weights."""
+        if members == self._called and all([m.is_as_seen() for m in members]):  # noqa: C419  (quicker)
+            for call in self._calls:
+                call.refresh()
+            return self._calls
         usable = [m for m in members if is_ordinary(m.parameters.get(m.key))]
+        calls: dict[Any, list[_Member]] = {}
         for m in usable:
-            book = m.state._book
-            if book.unseeded or book.unverified:
-                weight = m.parameters[m.key]
-                m.state.place(weight)
-                m.state.verify(m.state.matrices(weight.detach()))
-        if usable != self._called or not all(m.is_as_seen() for m in usable):
-            calls: dict[Any, list[_Member]] = {}
-            for m in usable:
-                w, s = m.parameters[m.key], m.state
-                calls.setdefault((w.dtype, w.device, s.n_power_iterations, s.eps), []).append(m)
-            self._calls = [_Call(x) for x in calls.values()]
-            self._called = usable
+            weight, state = m.parameters[m.key], m.state
+            if state._book.unseeded or state._book.unverified:
+                state.place(weight)
+                state.verify(state.matrices(weight.detach()))
+            which = (weight.dtype, weight.device, state.n_power_iterations, state.eps)
+            calls.setdefault(which, []).append(m)
+        self._calls = [_Call(x) for x in calls.values()]
+        self._called = members if len(usable) == len(members) else []
         return self._calls
 
     def _run(self, members: list[_Member], keep: bool) -> None:
         if not is_untraced():
             return  # under a transform each layer iterates by itself, on the tensors of the transform
-        # what is given under inference mode may serve training later
-        with torch.inference_mode(False), torch.no_grad():
-            for call in self._arranged(members):
-                call.run(keep)
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):  # what is given now may serve training later
+                return self._run(members, keep)
+        for call in self._arranged(members):
+            call.run(keep)
 
     def _update_training(self, keep: bool) -> None:
-        training = [m for m in self._look() if m.state.training]
+        members = self._look()
+        training = [m for m in members if m.state.training]
         if training:
-            self._run(training, keep)
+            self._run(members if len(training) == len(members) else training, keep)
 
     def serve(self) -> None:
         """For layers that have been given nothing: just loaded or moved, or found a moment ago."""

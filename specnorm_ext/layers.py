@@ -193,13 +193,18 @@ class SpectralLinear(SpectralLayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         spectral: Any = self._modules["spectral"]
         weight, bias = self.weight, self.bias
+        if not torch.is_grad_enabled() and spectral.is_simple:
+            ready = spectral.ready(weight)
+            if ready is not None and _fits(input, weight):
+                return _scaled_linear(input, ready.transposed, bias, ready.inverse)
         if spectral.blocks is not None:
             return nnf.linear(input, spectral.normalized(weight), bias)
         u, v, sigma = spectral.current(weight)
         scale = spectral._scale()
         if scale is None:
-            if not torch.is_grad_enabled() and _is_simple(input, weight):
-                return _scaled_linear(input, weight, bias, sigma)
+            if not torch.is_grad_enabled() and _ops.is_plain(weight) and _fits(input, weight):
+                value = sigma.item()
+                return _scaled_linear(input, weight.t(), bias, 1 / value if value else 0.0)
             return torch.ops.specnorm_ext.spectral_linear(
                 input, weight, bias, _leading(u), _leading(v), sigma
             )
@@ -210,25 +215,22 @@ class SpectralLinear(SpectralLayer, nn.Linear):
         return y * scale if bias is None else torch.addcmul(bias.to(y.dtype), y, scale)
 
 
-def _is_simple(x: Tensor, weight: Tensor) -> bool:
-    """Whether torch.addmm serves as it is, below the op's dispatch: a matrix that fits, on the CPU."""
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch.addmm serves as it is, below the op's dispatch and its checks: matrices that fit, on the CPU."""
     return (
-        _ops.is_plain(weight)
-        and type(x) is Tensor
-        and weight.is_cpu
+        type(x) is Tensor
         and x.dim() == 2
         and x.shape[1] == weight.shape[1]
         and x.dtype == weight.dtype
-        and x.device == weight.device
+        and x.is_cpu
+        and weight.is_cpu
     )
 
 
-def _scaled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor) -> Tensor:
-    value = sigma.item()
-    alpha = 1 / value if value else 0.0
+def _scaled_linear(x: Tensor, transposed: Tensor, bias: Tensor | None, alpha: float) -> Tensor:
     if bias is None:
-        return torch.addmm(weight.select(1, 0), x, weight.t(), beta=0, alpha=alpha)
-    return torch.addmm(bias, x, weight.t(), alpha=alpha)
+        return torch.addmm(transposed.select(0, 0), x, transposed, beta=0, alpha=alpha)
+    return torch.addmm(bias, x, transposed, alpha=alpha)
 
 
 class _SpectralConv(SpectralLayer):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import _C, _ops, recomputation
 from ._checks import DTYPES, MAX_COLUMNS, state_dtype
-from ._ops import is_plain
+from ._ops import is_ordinary, is_plain, is_untraced
 from .blocks import Blocks
 from .recomputation import Forward, Forwards, Place, left_to_python, version_of
 
@@ -29,14 +29,17 @@ STALE_BELOW = 0.75
 UVSigma = tuple[Tensor, Tensor, Tensor]
 
 
-@dataclass
-class Given:
-    """What a SpectralNormGroup has computed for a weight, in force until its next update."""
+@dataclass(slots=True)
+class Values:
+    """u, v and sigma that hold for more than one forward: given by a group, or kept in eval."""
 
     weight: Tensor
+    pointer: int  # to the weight's memory, as it was
     u: Tensor
     v: Tensor
-    sigma: Tensor  # [blocks]
+    sigma: Tensor  # [1], or [blocks]
+    inverse: float | None = None  # 1 / d of `current`, 0 where that is 0, once somebody has asked
+    transposed: Tensor | None = None  # the weight's view [in, out], likewise
 
 
 @dataclass
@@ -47,11 +50,11 @@ class Book:
     unseeded: bool = False  # u, v not yet drawn (a meta weight)
     unverified: bool = False  # u, v not yet seen beside this weight (just loaded, or assigned to)
     seen: tuple[Any, ...] | None = None  # what the last verification in eval looked at
-    kept: UVSigma | None = None  # of that one, where sigma is computed once per weight version
+    kept: Values | None = None  # of that one, where sigma is computed once per weight version
     compiled: bool = False  # written by torch.compile, read by nobody
     forwards: Forwards = field(default_factory=Forwards)  # that a recomputation may ask for
-    given: Given | None = None
-    group: Any = None  # a weak reference to the SpectralNormGroup that gives
+    given: Values | None = None  # by `group`, in force until its next update
+    group: Any = None  # a weak reference to a SpectralNormGroup
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Book:
         # No group updates a copy, and no graph leads to it.
@@ -138,6 +141,8 @@ class SpectralState(nn.Module):
                 self.scale = nn.Parameter(torch.ones((), dtype=dtype, device=weight.device))
             else:
                 self.register_parameter("scale", None)
+            # one sigma by which all of a matrix is divided
+            self.is_simple = blocks is None and ndim == 2 and dim == 0 and not learnable_scale
             if ndim > 1:
                 parts = self.matrices(weight.detach())
                 b = min(n_vectors, *(max(1, min(x.shape)) for x in parts))
@@ -420,11 +425,12 @@ class SpectralState(nn.Module):
         kept = book.kept
         if kept is None:
             with torch.inference_mode(False):  # it may serve in training's graphs later
-                kept = book.kept = self._bilinear(parts, u, v, direct)
-        return kept
+                values = self._bilinear(parts, u, v, direct)
+            kept = book.kept = Values(weight, weight.data_ptr(), *values)
+        return kept.u, kept.v, kept.sigma
 
     @left_to_python
-    def _given(self) -> Given | None:
+    def _given(self) -> Values | None:
         """What the group has computed, if it is in force here."""
         book = self._book
         if book.given is None and not torch.compiler.is_compiling():
@@ -432,6 +438,36 @@ class SpectralState(nn.Module):
             if group is not None and group.serves:
                 group.serve()
         return book.given
+
+    def ready(self, weight: Tensor) -> Values | None:
+        """The values of this forward if they are known already, for a matrix on the CPU and without gradients.
+
+        Then a forward is one call of torch, and the rest of this file would take longer than a small layer's product.
+        """
+        if not is_untraced() or recomputation.here() is not None:
+            return None
+        book = self._book
+        if self.training:
+            values = book.given
+        else:
+            values = book.kept
+            u, v = self._buffers["_u"], self._buffers["_v"]
+            assert u is not None
+            assert v is not None
+            if values is not None and book.seen != self._eye(weight, u, v):
+                return None
+        if values is None or values.weight is not weight or values.pointer != weight.data_ptr():
+            return None
+        if values.inverse is None:
+            if not (is_ordinary(weight) and weight.is_cpu):
+                return None
+            d = values.sigma.item()
+            if self.bound is not None:
+                d = d / self.bound if not d <= self.bound else 1.0
+            values.inverse = 1 / d if d else 0.0
+            if values.transposed is None:
+                values.transposed = weight.detach().t()
+        return values
 
     def _eye(self, weight: Tensor, u: Tensor, v: Tensor) -> tuple[Any, ...]:
         """What tells one state of the weight in eval from another, without reading all of it."""
