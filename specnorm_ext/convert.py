@@ -71,7 +71,9 @@ class _Weight:
             return "plain"
         if isinstance(self.entry, OldHook):
             return "torch.nn.utils.spectral_norm"
-        return f"{type(self.entry).__module__.removesuffix('s')}"
+        if isinstance(self.entry, TorchEntry):
+            return "torch.nn.utils.parametrizations.spectral_norm"
+        return "specnorm_ext.spectral_norm"
 
     @property
     def plist(self) -> Any:

@@ -163,7 +163,7 @@ def remove(model: nn.Module) -> nn.Module:
             drop_hooks(module, lambda x: x is layers._verify_loaded)
             module.__class__ = PLAIN[type(module)]
             module.register_parameter("weight", _holding(weight, value, counts[id(weight)]))
-            log.info("remove: %s to %s", name, type(module).__name__)
+            log.info("remove: %s to %s", f"{name}.weight".lstrip("."), type(module).__name__)
         for name, module, key, plist in parametrized:
             value = _value_in_eval(plist)
             strip_parametrizations(module, key)
@@ -174,7 +174,7 @@ def remove(model: nn.Module) -> nn.Module:
                 module.register_parameter(key, held)
             else:
                 module.register_buffer(key, value)
-            log.info("remove: %s.%s to a plain tensor", name, key)
+            log.info("remove: %s to a plain tensor", f"{name}.{key}".lstrip("."))
         settle_groups([x for x in groups if x is not None])
         for module in model.modules():
             if any(is_group_hook(x) for x in module._forward_pre_hooks.values()) and not any(

@@ -229,7 +229,7 @@ def test_the_log_names_what_was_done(caplog) -> None:
     with caplog.at_level(logging.INFO, "specnorm_ext"):
         remove(convert(model))
     assert [r.getMessage() for r in caplog.records] == [
-        "convert: 0.weight, torch.nn.utils.parametrization, to SpectralLinear",
+        "convert: 0.weight, torch.nn.utils.parametrizations.spectral_norm, to SpectralLinear",
         "convert: 1.weight_hh, torch.nn.utils.spectral_norm, to the parametrization",
         "remove: 0.weight to Linear",
         "remove: 1.weight_hh to a plain tensor",
