@@ -23,6 +23,7 @@ from . import _linear_blocks as _linear_blocks
 from . import _ops as _ops
 from . import functional, reference
 from .blocks import Blocks
+from .convert import convert
 from .estimate import Estimate, spectral_norms
 from .group import SpectralNormGroup
 from .layers import (
@@ -36,6 +37,7 @@ from .layers import (
     SpectralLinear,
 )
 from .parametrizations import spectral_norm
+from .removal import remove
 
 
 def build_info() -> dict[str, object]:
@@ -70,8 +72,10 @@ __all__ = [
     "SpectralLinear",
     "SpectralNormGroup",
     "build_info",
+    "convert",
     "functional",
     "reference",
+    "remove",
     "spectral_norm",
     "spectral_norms",
 ]

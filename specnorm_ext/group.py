@@ -54,20 +54,30 @@ class _Call:
         self.us: list[Tensor] = []
         self.vs: list[Tensor] = []
         self.counts: list[int] = []  # matrices of each member
+        self.copied: list[tuple[int, int, _Member]] = []  # matrices that are no views (dim = 1)
         self.shapes: list[torch.Size] = []  # of u and v of each member, in turn
         for x in members:
             weight, state = x.parameters[x.key], x.state
             x.u, x.v = state.place(weight)
             x.values = Values(weight, weight.data_ptr(), x.u, x.v, x.u)
-            parts = state.matrices(weight.detach())
+            parts, us, vs = state.iterated(state.matrices(weight.detach()), x.u, x.v)
+            memory = weight.untyped_storage().data_ptr()
+            if any(p.untyped_storage().data_ptr() != memory for p in parts):
+                self.copied.append((len(self.matrices), len(self.matrices) + len(parts), x))
             self.matrices += parts
-            self.us += state._us(x.u)
-            self.vs += state._vs(x.v)
+            self.us += us
+            self.vs += vs
             self.counts.append(len(parts))
             self.shapes += [x.u.shape, x.v.shape]
         self.sizes = [s.numel() for s in self.shapes]
         self.one_column = all(len(s) == 1 for s in self.shapes)
         self.one_each = all(k == 1 for k in self.counts)
+
+    def refresh(self) -> None:
+        """What was copied from the weights follows them."""
+        for i, j, x in self.copied:
+            parts = x.state.matrices(x.parameters[x.key].detach())
+            self.matrices[i:j] = [w.mT for w in parts] if x.state.v_first else parts
 
     def run(self, keep: bool) -> None:
         """Iterate, and give each member what came of it; `keep`: out of reach of the next iteration."""
@@ -128,6 +138,11 @@ class _RootHook:
                 return  # its owner has seen to it
             group = self.link.group = SpectralNormGroup(module, "manual")
         group._before_forward()
+
+
+def is_group_hook(hook: Any) -> bool:
+    """Whether a hook of a module is a group's."""
+    return isinstance(hook, _RootHook)
 
 
 class _StepHook:
@@ -293,6 +308,11 @@ class SpectralNormGroup:
         self._members = [known.get(i, m) for i, m in found.items()]
         self._standalone = states.standalone_forwards
 
+    def rescan(self) -> None:
+        """For what changes layers of the model (convert.py)."""
+        if self._root() is not None:
+            self._scan()
+
     def _look(self) -> list[_Member]:
         """The members, among them those that were added since."""
         if self._standalone != states.standalone_forwards:
@@ -302,6 +322,8 @@ class SpectralNormGroup:
     def _arranged(self, members: list[_Member]) -> list[_Call]:
         """`members` as calls of the op, with u and v that fit their weights."""
         if members == self._called and all([m.is_as_seen() for m in members]):  # noqa: C419  (quicker)
+            for call in self._calls:
+                call.refresh()
             return self._calls
         usable = [m for m in members if is_ordinary(m.parameters.get(m.key))]
         calls: dict[Any, list[_Member]] = {}

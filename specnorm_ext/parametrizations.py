@@ -80,6 +80,13 @@ def _verify_loaded(module: nn.Module, _incompatible: Any) -> None:
         own.verify_loaded(plist.original)
 
 
+def follow_loading(module: nn.Module) -> None:
+    """Checkpoints of the old API load, and u and v are looked at after loading."""
+    if _verify_loaded not in module._load_state_dict_post_hooks.values():
+        module.register_load_state_dict_post_hook(_verify_loaded)
+        module.register_load_state_dict_pre_hook(_read_old_keys)
+
+
 def _shared_with(weight: Tensor, module: nn.Module) -> nn.Module | None:
     """Another module that holds this very Parameter, if any, or this one if it does so under two names.
 
@@ -237,9 +244,7 @@ def spectral_norm(
     with torch.inference_mode(weight.is_inference()):
         parametrize.register_parametrization(module, name, parametrization)
     parametrization._book.registered = True
-    if _verify_loaded not in module._load_state_dict_post_hooks.values():
-        module.register_load_state_dict_post_hook(_verify_loaded)
-        module.register_load_state_dict_pre_hook(_read_old_keys)
+    follow_loading(module)
     return module
 
 

@@ -74,6 +74,8 @@ class SpectralState(nn.Module):
     _u: Tensor  # [m] or [m, b], the blocks' beneath each other
     _v: Tensor  # [n] or [n, b]; with blocks [blocks, n] or [blocks, n, b]
     owner = "spectral_norm"
+    # v = W^T u, then u = W v, as the old torch.nn.utils.spectral_norm does (convert.py)
+    v_first = False
 
     def __init__(
         self,
@@ -175,6 +177,8 @@ class SpectralState(nn.Module):
             parts.append("detach_sigma=True")
         if self.blocks is not None:
             parts.append(f"blocks={self.blocks}")
+        if self.v_first:
+            parts.append("v_first=True")
         return parts
 
     @property
@@ -213,6 +217,14 @@ class SpectralState(nn.Module):
 
     def _vs(self, v: Tensor) -> list[Tensor]:
         return [v] if self.blocks is None else list(v.unbind(0))
+
+    def iterated(
+        self, parts: list[Tensor], u: Tensor, v: Tensor
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """The three lists that power_iteration_ takes."""
+        us, vs = self._us(u), self._vs(v)
+        # W^T has the same singular vectors, the other way round.
+        return ([x.mT for x in parts], vs, us) if self.v_first else (parts, us, vs)
 
     def _tensor(self, matrix: Tensor, weight: Tensor) -> Tensor:
         """The inverse of _matrix, in `weight`'s shape."""
@@ -399,7 +411,7 @@ class SpectralState(nn.Module):
                 global standalone_forwards
                 standalone_forwards += 1
             run = _ops.power_iteration_direct if direct else torch.ops.specnorm_ext.power_iteration_
-            return u, v, run(parts, self._us(u), self._vs(v), self.n_power_iterations, self.eps)
+            return u, v, run(*self.iterated(parts, u, v), self.n_power_iterations, self.eps)
         if not plain:
             return self._bilinear(parts, u, v, False)
         # Outside training nothing iterates, so whatever has changed since the last look is looked at.
@@ -616,18 +628,16 @@ class SpectralState(nn.Module):
                 loaded = state_dict.get(prefix + name)
                 own = self._buffers[name]
                 if isinstance(loaded, Tensor) and own is not None:
-                    state_dict[prefix + name] = self._fit_columns(name, loaded, own)
+                    state_dict[prefix + name] = self.fit_columns(name, loaded, own)
             if prefix + "_u" in state_dict and prefix + "_v" in state_dict:
                 self._book.unseeded = False
             self._book.unverified = True
             self.forget()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _fit_columns(self, name: str, loaded: Tensor, own: Tensor) -> Tensor:
+    def fit_columns(self, name: str, loaded: Tensor, own: Tensor) -> Tensor:
         """A checkpoint's u or v with another number of columns: the leading ones kept, missing ones drawn."""
-        lead = (
-            2 if name == "_v" and self.blocks is not None else 1
-        )  # dimensions before the columns'
+        lead = 1 + (name == "_v" and self.blocks is not None)  # dimensions before the columns'
         fits = loaded.shape[:lead] == own.shape[:lead] and loaded.dim() - lead in (0, 1)
         if loaded.shape == own.shape or not fits:
             return loaded

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import specnorm_ext
-from specnorm_ext import SpectralConv2d, SpectralLinear, SpectralNormGroup, _ops, spectral_norm
+from specnorm_ext import (
+    SpectralConv2d,
+    SpectralConvTranspose2d,
+    SpectralLinear,
+    SpectralNormGroup,
+    _ops,
+    spectral_norm,
+)
 
 F64 = torch.float64
 
@@ -546,3 +553,17 @@ def test_messages(name):
 
 def test_is_exported():
     assert specnorm_ext.SpectralNormGroup is SpectralNormGroup
+
+
+def test_a_weight_that_has_no_matrix_view_is_read_anew_at_each_update() -> None:
+    """A transposed convolution's matrix is a copy."""
+    torch.manual_seed(0)
+    model = nn.Sequential(SpectralConvTranspose2d(3, 8, 4))
+    group = SpectralNormGroup(model)
+    group.update()
+    with torch.no_grad():
+        model[0].weight.mul_(10)
+    group.update()
+    sigma = model[0].spectral._book.given.sigma
+    torch.testing.assert_close(sigma[0], model[0].sigma)
+    torch.testing.assert_close(group.sigmas()["0.weight"], model[0].sigma)
