@@ -1,6 +1,6 @@
 """What the CUDA kernels compute on a real device, by every strategy, against float64, the CPU op and reference.py.
 
-tests/test_cuda_on_host.py runs the same kernels in an emulation on every commit; test_cuda_runtime.py has streams,
+tests/test_cuda_on_host_*.py run the same kernels in an emulation on every commit; test_cuda_runtime.py has streams,
 graphs, layers and sizes. Both are skipped where there is no GPU; bench/gpu_check.sh runs them where there is one.
 """
 

@@ -1,5 +1,5 @@
 // Runs the CUDA launchers of csrc/*_cuda.cu on the emulated device: cases come in on stdin, results
-// go out on stdout, in the layout that tests/test_cuda_on_host.py (class Runner) writes and reads.
+// go out on stdout, in the layout that host_runner.py (class Runner) writes and reads.
 //
 // A case is run once for each order it names, from the same inputs; all runs must give the same
 // bits. Every buffer is an allocation of exactly its size, and so is the workspace, filled with NaN
