@@ -37,12 +37,6 @@ struct StreamParams {
   DeviceItem items[kItems];
 };
 
-__device__ __forceinline__ int item_of_block(const StreamParams& p) {
-  int which = 0;
-  while (which + 1 < p.count && p.items[which + 1].first_block <= int(blockIdx.x)) ++which;
-  return which;
-}
-
 // Stored by rows a matrix has n_iterations passes, by columns one more.
 __device__ __forceinline__ bool set_phase(bool by_columns, int pass, int n_iterations, int* phase,
                                           int* left) {
@@ -77,7 +71,7 @@ template <class S, int B>
 __global__ void __launch_bounds__(kThreads, 1)
     stream_pass_any(const __grid_constant__ StreamParams p) {
   using C = typename Elem<S>::C;
-  const DeviceItem& item = p.items[item_of_block(p)];
+  const DeviceItem& item = p.items[item_of_block(p.items, p.count)];
   Solver<S, B> s;
   set_up(&s, p, item, reinterpret_cast<Fixed<C>*>(dynamic_shared()));
   if (!set_phase(s.by_columns, p.pass, p.n_iterations, &s.phase, &s.left) || s.header->failed)
@@ -113,7 +107,7 @@ __global__ void __launch_bounds__(T::threads, T::blocks)
     stream_pass_rows(const __grid_constant__ StreamParams p) {
   using C = typename Elem<S>::C;
   constexpr int kPack = Packed<S>::count, kWarps = T::threads / 32;
-  const DeviceItem& item = p.items[item_of_block(p)];
+  const DeviceItem& item = p.items[item_of_block(p.items, p.count)];
   bool by_columns;
   const Rows<S> x = stored_rows<S>(item.weight, &by_columns);
   const Layout layout = layout_of(x.rows, x.length, 1, 0, sizeof(C));

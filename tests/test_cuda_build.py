@@ -27,7 +27,8 @@ ARCHITECTURES = ("sm_80", "sm_90")
 # what spills there; smaller blocks, the remedy, would have to be measured against it).
 HOT = (
     r"power_iteration_team<\S+, 1,", r"stream_pass_rows<", r"stream_pass_any<\S+, 1>", r"stream_reduce<",
-    r"sigma_tiles<", r"normalize_divide<", r"normalize_inner<", r"normalize_update<",
+    r"sigma_tiles<", r"sigma_finish<", r"normalize_divide<", r"normalize_inner<", r"normalize_update<",
+    r"normalize_gradient<",
 )  # fmt: skip
 
 pytestmark = pytest.mark.skipif(

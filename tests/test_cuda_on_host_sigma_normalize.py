@@ -21,7 +21,7 @@ from cuda_on_host.cases import (
     rotate,
     states,
 )
-from cuda_on_host.host_runner import ALL_ORDERS, H200, LaunchError
+from cuda_on_host.host_runner import ALL_ORDERS, H200, TURING, LaunchError
 from helpers import (
     BF16,
     DTYPES,
@@ -260,8 +260,91 @@ def test_normalize_backward_at_any_scale(runner, dtype):
 
 
 @needs("normalize_backward")
-def test_normalize_backward_without_a_workspace(runner):
+def test_no_workspace(runner):
+    """The message names the op, the bytes that were asked for, and what to do."""
     w = random_weight(300, 301)
     u, v = start(w)
-    with pytest.raises(LaunchError, match="out of memory"):
-        runner.normalize_backward([w], [w], [u], [v], torch.ones(1), workspace_fails=True)
+    options = {"device": TURING, "workspace_fails": True}
+    text = (
+        "{}: expected to allocate a workspace of {} bytes for {} of shape [300, 301], on cuda:0, got no memory: "
+        "out of memory; pass fewer weights a call, or free memory of the device"
+    )
+    with pytest.raises(LaunchError) as caught:
+        runner.normalize_backward([w], [w], [u], [v], torch.ones(1), **options)
+    tiles = 8  # float64 sums
+    assert str(caught.value) == text.format(
+        "normalize_backward", tiles * 8, "a weight of torch.float32"
+    )
+    with pytest.raises(LaunchError) as caught:
+        runner.sigma([w.double(), w.double()], [u.double()] * 2, [v.double()] * 2, **options)
+    tiles = 2 * 8  # of four sums
+    assert str(caught.value) == text.format(
+        "sigma", tiles * 4 * 8, "2 weights of torch.float64, the first"
+    )
+
+
+# ---- launches ---------------------------------------------------------------------------------------------------
+
+# SN-GAN's discriminator for CIFAR (bench/bench_cuda.py), and one matrix that a cluster does not hold.
+SN_GAN = ((128, 27), *[(128, 1152)] * 7, (128, 3), (128, 128), (1, 128))
+LARGE = (700, 400)
+
+
+def all_three(runner, ws, gs, us, vs, **options):
+    """sigma, W / sigma and its gradient, and how many launches each took."""
+    launches = []
+    sigma = runner.sigma(ws, us, vs, **options)
+    launches.append(runner.stats.launches)
+    scale = torch.ones_like(sigma)
+    ys = runner.normalize(ws, us, vs, scale, **options)
+    launches.append(runner.stats.launches)
+    ds = runner.normalize_backward(gs, ws, us, vs, scale, **options)
+    return [sigma, *ys, *ds], [*launches, runner.stats.launches]
+
+
+def problem(shapes, dtype):
+    ws = [random_weight(*s, dtype, seed=i) for i, s in enumerate(shapes)]
+    gs = [random_weight(*s, dtype, seed=100 + i) for i, s in enumerate(shapes)]
+    return ws, gs, *states(ws)
+
+
+@needs("normalize_backward")
+def test_one_launch_for_all_layers(runner):
+    """Where a cluster holds what a matrix's blocks have to tell each other; without clusters sums of several blocks
+    take a second launch."""
+    small = problem([(1 + i % 7, 1 + i % 5) for i in range(200)], BF16)
+    assert all_three(runner, *small)[1] == [1, 1, 1]
+    assert all_three(runner, *small, device=TURING)[1] == [1, 1, 1]
+    layers = problem(SN_GAN, F32)
+    assert all_three(runner, *layers)[1] == [1, 1, 1]
+    assert all_three(runner, *layers, device=TURING)[1] == [2, 1, 2]
+    assert all_three(runner, *problem((LARGE, (128, 27)), BF16))[1] == [1, 1, 1]
+    assert all_three(runner, *problem((LARGE, (3, 5)), F32))[1] == [2, 1, 2]
+    many = problem([(3, 2)] * 400, F16)
+    assert max(all_three(runner, *many)[1]) == 2  # past what one launch's parameters hold
+
+
+@needs("normalize_backward")
+@each_dtype
+def test_the_same_bits_by_one_launch_or_two_and_in_any_list(runner, dtype):
+    """Tiles and the order of their sums are the matrix's own."""
+    shapes = ((97, 130), (1, 1), (128, 600), (33, 1000), (300, 301))
+    ws, gs, us, vs = problem(shapes, dtype)
+    got, launches = all_three(runner, ws, gs, us, vs)
+    assert launches == [1, 1, 1]
+    expected, launches = all_three(runner, ws, gs, us, vs, device=TURING)
+    assert launches == [2, 1, 2]
+    assert all(same_bits(x, y) for x, y in zip(got, expected, strict=True))
+    large = problem(((0, 5), (900, 700), (5, 0)), dtype)
+    longer, launches = all_three(
+        runner, *([*a, *b] for a, b in zip(large, (ws, gs, us, vs), strict=True))
+    )
+    assert launches == [2, 1, 2]
+    assert same_bits(longer[0][3:], got[0])
+    count = len(shapes)
+    assert all(same_bits(x, y) for x, y in zip(longer[4 : 4 + count], got[1:], strict=False))
+    assert all(same_bits(x, y) for x, y in zip(longer[-count:], got[-count:], strict=True))
+    check_sigma(large[0][1], large[2][1], large[3][1], longer[0][1])
+    check_backward(
+        longer[-count - 2], *(xs[1] for xs in (large[1], large[0], large[2], large[3])), 1.0
+    )
