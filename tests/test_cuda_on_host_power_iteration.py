@@ -200,6 +200,40 @@ def test_every_cut_of_the_streaming_pass(runner, dtype, layout):
 
 
 @needs("power_iteration")
+@each_dtype
+def test_tall_and_narrow_when_streaming(runner, dtype):
+    """Rows of 1 to 9 elements in several tiles; in a list with others, a zero and a NaN one among them."""
+    for i, n in enumerate((1, 2, 3, 5, 8, 9)):
+        w = random_weight(40000 // n, n, dtype)
+        layout = rotate(("contiguous", "2nd_row_3rd_column", "unaligned"), i + hashed(dtype))
+        check_one(runner, ALL_LAYOUTS[layout](w), strategy="stream")
+        if i % 2:
+            check_one(runner, w.mT, strategy="stream")
+        else:
+            v1, v = (start(w)[1] for _ in range(2))
+            u = torch.zeros(len(w), dtype=v.dtype)
+            runner.power_iteration_([w], [u], [v1], strategy="stream")
+            sigma = runner.power_iteration_([w], [u], [v], 2, strategy="stream")
+            check_step(w, v1, u, v, sigma[0], true_norm(w))
+    ws = [
+        random_weight(m, n, dtype, seed=m)
+        for m, n in ((20000, 3), (97, 130), (9000, 7), (400, 2), (33, 8))
+    ]
+    ws[3].zero_()
+    ws[4][31, 2] = torch.nan
+    us, vs = states(ws)
+    before = [(u.clone(), v.clone()) for u, v in zip(us, vs, strict=True)]
+    sigma = runner.power_iteration_(ws, us, vs, strategy="stream")
+    for w, u, v, s, (_, v0) in list(zip(ws, us, vs, sigma, before, strict=True))[:3]:
+        check_step(w, v0, u, v, s, true_norm(w))
+    assert sigma[3] == 0
+    assert sigma[4].isnan()
+    for u, v, (u0, v0) in list(zip(us, vs, before, strict=True))[3:]:
+        assert same_bits(u, u0)
+        assert same_bits(v, v0)
+
+
+@needs("power_iteration")
 @each_strategy
 def test_no_workspace(runner, strategy):
     """Out of memory is a status, and nothing has been written."""

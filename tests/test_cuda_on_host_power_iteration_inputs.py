@@ -286,3 +286,44 @@ def test_views(runner, strategy, b):
         assert abs(s.item() - norm) <= tolerance("sigma", dtype, 50) * norm
     hankel = torch.randn(40, dtype=F64).as_strided((20, 21), (1, 1))
     check_one(runner, hankel, strategy=strategy)
+
+
+def switches_of(runner, w, b, scale, dtype, n_iterations=2):
+    """What a call costs in the emulation, which is the same number each time; its result is checked."""
+    ws = [(w * scale).to(dtype)]
+    us, vs = states(ws, b)
+    v0 = vs[0].clone()
+    sigma = runner.power_iteration_(ws, us, vs, 1, strategy="stream")
+    check_scaled(ws[0], v0, us[0], vs[0], sigma[0])
+    us, vs = states(ws, b)
+    runner.power_iteration_(ws, us, vs, n_iterations, strategy="stream")
+    return runner.stats.switches
+
+
+@needs("power_iteration")
+@pytest.mark.parametrize("b", [None, 2])
+def test_scale_alone_costs_nothing_when_streaming(runner, b):
+    """It is found from a sample, and all blocks go on: one block alone would take a hundred times longer on a GPU."""
+    for i, dtype in enumerate((F32, F64, BF16)):
+        layout = ALL_LAYOUTS[("contiguous", "transposed", "unaligned")[i]]
+        w = layout(random_weight(64, 128, F64))
+        plain = switches_of(runner, w, b, 1.0, dtype)
+        for scale in SCALES[dtype][:: 2 if b is None else 3]:
+            if (w * scale * 8).to(dtype).isfinite().all() and scale >= torch.finfo(dtype).tiny:
+                assert switches_of(runner, w, b, scale, dtype) <= 1.02 * plain, scale
+
+
+@needs("power_iteration")
+@pytest.mark.parametrize("b", [None, 2])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_what_a_sample_misses_when_streaming(runner, layout, b):
+    """Nearly everything zero, tiny or huge: the largest element, which decides the scale, is one of 40,000."""
+    scales = ((0.0, 1e-25), (0.0, 1e30), (1e-20, 1e20), (1e-36, 1.0), (1.0, 1e36), (1e20, 1e38))
+    for background, spike in scales:
+        w = random_weight(200, 200, F64).clamp(-3, 3) * background
+        w[131, 57] = spike
+        w = ALL_LAYOUTS[layout](w.float())
+        u, v = start(w, b)
+        v0 = v.clone()
+        sigma = runner.power_iteration_([w], [u], [v], strategy="stream")
+        check_scaled(w, v0, u, v, sigma[0])

@@ -285,8 +285,8 @@ def test_no_workspace(runner):
 
 # ---- launches ---------------------------------------------------------------------------------------------------
 
-# SN-GAN's discriminator for CIFAR (bench/bench_cuda.py), and one matrix that a cluster does not hold.
-SN_GAN = ((128, 27), *[(128, 1152)] * 7, (128, 3), (128, 128), (1, 128))
+# The shapes in an SN-GAN's discriminator for CIFAR (bench/bench_cuda.py), and one that a cluster does not hold.
+SN_GAN = ((128, 27), (128, 1152), (128, 3), (128, 128), (1, 128))
 LARGE = (700, 400)
 
 
@@ -312,7 +312,7 @@ def problem(shapes, dtype):
 def test_one_launch_for_all_layers(runner):
     """Where a cluster holds what a matrix's blocks have to tell each other; without clusters sums of several blocks
     take a second launch."""
-    small = problem([(1 + i % 7, 1 + i % 5) for i in range(200)], BF16)
+    small = problem([(1 + i % 7, 1 + i % 5) for i in range(100)], BF16)
     assert all_three(runner, *small)[1] == [1, 1, 1]
     assert all_three(runner, *small, device=TURING)[1] == [1, 1, 1]
     layers = problem(SN_GAN, F32)
@@ -320,7 +320,7 @@ def test_one_launch_for_all_layers(runner):
     assert all_three(runner, *layers, device=TURING)[1] == [2, 1, 2]
     assert all_three(runner, *problem((LARGE, (128, 27)), BF16))[1] == [1, 1, 1]
     assert all_three(runner, *problem((LARGE, (3, 5)), F32))[1] == [2, 1, 2]
-    many = problem([(3, 2)] * 400, F16)
+    many = problem([(3, 2)] * 380, F16)
     assert max(all_three(runner, *many)[1]) == 2  # past what one launch's parameters hold
 
 
@@ -328,7 +328,7 @@ def test_one_launch_for_all_layers(runner):
 @each_dtype
 def test_the_same_bits_by_one_launch_or_two_and_in_any_list(runner, dtype):
     """Tiles and the order of their sums are the matrix's own."""
-    shapes = ((97, 130), (1, 1), (128, 600), (33, 1000), (300, 301))
+    shapes = ((97, 130), (1, 1), (33, 1000), (200, 301))
     ws, gs, us, vs = problem(shapes, dtype)
     got, launches = all_three(runner, ws, gs, us, vs)
     assert launches == [1, 1, 1]
