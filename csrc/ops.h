@@ -43,6 +43,11 @@ std::vector<Tensor> normalize_backward_cuda_op(const std::vector<Tensor>& grads,
                                                const std::vector<Tensor>& u,
                                                const std::vector<Tensor>& v, const Tensor& sigma);
 
+// sigma [len(weights)] for weights of that dtype, at least one.
+inline Tensor new_sigma(const std::vector<Tensor>& weights, ScalarType dtype) {
+  return torch::stable::new_empty(weights[0], {int64_t(weights.size())}, state_dtype(dtype));
+}
+
 // sigma of an empty list: float32 on the CPU, since there is no weight to ask.
 inline Tensor empty_sigma() {
   return torch::stable::empty({0}, ScalarType::Float);
