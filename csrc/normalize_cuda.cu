@@ -153,7 +153,7 @@ __device__ __forceinline__ void for_packs(const TileItem& item, int64_t tile, Lo
   const int64_t per_row = (item.walk.length + kPack - 1) / kPack;
   const int64_t all = item.walk.rows * per_row;
   const int64_t per = (all + item.blocks - 1) / item.blocks;
-  const int64_t q0 = tile * per;  // (blocks of a cluster past the matrix's own have no packs)
+  const int64_t q0 = tile * per;
   const int64_t q1 = q0 + per < all ? q0 + per : all;
   for (int64_t base = q0 + threadIdx.x; base < q1; base += kAhead * kThreads) {
     int64_t row[kAhead], column[kAhead];
@@ -294,10 +294,14 @@ __global__ void __launch_bounds__(kThreads)
   const C sigma = static_cast<const C*>(p.sigma)[item.index];
   const int64_t tile = int64_t(blockIdx.x) - item.first_block;
   double* own = reinterpret_cast<double*>(dynamic_shared()) + 32;
-  const double part = inner_of_tile<S>(item, tile, sigma);
-  if (threadIdx.x == 0) *own = part;
+  const bool idle = tile >= item.blocks;  // the cluster is as wide as the largest matrix needs
+  if (!idle) {
+    const double part = inner_of_tile<S>(item, tile, sigma);
+    if (threadIdx.x == 0) *own = part;
+  }
   cluster_sync();
-  update_tile<S>(item, tile, sigma, [&](int k) { return *cluster_map(own, unsigned(k)); });
+  if (!idle)
+    update_tile<S>(item, tile, sigma, [&](int k) { return *cluster_map(own, unsigned(k)); });
   cluster_sync();  // the others' shared memory is there until it has been read
 }
 

@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   double* scratch = reinterpret_cast<double*>(dynamic_shared());
   double* own = p.cluster ? scratch + 32 : p.partial + int64_t(blockIdx.x) * kSums;
-  for (int k = 0; k < kSums; ++k) {
+  for (int k = 0; k < kSums && tile < item.blocks; ++k) {
     const double total = k == 3 ? block_max(sums[k], scratch) : block_sum(sums[k], scratch);
     if (threadIdx.x == 0) own[k] = total;
   }
