@@ -289,10 +289,12 @@ struct Solver {
   __device__ bool acceptable(double size, double unit) const {
     if (!finite(size)) return false;
     if (rescaled) return size > eps * (top * unit) && size > 0;
+    const double plain = sampled ? size / unit : size;
+    const bool in_range = plain >= Range<C>::low && plain <= Range<C>::high;
     // An element that the sample has missed may be far larger: no upper end, since W v and W^T t
-    // past the largest float are seen to be.
-    if (sampled) return size > eps * (top * unit) && size >= Range<C>::low;
-    return size >= Range<C>::low && size <= Range<C>::high;
+    // past the largest float are seen to be. eps counts where it does without a sample.
+    if (sampled) return size >= Range<C>::low && (in_range || size > eps * (top * unit));
+    return in_range;
   }
   __device__ void write_sigma(double value) {
     // A float32 matrix near 1e38 can have a norm past FLT_MAX; the nearest finite number keeps

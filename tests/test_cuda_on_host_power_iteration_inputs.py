@@ -249,6 +249,11 @@ def test_eps(runner, strategy):
         # kept: what it is, or what one iteration makes of the jitter (2^-24 of the norm beside 2^-13)
         assert all(2.0**-13.001 <= s <= 2.0**-9 for s in results[0])
         assert all(0.5 < s <= 1 + 1e-6 for s in results[1])
+    # |W v| = 2^-43 lies in the plain range, where eps does not count, though max |W| is 2^-35
+    w = torch.diag(torch.tensor([2.0**-35, 2.0**-43]))
+    u, v = torch.zeros(2), torch.tensor([0.0, 1.0])
+    sigma = runner.power_iteration_([w], [u], [v], 1, 1e-2, strategy=strategy)[0]
+    assert 2.0**-43.001 <= sigma <= 2.0**-42
 
 
 @needs("power_iteration")
