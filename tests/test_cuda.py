@@ -22,7 +22,9 @@ from helpers import (
     check_step,
     eps_of,
     exact_step,
+    fits,
     iterations_to,
+    lead,
     matrix_with_spectrum,
     normalize_backward_bound,
     random_weight,
@@ -64,14 +66,6 @@ SHAPES = ((1, 1), (1, 1000), (1000, 1), (31, 33), (97, 200), (130, 257))
 
 def all_on_device(*lists):
     return [[on_device(x) for x in xs] for xs in lists]
-
-
-def fits(shape, b):
-    return b is None or b <= min(shape)
-
-
-def lead(x):
-    return x if x.dim() == 1 else x[:, 0]
 
 
 def step_on_device(w, u0, v0, n_iterations=1):

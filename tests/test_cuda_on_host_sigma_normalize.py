@@ -16,7 +16,6 @@ from cuda_on_host.cases import (
     each_dtype,
     every_shape_and_layout,
     hashed,
-    lead,
     needs,
     rotate,
     states,
@@ -30,6 +29,8 @@ from helpers import (
     F64,
     LAYOUTS,
     eps_of,
+    exact_backward,
+    lead,
     normalize_backward_bound,
     random_weight,
     same_bits,
@@ -197,8 +198,7 @@ def test_normalize_and_backward_of_zero_sigma_nan_and_long_lists(runner):
 
 
 def check_backward(got, g, w, u, v, s):
-    g64, w64, a, b = (x.double() for x in (g, w, lead(u), lead(v)))
-    exact = (g64 - (g64 * w64).sum() / s * torch.outer(a, b)) / s
+    exact = exact_backward(g, w, u, v, s)
     bound = normalize_backward_bound(g, w, lead(u), lead(v), s)
     assert ((got.double() - exact).abs() <= bound).all()
 

@@ -86,10 +86,6 @@ def states(ws, b=None, seed=0):
     return us, vs
 
 
-def lead(x):
-    return x if x.dim() == 1 else x[:, 0]
-
-
 def every_shape_and_layout(dtype, seed=0):
     """All SHAPES in all layouts, each pair for some dtype."""
     return [
