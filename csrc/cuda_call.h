@@ -27,6 +27,12 @@ struct CudaStatus {
   int code;
   const char* kernel;
   const char* cause;
+  int64_t bytes = 0;  // of kNoWorkspace
 };
+
+constexpr int kNoWorkspace = -1;  // no code of the CUDA runtime
+inline CudaStatus no_workspace(int64_t bytes) {
+  return {kNoWorkspace, "workspace", "out of memory", bytes};
+}
 
 }  // namespace specnorm

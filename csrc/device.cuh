@@ -98,6 +98,7 @@ namespace device {
 
 // ---- the device as the launchers see it --------------------------------------------------------
 
+constexpr int kDevices = 64;  // whose attributes are kept
 struct DeviceInfo {
   int device, multiprocessors, shared_per_block, major, cooperative;
 };
@@ -106,7 +107,6 @@ struct DeviceInfo {
 // Attributes are asked once per device and kept: queries are slow, though legal during graph
 // capture.
 inline cudaError_t device_info(int device, DeviceInfo* out) {
-  constexpr int kDevices = 64;
   static DeviceInfo known[kDevices];
   static bool have[kDevices];
   int current = -1;
@@ -191,18 +191,20 @@ cudaError_t occupancy(void (*kernel)(P...), int threads, int64_t shared, int* bl
   return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, threads, size_t(shared));
 }
 
+// Blocks of a cluster that every device with clusters allows.
+constexpr int64_t kMostClustered = 8;
+
 // The largest cluster of this kernel that the device can place, with that much shared memory a
 // block: GPCs differ in size between chips, and a MIG slice has few multiprocessors.
 template <class... P>
-cudaError_t largest_cluster(void (*kernel)(P...), int threads, int64_t shared, unsigned most,
-                            int* blocks) {
+cudaError_t query_cluster(void (*kernel)(P...), int threads, int64_t shared, int* blocks) {
   cudaFuncAttributes compiled;
   cudaError_t error = cudaFuncGetAttributes(&compiled, kernel);
   if (error != cudaSuccess) return error;
   *blocks = 1;
   if (compiled.ptxVersion < 90) return cudaSuccess;  // built for older devices, without clusters
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-  for (*blocks = int(most); error == cudaSuccess && *blocks > 1; *blocks /= 2) {
+  for (*blocks = int(kMostClustered); error == cudaSuccess && *blocks > 1; *blocks /= 2) {
     cudaLaunchAttribute attribute = {};
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = unsigned(*blocks);
@@ -220,9 +222,60 @@ cudaError_t largest_cluster(void (*kernel)(P...), int threads, int64_t shared, u
   return error;
 }
 
+// The same, asked once per device: `known` is the kernel's own, and 0 in it is "not yet".
+template <class... P>
+cudaError_t largest_cluster(const DeviceInfo& info, void (*kernel)(P...), int threads,
+                            int64_t shared, int (&known)[kDevices], int* blocks) {
+  *blocks = 1;
+  if (info.major < 9) return cudaSuccess;
+  if (info.device < kDevices) *blocks = __atomic_load_n(&known[info.device], __ATOMIC_RELAXED);
+  if (info.device < kDevices && *blocks > 0) return cudaSuccess;
+  const cudaError_t error = query_cluster(kernel, threads, shared, blocks);
+  if (error == cudaSuccess && info.device < kDevices)
+    __atomic_store_n(&known[info.device], *blocks, __ATOMIC_RELAXED);
+  return error;
+}
+
 inline CudaStatus status_of(cudaError_t error, const char* kernel) {
   if (error == cudaSuccess) return {0, kernel, ""};
   return {int(error), kernel, cudaGetErrorString(error)};
+}
+
+// ---- lists: one launch for many matrices -------------------------------------------------------
+
+// Bytes of a kernel's parameters, in which the items of a list travel by value. 32,764 is what nvcc
+// passes from 12.1 on, on every device that it compiles for here, to drivers from 530 on; nvcc 13
+// asks for newer drivers anyway, and only a module of nvcc 12 on a driver 525 has launches refused,
+// with an exception. Short lists take 4 KB: all bytes of the parameters are copied at each launch.
+constexpr int kFewBytes = 4096, kManyBytes = 32764;
+#if defined(CUDART_VERSION) && CUDART_VERSION < 12010
+#error "specnorm_ext: the CUDA kernels need nvcc 12.1 or newer, for parameters of 32,764 bytes"
+#endif
+
+// The item of this block: the last that begins (first_block) at or before it. Items without blocks
+// are passed over.
+template <class Item>
+__device__ __forceinline__ int item_of_block(const Item* items, int count) {
+  int low = 0, high = count;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (items[middle].first_block <= int(blockIdx.x))
+      low = middle;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+// Into how many blocks a matrix of that many bytes is cut, in tiles of whole `grain`s. From the
+// matrix alone: sums over tiles have the same bits in any list and on any device. Up to 1 MB, eight
+// blocks, which a cluster may hold; then tiles of 128 KB, eight times what a block has in flight;
+// and no more than `most` tiles, since their sums are read again.
+inline int64_t tile_bytes(int64_t bytes, int64_t grain, int64_t most) {
+  int64_t tile = (bytes + kMostClustered - 1) / kMostClustered;
+  tile = tile > (128 << 10) ? (128 << 10) : tile;
+  tile = tile < bytes / most ? bytes / most : tile;
+  return tile < grain ? grain : (tile + grain - 1) / grain * grain;
 }
 
 // ---- element types -----------------------------------------------------------------------------
@@ -237,12 +290,14 @@ struct f16 {
 // Elem<S>: how a stored element becomes the type C it is computed in.
 template <class S>
 struct Elem {
+  using Stored = S;
   using C = S;
   static __device__ __forceinline__ C get(S x) { return x; }
   static __device__ __forceinline__ S put(C x) { return x; }
 };
 template <>
 struct Elem<bf16> {
+  using Stored = bf16;
   using C = float;
   static __device__ __forceinline__ C get(bf16 x) {
     const uint32_t bits = uint32_t(x.bits) << 16;
@@ -259,10 +314,27 @@ struct Elem<bf16> {
 };
 template <>
 struct Elem<f16> {
+  using Stored = f16;
   using C = float;
   static __device__ __forceinline__ C get(f16 x) { return half_bits_to_float(x.bits); }
   static __device__ __forceinline__ f16 put(C x) { return {float_to_half_bits(x)}; }
 };
+
+// run(Elem<S>()) for the stored type S of that dtype.
+template <class F>
+CudaStatus by_dtype(DType dtype, F run) {
+  switch (dtype) {
+    case DType::f32:
+      return run(Elem<float>());
+    case DType::f64:
+      return run(Elem<double>());
+    case DType::bf16:
+      return run(Elem<bf16>());
+    case DType::f16:
+      return run(Elem<f16>());
+  }
+  return {0, "", ""};
+}
 
 // 16 bytes of elements, as one load.
 template <class S>

@@ -11,97 +11,106 @@
 
 namespace specnorm {
 
-void run_normalize_cpu(const Operands& weights, const Operands& out, const void* sigma) {
+namespace {
+
+// launch(NormalizeParams) of a list that has been checked; grads, u and v for the gradient alone.
+template <class Launch>
+void fill(const Operands& weights, const Operands& out, const void* sigma, const Operands* grads,
+          const Operands* u, const Operands* v, Launch launch) {
   std::vector<NormalizeItem> items(weights.size());
-  for (size_t i = 0; i < items.size(); ++i)
+  for (size_t i = 0; i < items.size(); ++i) {
     items[i] = {weights[i].matrix(), out[i].data, out[i].strides[0], out[i].strides[1], {}, {}, {}};
-  const NormalizeParams params{*kernel_dtype(weights[0].dtype), int64_t(items.size()), items.data(),
-                               sigma};
-  check_status("normalize", cpu_kernels().normalize(params, torch_pool()));
+    if (grads == nullptr) continue;
+    items[i].grad = (*grads)[i].matrix();
+    items[i].u = (*u)[i].vector();
+    items[i].v = (*v)[i].vector();
+  }
+  launch(
+      NormalizeParams{*kernel_dtype(weights[0].dtype), int64_t(items.size()), items.data(), sigma});
 }
 
-std::vector<Tensor> normalize_cpu_op(const std::vector<Tensor>& weights,
-                                     const std::vector<Tensor>& u, const std::vector<Tensor>& v,
-                                     const Tensor& sigma) {
-  const Operands w = operands(weights);
-  check_normalize(w, operands(u), operands(v), Operand(sigma));
+// run(out, sigma) with a matrix like each weight, and sigma's values one after the other.
+template <class Run>
+std::vector<Tensor> make_and_run(const std::vector<Tensor>& weights, const Tensor& sigma, Run run) {
   std::vector<Tensor> out;
   out.reserve(weights.size());
   if (weights.empty()) return out;
   const Tensor values = sigma.is_contiguous() ? sigma : torch::stable::clone(sigma);
   for (const Tensor& weight : weights) out.push_back(torch::stable::empty_like(weight));
-  run_normalize_cpu(w, operands(out), values.data_ptr());
+  run(operands(out), values.data_ptr());
   return out;
+}
+
+// run(weights, out, sigma)
+template <class Run>
+std::vector<Tensor> check_and_run(const std::vector<Tensor>& weights, const std::vector<Tensor>& u,
+                                  const std::vector<Tensor>& v, const Tensor& sigma, Run run) {
+  const Operands w = operands(weights);
+  check_normalize(w, operands(u), operands(v), Operand(sigma));
+  return make_and_run(weights, sigma,
+                      [&](const Operands& out, const void* values) { run(w, out, values); });
+}
+
+// launch(weights, NormalizeParams)
+template <class Launch>
+std::vector<Tensor> check_and_run_backward(const std::vector<Tensor>& grads,
+                                           const std::vector<Tensor>& weights,
+                                           const std::vector<Tensor>& u,
+                                           const std::vector<Tensor>& v, const Tensor& sigma,
+                                           Launch launch) {
+  const Operands g = operands(grads), w = operands(weights), us = operands(u), vs = operands(v);
+  check_normalize_backward(g, w, us, vs, Operand(sigma));
+  return make_and_run(weights, sigma, [&](const Operands& out, const void* values) {
+    fill(w, out, values, &g, &us, &vs, [&](const NormalizeParams& params) { launch(w, params); });
+  });
+}
+
+}  // namespace
+
+void run_normalize_cpu(const Operands& weights, const Operands& out, const void* sigma) {
+  fill(weights, out, sigma, nullptr, nullptr, nullptr, [](const NormalizeParams& params) {
+    check_status("normalize", cpu_kernels().normalize(params, torch_pool()));
+  });
+}
+
+std::vector<Tensor> normalize_cpu_op(const std::vector<Tensor>& weights,
+                                     const std::vector<Tensor>& u, const std::vector<Tensor>& v,
+                                     const Tensor& sigma) {
+  return check_and_run(weights, u, v, sigma, run_normalize_cpu);
 }
 
 std::vector<Tensor> normalize_backward_cpu_op(const std::vector<Tensor>& grads,
                                               const std::vector<Tensor>& weights,
                                               const std::vector<Tensor>& u,
                                               const std::vector<Tensor>& v, const Tensor& sigma) {
-  const Operands g = operands(grads), w = operands(weights), us = operands(u), vs = operands(v);
-  check_normalize_backward(g, w, us, vs, Operand(sigma));
-  std::vector<Tensor> out;
-  out.reserve(weights.size());
-  if (weights.empty()) return out;
-  const Tensor values = sigma.is_contiguous() ? sigma : torch::stable::clone(sigma);
-  std::vector<NormalizeItem> items(weights.size());
-  for (size_t i = 0; i < weights.size(); ++i) {
-    out.push_back(torch::stable::empty_like(weights[i]));
-    const Operand y(out[i]);
-    items[i] = {w[i].matrix(), y.data,         y.strides[0],  y.strides[1],
-                g[i].matrix(), us[i].vector(), vs[i].vector()};
-  }
-  const NormalizeParams params{*kernel_dtype(w[0].dtype), int64_t(items.size()), items.data(),
-                               values.data_ptr()};
-  check_status("normalize_backward", cpu_kernels().normalize_backward(params, torch_pool()));
-  return out;
+  const auto launch = [](const Operands&, const NormalizeParams& params) {
+    check_status("normalize_backward", cpu_kernels().normalize_backward(params, torch_pool()));
+  };
+  return check_and_run_backward(grads, weights, u, v, sigma, launch);
 }
 
 #if defined(SPECNORM_HAVE_CUDA_KERNELS)
 std::vector<Tensor> normalize_cuda_op(const std::vector<Tensor>& weights,
                                       const std::vector<Tensor>& u, const std::vector<Tensor>& v,
                                       const Tensor& sigma) {
-  const Operands w = operands(weights);
-  check_normalize(w, operands(u), operands(v), Operand(sigma));
-  std::vector<Tensor> out;
-  out.reserve(weights.size());
-  if (weights.empty()) return out;
-  TorchCudaCall call("normalize", weights[0], w[0]);
-  const Tensor values = sigma.is_contiguous() ? sigma : torch::stable::clone(sigma);
-  std::vector<NormalizeItem> items(weights.size());
-  for (size_t i = 0; i < weights.size(); ++i) {
-    out.push_back(torch::stable::empty_like(weights[i]));
-    const Operand y(out[i]);
-    items[i] = {w[i].matrix(), y.data, y.strides[0], y.strides[1], {}, {}, {}};
-  }
-  const NormalizeParams params{*kernel_dtype(w[0].dtype), int64_t(items.size()), items.data(),
-                               values.data_ptr()};
-  call.check(cuda::normalize_cuda(params, call.call()), w.size());
-  return out;
+  const auto run = [&](const Operands& w, const Operands& out, const void* values) {
+    TorchCudaCall call("normalize", weights[0], w[0]);
+    fill(w, out, values, nullptr, nullptr, nullptr, [&](const NormalizeParams& params) {
+      call.check(cuda::normalize_cuda(params, call.call()), w.size());
+    });
+  };
+  return check_and_run(weights, u, v, sigma, run);
 }
 
 std::vector<Tensor> normalize_backward_cuda_op(const std::vector<Tensor>& grads,
                                                const std::vector<Tensor>& weights,
                                                const std::vector<Tensor>& u,
                                                const std::vector<Tensor>& v, const Tensor& sigma) {
-  const Operands g = operands(grads), w = operands(weights), us = operands(u), vs = operands(v);
-  check_normalize_backward(g, w, us, vs, Operand(sigma));
-  std::vector<Tensor> out;
-  out.reserve(weights.size());
-  if (weights.empty()) return out;
-  TorchCudaCall call("normalize_backward", weights[0], w[0]);
-  const Tensor values = sigma.is_contiguous() ? sigma : torch::stable::clone(sigma);
-  std::vector<NormalizeItem> items(weights.size());
-  for (size_t i = 0; i < weights.size(); ++i) {
-    out.push_back(torch::stable::empty_like(weights[i]));
-    const Operand y(out[i]);
-    items[i] = {w[i].matrix(), y.data,         y.strides[0],  y.strides[1],
-                g[i].matrix(), us[i].vector(), vs[i].vector()};
-  }
-  const NormalizeParams params{*kernel_dtype(w[0].dtype), int64_t(items.size()), items.data(),
-                               values.data_ptr()};
-  call.check(cuda::normalize_backward_cuda(params, call.call()), w.size());
-  return out;
+  const auto launch = [&](const Operands& w, const NormalizeParams& params) {
+    TorchCudaCall call("normalize_backward", weights[0], w[0]);
+    call.check(cuda::normalize_backward_cuda(params, call.call()), w.size());
+  };
+  return check_and_run_backward(grads, weights, u, v, sigma, launch);
 }
 #endif
 

@@ -58,6 +58,11 @@ std::tuple<Tensor, Tensor> spectral_linear_backward_cuda_op(
 // for it: the module asks torch's Python side (module.cpp). Null: no.
 extern bool (*float32_as_tf32)();
 
+// sigma [len(weights)] for weights of that dtype, at least one.
+inline Tensor new_sigma(const std::vector<Tensor>& weights, ScalarType dtype) {
+  return torch::stable::new_empty(weights[0], {int64_t(weights.size())}, state_dtype(dtype));
+}
+
 // sigma of an empty list: float32 on the CPU, since there is no weight to ask.
 inline Tensor empty_sigma() {
   return torch::stable::empty({0}, ScalarType::Float);

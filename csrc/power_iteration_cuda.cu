@@ -19,10 +19,9 @@ using namespace device;
 
 namespace {
 
-constexpr int kFewItems = 32;           // parameters of 4 KB: every device and driver
-constexpr int kManyItems = 256;         // 32 KB: one launch for hundreds of small matrices
+constexpr int kFewItems = 32;           // in kFewBytes of parameters
+constexpr int kManyItems = 256;         // in kManyBytes: one launch for hundreds of small matrices
 constexpr int kThreads = 384;           // 168 registers each: 128 of 512 threads spill
-constexpr unsigned kMostClustered = 8;  // what every device with clusters allows
 constexpr int64_t kBarrierBytes = 256;  // one counter a group, on cache lines of its own
 constexpr int kFewThreads = 128;        // of small matrices, where barriers are most of the work
 
@@ -81,11 +80,9 @@ template <class S, int B, int N>
 __global__ void __launch_bounds__(kThreads)
     power_iteration_team(const __grid_constant__ TeamParams<N> p) {
   using C = typename Elem<S>::C;
-  int which = int(blockIdx.x) / p.cluster;  // known at once where all have as many blocks
-  if (p.kind == kGroupOfBlocks) {
-    which = 0;
-    while (which + 1 < p.count && p.items[which + 1].first_block <= int(blockIdx.x)) ++which;
-  }
+  // known at once where all have as many blocks
+  const int which =
+      p.kind == kGroupOfBlocks ? item_of_block(p.items, p.count) : int(blockIdx.x) / p.cluster;
   const DeviceItem& item = p.items[which];
   if (item.weight.m == 0 || item.weight.n == 0) {
     if (int(blockIdx.x) == item.first_block && threadIdx.x == 0)
@@ -178,21 +175,12 @@ struct Plan {
   List& list(Strategy s) { return lists[int(s) - 1]; }
   bool clusters(const DeviceItem& item) const { return on_chip(item, kClusterOfBlocks, widest); }
 
-  // Asked once per device: 0 is "not yet".
   cudaError_t find_widest() {
-    constexpr int kDevices = 64;
     static int known[kDevices];
-    if (device.major < 9) return cudaSuccess;
-    if (device.device < kDevices) widest = __atomic_load_n(&known[device.device], __ATOMIC_RELAXED);
-    if (widest > 0 && device.device < kDevices) return cudaSuccess;
-    const cudaError_t error =
-        several() ? largest_cluster(&power_iteration_team<S, kMaxColumns, kFewItems>, kThreads,
-                                    limit(), kMostClustered, &widest)
-                  : largest_cluster(&power_iteration_team<S, 1, kFewItems>, kThreads, limit(),
-                                    kMostClustered, &widest);
-    if (error == cudaSuccess && device.device < kDevices)
-      __atomic_store_n(&known[device.device], widest, __ATOMIC_RELAXED);
-    return error;
+    return several() ? largest_cluster(device, &power_iteration_team<S, kMaxColumns, kFewItems>,
+                                       kThreads, limit(), known, &widest)
+                     : largest_cluster(device, &power_iteration_team<S, 1, kFewItems>, kThreads,
+                                       limit(), known, &widest);
   }
 
   cudaError_t sort_items() {
@@ -422,7 +410,7 @@ struct Plan {
     char* workspace = nullptr;
     if (bytes > 0) {
       workspace = static_cast<char*>(call.workspace(call.ctx, bytes));
-      if (workspace == nullptr) return {-1, "workspace", "out of memory"};
+      if (workspace == nullptr) return no_workspace(bytes);
     }
     CudaStatus status = launch_list(clustered, kClusterOfBlocks, workspace, "cluster kernel");
     if (status.code == 0) status = launch_list(block, kOneBlock, workspace, "block kernel");
@@ -438,27 +426,13 @@ struct Plan {
   }
 };
 
-template <class S>
-CudaStatus run(const PowerIterationParams& p, const CudaCall& call) {
-  Plan<S> plan{p, call, {}, {}};
-  return plan.run();
-}
-
 }  // namespace
 
 CudaStatus power_iteration_cuda(const PowerIterationParams& p, const CudaCall& call) {
   if (p.count == 0) return {0, "", ""};
-  switch (p.dtype) {
-    case DType::f32:
-      return run<float>(p, call);
-    case DType::f64:
-      return run<double>(p, call);
-    case DType::bf16:
-      return run<device::bf16>(p, call);
-    case DType::f16:
-      return run<device::f16>(p, call);
-  }
-  return {0, "", ""};
+  return by_dtype(p.dtype, [&](auto type) {
+    return Plan<typename decltype(type)::Stored>{p, call, {}, {}}.run();
+  });
 }
 
 }  // namespace cuda

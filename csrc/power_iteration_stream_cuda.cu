@@ -1,20 +1,20 @@
 // power_iteration_ of matrices that do not fit on chip: every iteration reads W from memory once.
 //
-//   prepare                     a = v as given, made usable            one block a matrix
+//   prepare                     a = v as given, made usable; a scale   one block a matrix
 //   for each iteration:
 //     pass                      tiles of stored rows: t = W a, partial z = W^T t of the same rows
 //     reduce                    z = sum of the partial z, in the order of the tiles
 //     conclude                  u, v, sigma or the next a               one block a matrix
+//   hand out                    u from t, where W has rows of a few elements
 //
 // Kernels follow each other on the stream, which costs what a grid barrier costs, needs no blocks
-// alive together, and lets one launch serve tiles of many matrices. A matrix that leaves the plain
-// range (bad scale, NaN, zero) is marked, and done again by one block in its last conclude.
+// alive together, and lets one launch serve tiles of many matrices.
 //
-// The fast pass keeps a group of rows in registers between dot and axpy while the next group is on
-// its way: on an H200 about 33 KB must be in flight on each multiprocessor to use the memory's
-// bandwidth, and two blocks of 256 threads with 2 x 64 bytes of loads outstanding a thread have 64
-// KB.
+// A tiny or huge W is multiplied by powers of two, as everywhere, here from the largest of a sample
+// of its elements: max |W| would take a read of W more. Where that does not do (the sample misses
+// what matters, NaN, zero) the matrix is marked, and done again by one block in its last conclude.
 #include "power_iteration_launch.cuh"
+#include "power_iteration_stream_pass.cuh"
 
 namespace specnorm {
 namespace cuda {
@@ -23,43 +23,13 @@ using namespace device;
 
 namespace {
 
-constexpr int kItems = 32;
-constexpr int kThreads = 512;
 constexpr int kReduceThreads = 256;
 
-struct StreamParams {
-  int count, n_iterations, pass;
-  int64_t a_shared;  // pass for anything: bytes of shared memory for a; 0: it is read from the
-                     // workspace
-  double eps;
-  void* sigma;
-  char* workspace;
-  DeviceItem items[kItems];
-};
-
-__device__ __forceinline__ int item_of_block(const StreamParams& p) {
-  int which = 0;
-  while (which + 1 < p.count && p.items[which + 1].first_block <= int(blockIdx.x)) ++which;
-  return which;
-}
-
-// Stored by rows a matrix has n_iterations passes, by columns one more.
-__device__ __forceinline__ bool set_phase(bool by_columns, int pass, int n_iterations, int* phase,
-                                          int* left) {
-  *left = by_columns && pass > 0 ? n_iterations - pass + 1 : n_iterations - pass;
-  *phase = !by_columns ? kPass : pass == 0 ? kStart : pass < n_iterations ? kPass : kLast;
-  if (by_columns && pass == 0) *left = n_iterations;
-  return by_columns ? pass <= n_iterations : pass < n_iterations;
-}
-
-template <class S, int B>
-__device__ void set_up(Solver<S, B>* s, const StreamParams& p, const DeviceItem& item,
-                       Fixed<typename Elem<S>::C>* fixed) {
-  using C = typename Elem<S>::C;
-  s->describe(item, p.n_iterations, p.eps, p.sigma, p.workspace);
-  s->d = &fixed->dense;
-  s->pass_shared = &fixed->pass;
-  s->groups = reinterpret_cast<C*>(fixed + 1);
+// Largest elements for which W is taken as it is: |W v| then lies in the plain range (1e-14 to 1e14
+// for float32) but for a v that W all but annuls, and for up to 1e12 elements of one size.
+template <class C>
+__device__ bool plain_scale(double largest) {
+  return largest >= 1e4 * Range<C>::low && largest <= 1e-6 * Range<C>::high;
 }
 
 template <class S, int B>
@@ -67,182 +37,44 @@ __global__ void __launch_bounds__(kThreads) stream_prepare(const __grid_constant
   using C = typename Elem<S>::C;
   Solver<S, B> s;
   set_up(&s, p, p.items[blockIdx.x], reinterpret_cast<Fixed<C>*>(dynamic_shared()));
+  // Scattered, so that no pattern of W repeats in it; all elements of a matrix that has no more. On
+  // their way while v is made usable.
+  constexpr int kSample = 4;
+  C seen[kSample];
+  const uint32_t few = uint32_t(kSample * kThreads);
+#pragma unroll
+  for (int i = 0; i < kSample; ++i) {
+    const uint32_t k = uint32_t(i * kThreads) + threadIdx.x;
+    int64_t row = hash(k, 20001) % uint64_t(s.whole.rows);
+    int64_t column = hash(k, 20002) % uint64_t(s.whole.length);
+    if (s.whole.rows <= few && s.whole.length <= few && s.whole.rows * s.whole.length <= few) {
+      row = k / s.whole.length % s.whole.rows;
+      column = k % s.whole.length;
+    }
+    seen[i] = Elem<S>::get(s.whole.w[row * s.whole.ld + column * s.whole.inner]);
+  }
   s.clear_padding();
   s.start();
-  if (threadIdx.x == 0) s.header->failed = 0;
-}
-
-// Any strides, any number of columns.
-template <class S, int B>
-__global__ void __launch_bounds__(kThreads, 1)
-    stream_pass_any(const __grid_constant__ StreamParams p) {
-  using C = typename Elem<S>::C;
-  const DeviceItem& item = p.items[item_of_block(p)];
-  Solver<S, B> s;
-  set_up(&s, p, item, reinterpret_cast<Fixed<C>*>(dynamic_shared()));
-  if (!set_phase(s.by_columns, p.pass, p.n_iterations, &s.phase, &s.left) || s.header->failed)
-    return;
-  const int64_t tile = int64_t(blockIdx.x) - item.first_block;
-  const int64_t per = (s.whole.rows + item.blocks - 1) / item.blocks;
-  s.r0 = tile * per < s.whole.rows ? tile * per : s.whole.rows;
-  s.r1 = s.r0 + per < s.whole.rows ? s.r0 + per : s.whole.rows;
-  s.mine.w = s.whole.w + s.r0 * s.whole.ld;
-  s.mine.rows = s.r1 - s.r0;
-  s.record = s.global + tile * s.record_bytes;
-  if (p.a_shared) {
-    C* a = reinterpret_cast<C*>(reinterpret_cast<char*>(s.groups) + group_bytes<S>(blockDim.x));
-    for (int64_t k = threadIdx.x; k < s.b * s.stride(); k += blockDim.x) a[k] = s.a[k];
-    s.a = a;
-    __syncthreads();
+  double largest = 0;
+#pragma unroll
+  for (int i = 0; i < kSample; ++i) {
+    const double size = fabs(double(seen[i]));
+    largest = size > largest && finite(size) ? size : largest;
   }
-  s.pass();
-}
-
-// How the fast pass is cut for rows of up to threads x packs x 16 bytes: packs a thread and row,
-// rows a group, where z lives, groups in flight, blocks a multiprocessor that registers must allow.
-template <int Threads, int Packs, int RowsAhead, bool ZShared, int Buffers, int Blocks>
-struct Cut {
-  static constexpr int threads = Threads, packs = Packs, rows = RowsAhead, buffers = Buffers,
-                       blocks = Blocks;
-  static constexpr bool z_shared = ZShared;
-};
-
-// One column, rows dense and aligned to 16 bytes, their length a whole number of packs.
-template <class S, class T>
-__global__ void __launch_bounds__(T::threads, T::blocks)
-    stream_pass_rows(const __grid_constant__ StreamParams p) {
-  using C = typename Elem<S>::C;
-  constexpr int kPack = Packed<S>::count, kWarps = T::threads / 32;
-  const DeviceItem& item = p.items[item_of_block(p)];
-  bool by_columns;
-  const Rows<S> x = stored_rows<S>(item.weight, &by_columns);
-  const Layout layout = layout_of(x.rows, x.length, 1, 0, sizeof(C));
-  char* base = p.workspace + item.offset;
-  int phase, left;
-  if (!set_phase(by_columns, p.pass, p.n_iterations, &phase, &left) ||
-      reinterpret_cast<Header*>(base)->failed)
-    return;
-  const bool dot = phase != kStart, axpy = phase != kLast;
-  const int64_t tile = int64_t(blockIdx.x) - item.first_block;
-  const int64_t per = (x.rows + item.blocks - 1) / item.blocks;
-  const int64_t r0 = tile * per < x.rows ? tile * per : x.rows;
-  const int64_t r1 = r0 + per < x.rows ? r0 + per : x.rows;
-  const int length = int(x.length);
-  C* t = reinterpret_cast<C*>(base + layout.t);
-  const C* a = reinterpret_cast<const C*>(base + layout.a);
-  char* record = base + layout.records + tile * layout.record_bytes;
-  C* part = reinterpret_cast<C*>(record + sizeof(RecordHead));
-
-  // Shared memory: sums of the warps for two groups, then a (or z where T says so), element e of a
-  // thread's k-th pack at (k kPack + e) threads + thread: no bank conflicts, and no barrier, since
-  // a thread reads only what it wrote.
-  C* sums = reinterpret_cast<C*>(dynamic_shared());
-  C* near = sums + 2 * T::rows * kWarps;
-  const auto place = [](int k, int e) { return (k * kPack + e) * T::threads + int(threadIdx.x); };
-  constexpr int kNear = T::z_shared ? 1 : T::packs * kPack;
-  C z[kNear];
-#pragma unroll
-  for (int i = 0; i < kNear; ++i) z[i] = 0;
-  Packed<S> rows[T::buffers][T::rows][T::packs];
-
-  const auto load = [&](Packed<S>(&to)[T::rows][T::packs], int64_t r) {
-#pragma unroll
-    for (int i = 0; i < T::rows; ++i)
-#pragma unroll
-      for (int k = 0; k < T::packs; ++k) {
-        const int j = (k * T::threads + int(threadIdx.x)) * kPack;
-        to[i][k].raw = uint4{0, 0, 0, 0};
-        if (r + i < r1 && j < length)
-          to[i][k].raw = load_once(reinterpret_cast<const uint4*>(x.w + (r + i) * x.ld + j));
-      }
-  };
-  load(rows[0], r0);  // on their way while a is copied
-#pragma unroll
-  for (int k = 0; k < T::packs; ++k) {
-    const int j = (k * T::threads + int(threadIdx.x)) * kPack;
-#pragma unroll
-    for (int e = 0; e < kPack; ++e)
-      near[place(k, e)] = T::z_shared ? C(0) : j < length ? a[j + e] : C(0);
+  largest = block_max(largest, s.d->sums);
+  if (largest > 0 && !plain_scale<C>(largest)) {
+    s.set_units(largest);
+    s.sampled = true;
+    // (stored by columns the start is t, and the axpy of kStart scales)
+    for (int i = 0; i < s.b && !s.by_columns; ++i)
+      block_scale(s.a + i * s.stride(), s.length(), s.dot_unit);
   }
-  double tt = 0;
-  const auto use = [&](const Packed<S>(&w)[T::rows][T::packs], int64_t r, C* slot) {
-    C total[T::rows];
-    if (dot) {
-#pragma unroll
-      for (int i = 0; i < T::rows; ++i) total[i] = 0;
-#pragma unroll
-      for (int k = 0; k < T::packs; ++k) {
-        const int j = (k * T::threads + int(threadIdx.x)) * kPack;
-        if (j < length) {
-#pragma unroll
-          for (int e = 0; e < kPack; ++e) {
-            const C v = T::z_shared ? a[j + e] : near[place(k, e)];
-#pragma unroll
-            for (int i = 0; i < T::rows; ++i) total[i] += w[i][k].get(e) * v;
-          }
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < T::rows; ++i) {
-        const C sum = warp_sum(total[i]);
-        if (threadIdx.x % 32 == 0) slot[i * kWarps + int(threadIdx.x / 32)] = sum;
-      }
-      __syncthreads();
-#pragma unroll
-      for (int i = 0; i < T::rows; ++i) {
-        total[i] = 0;
-#pragma unroll
-        for (int k = 0; k < kWarps; ++k) total[i] += slot[i * kWarps + k];
-        if (threadIdx.x == 0 && r + i < r1) {
-          t[r + i] = total[i];
-          tt += double(total[i]) * double(total[i]);
-        }
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < T::rows; ++i) total[i] = r + i < r1 ? t[r + i] : C(0);
-    }
-    if (!axpy) return;
-    // z takes the values of t as they are: C(axpy_unit) is 1 wherever this kernel is used
-#pragma unroll
-    for (int k = 0; k < T::packs; ++k) {
-#pragma unroll
-      for (int e = 0; e < kPack; ++e) {
-        C& to = T::z_shared ? near[place(k, e)] : z[T::z_shared ? 0 : k * kPack + e];
-        C sum = to;
-#pragma unroll
-        for (int i = 0; i < T::rows; ++i) sum += total[i] * w[i][k].get(e);
-        to = sum;
-      }
-    }
-  };
-
-  // A thread is never two groups ahead of another (each use has a barrier), so two slots are
-  // enough.
-  C* slots[2] = {sums, sums + T::rows * kWarps};
-  if (T::buffers == 2) {
-    for (int64_t r = r0; r < r1; r += 2 * T::rows) {
-      load(rows[T::buffers - 1], r + T::rows);
-      use(rows[0], r, slots[0]);
-      load(rows[0], r + 2 * T::rows);
-      if (r + T::rows < r1) use(rows[T::buffers - 1], r + T::rows, slots[1]);
-    }
-  } else {
-    int turn = 0;
-    for (int64_t r = r0; r < r1; r += T::rows, turn ^= 1) {
-      if (r > r0) load(rows[0], r);
-      use(rows[0], r, turn ? slots[1] : slots[0]);
-    }
-  }
-  if (dot && threadIdx.x == 0) reinterpret_cast<RecordHead*>(record)->gram[0] = tt;
-  if (!axpy) return;
-#pragma unroll
-  for (int k = 0; k < T::packs; ++k) {
-    const int j = (k * T::threads + int(threadIdx.x)) * kPack;
-    if (j >= length) continue;
-#pragma unroll
-    for (int e = 0; e < kPack; ++e)
-      part[j + e] = T::z_shared ? near[place(k, e)] : z[T::z_shared ? 0 : k * kPack + e];
+  if (threadIdx.x == 0) {
+    *s.header = {};
+    s.header->dot_unit = s.dot_unit;
+    s.header->axpy_unit = s.axpy_unit;
+    s.header->top = s.top;
+    s.header->sampled = s.sampled;
   }
 }
 
@@ -316,6 +148,8 @@ __global__ void __launch_bounds__(kThreads)
   bool failed = s.header->failed;
   __syncthreads();  // all have read it before one writes it
   if (!failed) {
+    adopt_units(&s);
+    s.defer_t = p.defer_t;
     s.parts = item.blocks;
     const double tt = s.phase == kStart ? 0 : s.add_grams();
     const double zz = B == 1 && s.phase != kLast ? block_inner(s.z, s.z, s.length(), s.d->sums) : 0;
@@ -383,16 +217,19 @@ int64_t cut_bytes(int cut) {
 template <class S>
 int blocks_live(int cut) {  // on one multiprocessor
   using X = Cuts<S>;
-  constexpr int blocks[] = {X::A::blocks, X::B::blocks, X::C::blocks,
-                            X::D::blocks, X::E::blocks, 1};
+  constexpr int blocks[] = {
+      X::A::blocks, X::B::blocks, X::C::blocks, X::D::blocks, X::E::blocks, 1, 2};
   return blocks[cut];
 }
 
-// The cut that takes a matrix, or kCuts: the pass for anything.
+constexpr int kShortCut = kCuts + 1;
+
+// The cut that takes a matrix; kShortCut: the pass for short rows; kCuts: the one for anything.
 template <class S>
 int cut_of(const DeviceItem& item, const DeviceInfo& info) {
   bool by_columns;
   const Rows<S> x = stored_rows<S>(item.weight, &by_columns);
+  if (item.columns == 1 && x.length <= kShort) return kShortCut;
   if (item.columns > 1 || !x.aligned || x.length % Packed<S>::count != 0) return kCuts;
   for (int cut = 0; cut < kCuts; ++cut)
     if (x.length <= longest_row<S>(cut))
@@ -446,6 +283,7 @@ struct Streamer {
       longest = vector > longest ? vector : longest;
     }
     const int64_t fixed = int64_t(sizeof(Fixed<C>)) + group_bytes<S>(kThreads);
+    p.defer_t = cut == kShortCut;
     go("stream prepare", config(p.count, kThreads, fixed), &stream_prepare<S, B>, p);
     const int passes = p.n_iterations + (by_columns ? 1 : 0);
     for (p.pass = 0; p.pass < passes; ++p.pass) {
@@ -465,6 +303,10 @@ struct Streamer {
         case 4:
           pass_rows<typename Cuts<S>::E>(p, tiles);
           break;
+        case kShortCut:
+          go("stream pass", config(tiles, kShortThreads, 32 * sizeof(double)),
+             &stream_pass_short<S>, p);
+          break;
         default: {
           const int64_t vector = longest * int64_t(sizeof(C));
           p.a_shared = fixed + vector <= info.shared_per_block ? vector : 0;
@@ -475,6 +317,7 @@ struct Streamer {
          p);
       go("stream conclude", config(p.count, kThreads, fixed), &stream_conclude<S, B>, p);
     }
+    if (p.defer_t) go("stream hand-out", config(tiles, kShortThreads, 0), &stream_hand_out<S>, p);
   }
 };
 
@@ -510,7 +353,7 @@ CudaStatus run_stream(const PowerIterationParams& p, const CudaCall& call, const
                       const List& list, char* workspace) {
   Streamer<S> streamer{call, info};
   // A launch serves matrices of one cut.
-  for (int cut = 0; cut <= kCuts; ++cut) {
+  for (int cut = 0; cut <= kShortCut; ++cut) {
     StreamParams params{};
     params.n_iterations = int(p.n_iterations);
     params.eps = p.eps;

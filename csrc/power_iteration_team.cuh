@@ -14,8 +14,7 @@
 #pragma once
 
 #include "dense.cuh"
-#include "power_iteration.h"
-#include "row_pass.cuh"
+#include "power_iteration_workspace.cuh"
 
 namespace specnorm {
 namespace device {
@@ -27,57 +26,6 @@ enum Phase : int {
   kLast    // stored by columns only: the last Z = W^T U, with no next T to prepare
 };
 enum Action : int { kNext, kDone, kRecover };
-
-// One matrix, by value in the kernel's parameters.
-struct DeviceItem {
-  MatrixRef weight;  // [m, n]
-  VectorRef u, v;    // [m, columns], [n, columns]
-  int64_t offset;    // of its part of the workspace
-  int32_t index;     // in sigma
-  int32_t columns;
-  int32_t first_block, blocks;
-};
-
-// What a block tells the others after its slice; a partial z [columns, padded(length)] follows.
-struct RecordHead {
-  double gram[kMaxColumns * kMaxColumns];  // of its rows of t
-  double top;                              // max |W| of its rows
-  double zz;                               // |z|^2 of the columns it added up
-  int action;                              // the first block's decision, with several columns
-  int unused[3];
-};
-
-// Streaming only.
-struct Header {
-  int failed;  // left the plain range, or never had it: to be done again by one block
-  int unused[63];
-};
-
-// The part of the workspace that belongs to one matrix. Host and device agree through this
-// function.
-struct Layout {
-  int64_t t, z, a, records, record_bytes, bytes;
-};
-__host__ __device__ inline Layout layout_of(int64_t rows, int64_t length, int64_t columns,
-                                            int64_t records, int64_t element) {
-  Layout x;
-  const int64_t vector = columns * padded(length) * element;
-  x.t = sizeof(Header);
-  x.z = x.t + columns * padded(rows) * element;
-  x.a = x.z + vector;
-  x.records = x.a + vector;
-  x.record_bytes = int64_t(sizeof(RecordHead)) + vector;
-  x.bytes = (x.records + records * x.record_bytes + 255) / 256 * 256;
-  return x;
-}
-
-// Shared memory of a block, in this order: Fixed, row groups, then (if they fit) own record, a, the
-// cluster's z, and the slice of W.
-template <class C>
-struct alignas(16) Fixed {
-  DenseShared dense;
-  PassShared<C> pass;
-};
 
 __device__ __forceinline__ bool finite(double x) {
   return fabs(x) <= 0x1.fffffffffffffp1023;
@@ -112,7 +60,9 @@ struct Solver {
   // state, the same in every thread of the team
   double dot_unit, axpy_unit, top;
   int restarts, left, phase;
-  bool rescaled;
+  bool rescaled;  // units from max |W|
+  bool defer_t;   // while streaming: t is handed out by a kernel of its own
+  bool sampled;   // or, while streaming, from the largest of a sample, which `top` then is
 
   __device__ int64_t length() const { return whole.length; }
   __device__ int64_t stride() const { return padded(whole.length); }
@@ -146,7 +96,7 @@ struct Solver {
     mine = whole;
     dot_unit = axpy_unit = top = 1;
     restarts = 0;
-    rescaled = false;
+    rescaled = sampled = defer_t = false;
   }
 
   __device__ void sync() {
@@ -339,7 +289,12 @@ struct Solver {
   __device__ bool acceptable(double size, double unit) const {
     if (!finite(size)) return false;
     if (rescaled) return size > eps * (top * unit) && size > 0;
-    return size >= Range<C>::low && size <= Range<C>::high;
+    const double plain = sampled ? size / unit : size;
+    const bool in_range = plain >= Range<C>::low && plain <= Range<C>::high;
+    // An element that the sample has missed may be far larger: no upper end, since W v and W^T t
+    // past the largest float are seen to be. eps counts where it does without a sample.
+    if (sampled) return size >= Range<C>::low && (in_range || size > eps * (top * unit));
+    return in_range;
   }
   __device__ void write_sigma(double value) {
     // A float32 matrix near 1e38 can have a norm past FLT_MAX; the nearest finite number keeps
@@ -368,6 +323,13 @@ struct Solver {
         if (k + i * step < count) x[(k + i * step) * to.row_stride] = C(double(value[i]) * factor);
     }
   }
+  // t is as long as W has stored rows, which may be nearly all of W.
+  __device__ void hand_out_t(const VectorRef& to, int64_t count, double factor) {
+    if (!defer_t)
+      hand_out(to, 0, t, count, factor, rank, size);
+    else if (threadIdx.x == 0)
+      header->t_factor = factor;
+  }
   // a = unit z / size, in two steps: unit / size may be past the largest number.
   __device__ void next_vector(double size) {
     const int64_t step = blockDim.x;
@@ -395,7 +357,7 @@ struct Solver {
         next_vector(size_z);
         return kNext;
       }
-      hand_out(item->u, 0, t, m, 1 / size_t_, rank, size);
+      hand_out_t(item->u, m, 1 / size_t_);
       hand_out(item->v, 0, z, n, 1 / size_z, rank, size);
       write_sigma(size_z / size_t_ / axpy_unit);
       return kDone;
@@ -407,7 +369,7 @@ struct Solver {
       if (!(size_t_ > 0)) return kRecover;
       --left;
       if (phase == kLast) {
-        hand_out(item->v, 0, t, n, 1 / size_t_, rank, size);
+        hand_out_t(item->v, n, 1 / size_t_);
         hand_out(item->u, 0, a, m, 1 / dot_unit, rank, size);
         write_sigma(size_t_ / dot_unit);
         return kDone;
@@ -542,6 +504,18 @@ struct Solver {
       return conclude_columns();
   }
 
+  // Powers of two for W v and W^T t with |W| up to `largest`. Of a huge W the second is nearer to
+  // 1: elements of t times the first would be denormal.
+  __device__ void set_units(double largest) {
+    int exponent;
+    frexp(largest, &exponent);
+    constexpr int kLimit = Range<C>::max_shift;
+    const int shift = -exponent > kLimit ? kLimit : -exponent < -kLimit ? -kLimit : -exponent;
+    dot_unit = ldexp(1.0, shift);
+    axpy_unit = ldexp(1.0, shift < 0 ? shift * 7 / 10 : shift);
+    top = largest;
+  }
+
   // |t| or |z| left the plain range (or is 0, or not finite): find out why. False: finished.
   __device__ __noinline__ bool recover() {
     if (!rescaled) {
@@ -564,13 +538,7 @@ struct Solver {
         write_sigma(0);
         return false;
       }
-      int exponent;
-      frexp(largest, &exponent);
-      constexpr int kLimit = Range<C>::max_shift;
-      const int shift = -exponent > kLimit ? kLimit : -exponent < -kLimit ? -kLimit : -exponent;
-      dot_unit = ldexp(1.0, shift);
-      axpy_unit = ldexp(1.0, shift < 0 ? shift * 7 / 10 : shift);
-      top = largest;
+      set_units(largest);
       rescaled = true;
       return true;
     }
@@ -600,9 +568,10 @@ struct Solver {
       }
     }
   }
-  // for a kernel whose own work it is not
+  // By one block, of a matrix that is known to need max |W|: for a kernel whose own work it is not.
   __device__ __noinline__ void solve_apart() {
-    begin();
+    if (!recover()) return;
+    start();
     solve();
   }
 };

@@ -6,10 +6,12 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <optional>
+#include <string>
 
 #include "checks.h"
-#include "cuda_call.h"
+#include "launch_error.h"
 
 // Only CUDA builds of torch have it: weak and tested, so that this module imports on a CPU-only
 // one.
@@ -48,19 +50,25 @@ class TorchCudaCall {
 
   const CudaCall& call() const { return call_; }
 
-  void check(const CudaStatus& status, size_t count) const {
+  void check(CudaStatus status, size_t count) const {
     if (status.code == 0) return;
-    fail("RuntimeError", op_, ": expected to launch the ", status.kernel, " for ", count,
-         " weights of ", dtype_name(first_.dtype), ", the first of shape ", shape_text(first_),
-         ", on cuda:", first_.device_index, ", got CUDA error ", status.code, ": ", status.cause);
+    if (status.code == kNoWorkspace) status.cause = refusal_.c_str();
+    fail("RuntimeError", launch_error(op_, int64_t(count), dtype_name(first_.dtype),
+                                      shape_text(first_), first_.device_index, status));
   }
 
  private:
   // From torch's allocator: freed when this call ends, reused by what is queued on the stream after
-  // it.
+  // it. What it says when it has none goes into this op's own message, since torch's names neither
+  // the op nor, up to 2.12, the cause.
   static void* workspace(void* self, int64_t bytes) {
     auto* call = static_cast<TorchCudaCall*>(self);
-    call->memory_ = torch::stable::new_empty(call->like_, {bytes}, ScalarType::Byte);
+    try {
+      call->memory_ = torch::stable::new_empty(call->like_, {bytes}, ScalarType::Byte);
+    } catch (const std::exception& error) {
+      call->refusal_ = error.what();
+      return nullptr;
+    }
     return call->memory_->data_ptr();
   }
 
@@ -69,6 +77,7 @@ class TorchCudaCall {
   const Operand& first_;
   torch::stable::accelerator::DeviceGuard guard_;
   std::optional<Tensor> memory_;
+  std::string refusal_;
   CudaCall call_;
 };
 

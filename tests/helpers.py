@@ -358,6 +358,21 @@ def pair(w, b=None, seed=0):
     return u, v
 
 
+def bad_starts(v):
+    """name, v that cannot be used as a start"""
+    yield "zero", torch.zeros_like(v)
+    yield "nan", torch.full_like(v, torch.nan)
+    yield "inf", torch.full_like(v, torch.inf)
+    one = v.clone()
+    one[-1] = torch.nan
+    yield "one nan", one
+    one = v.clone()
+    one[0] = -torch.inf
+    yield "one inf", one
+    yield "largest", torch.full_like(v, torch.finfo(v.dtype).max)
+    yield "denormal", torch.full_like(v, torch.finfo(v.dtype).tiny * eps_of(v.dtype))
+
+
 def lead(x):
     return x if x.dim() == 1 else x[:, 0]
 

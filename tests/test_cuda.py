@@ -1,6 +1,6 @@
 """What the CUDA kernels compute on a real device, by every strategy, against float64, the CPU op and reference.py.
 
-tests/test_cuda_on_host.py runs the same kernels in an emulation on every commit; test_cuda_runtime.py has streams,
+tests/test_cuda_on_host_*.py run the same kernels in an emulation on every commit; test_cuda_runtime.py has streams,
 graphs, layers and sizes. Both are skipped where there is no GPU; bench/gpu_check.sh runs them where there is one.
 """
 
@@ -24,7 +24,9 @@ from helpers import (
     check_step,
     eps_of,
     exact_step,
+    fits,
     iterations_to,
+    lead,
     matrix_with_spectrum,
     normalize_backward_bound,
     random_weight,
@@ -66,14 +68,6 @@ SHAPES = ((1, 1), (1, 1000), (1000, 1), (31, 33), (97, 200), (130, 257))
 
 def all_on_device(*lists):
     return [[on_device(x) for x in xs] for xs in lists]
-
-
-def fits(shape, b):
-    return b is None or b <= min(shape)
-
-
-def lead(x):
-    return x if x.dim() == 1 else x[:, 0]
 
 
 def step_on_device(w, u0, v0, n_iterations=1):

@@ -26,8 +26,9 @@ ARCHITECTURES = ("sm_80", "sm_90")
 # left the plain range, or on several columns at once (<S, 8>), whose sums do not all fit into registers (the table says
 # what spills there; smaller blocks, the remedy, would have to be measured against it).
 HOT = (
-    r"power_iteration_team<\S+, 1,", r"stream_pass_rows<", r"stream_pass_any<\S+, 1>", r"stream_reduce<",
-    r"sigma_tiles<", r"normalize_divide<", r"normalize_inner<", r"normalize_update<",
+    r"power_iteration_team<\S+, 1,", r"stream_pass_rows<", r"stream_pass_any<\S+, 1>", r"stream_pass_short<",
+    r"stream_reduce<", r"stream_hand_out<", r"sigma_tiles<", r"sigma_finish<", r"normalize_divide<",
+    r"normalize_inner<", r"normalize_update<", r"normalize_gradient<",
     r"linear_inner<", r"linear_rank_one<", r"linear_finish<",
 )  # fmt: skip
 

@@ -15,6 +15,7 @@ from helpers import (
     F64,
     LAYOUTS,
     SPECTRA,
+    bad_starts,
     check_pair,
     check_step,
     eps_of,
@@ -370,20 +371,6 @@ def test_not_finite_in_a_large_weight():
 
 
 # ---- bad u and v ------------------------------------------------------------------------------------------------
-
-
-def bad_starts(v):
-    yield "zero", torch.zeros_like(v)
-    yield "nan", torch.full_like(v, torch.nan)
-    yield "inf", torch.full_like(v, torch.inf)
-    one = v.clone()
-    one[-1] = torch.nan
-    yield "one nan", one
-    one = v.clone()
-    one[0] = -torch.inf
-    yield "one inf", one
-    yield "largest", torch.full_like(v, torch.finfo(v.dtype).max)
-    yield "denormal", torch.full_like(v, torch.finfo(v.dtype).tiny * eps_of(v.dtype))
 
 
 @pytest.mark.parametrize("b", [None, 3])

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from helpers import BF16, F32, F64, eps_of, random_weight, same_bits, start
+from helpers import BF16, F32, F64, eps_of, lead, random_weight, same_bits, start
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
@@ -41,10 +41,6 @@ def sigma_of(w, u, v):
 
 def normalized(w, u, v, s):
     return ops.normalize([w], [u], [v], s)[0]
-
-
-def lead(x):
-    return x if x.dim() == 1 else x[:, 0]
 
 
 def plain_sigma(w, u, v):

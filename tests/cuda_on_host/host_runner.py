@@ -229,8 +229,7 @@ class _Answer:
     code: int
     differs: int
     numbers: list[int]
-    kernel: str
-    cause: str
+    error: str
     buffers: list[bytes]
 
 
@@ -273,8 +272,8 @@ class _Worker:
         watch.start()
         try:
             code, differs, *numbers = self._read("=6q")
-            texts = [self._bytes(self._read("=q")[0]).decode(errors="replace") for _ in range(2)]
-            return _Answer(code, differs, numbers, *texts, [self._bytes(n) for n in sizes])
+            error = self._bytes(self._read("=q")[0]).decode(errors="replace")
+            return _Answer(code, differs, numbers, error, [self._bytes(n) for n in sizes])
         except EOFError:
             code = self.process.wait()
             for pipe in (self.process.stdin, self.process.stdout):
@@ -416,7 +415,7 @@ class Runner:
             else:
                 assert torch.equal(here, after), "an input was written to"
         if answer.code != 0:
-            raise LaunchError(f"{answer.code}: {answer.kernel}: {answer.cause}")
+            raise LaunchError(answer.error)
 
     def power_iteration_(self, weights, u, v, n_iterations=1, eps=1e-12, **options) -> Tensor:
         sigma = torch.full((len(weights),), torch.nan, dtype=u[0].dtype)

@@ -1,5 +1,5 @@
 // Runs the CUDA launchers of csrc/*_cuda.cu on the emulated device: cases come in on stdin, results
-// go out on stdout, in the layout that tests/test_cuda_on_host.py (class Runner) writes and reads.
+// go out on stdout, in the layout that host_runner.py (class Runner) writes and reads.
 //
 // A case is run once for each order it names, from the same inputs; all runs must give the same
 // bits. Every buffer is an allocation of exactly its size, and so is the workspace, filled with NaN
@@ -14,7 +14,9 @@
 #include <string>
 #include <vector>
 
+#include "cuda_on_host.h"
 #include "device.cuh"
+#include "launch_error.h"
 #include "normalize.h"
 #include "power_iteration.h"
 #include "sigma.h"
@@ -45,10 +47,9 @@ void write(const void* from, size_t bytes) {
 void write(int64_t x) {
   write(&x, sizeof x);
 }
-void write(const char* text) {
-  const int64_t bytes = text ? int64_t(std::strlen(text)) : 0;
-  write(bytes);
-  write(text, size_t(bytes));
+void write(const std::string& text) {
+  write(int64_t(text.size()));
+  write(text.data(), text.size());
 }
 
 struct Buffer {
@@ -181,6 +182,17 @@ struct Case {
     if (x.buffer < 0) return nullptr;
     char* memory = buffers[size_t(x.buffer)].memory;
     return memory ? memory + x.offset * element : nullptr;
+  }
+
+  // What a user would read.
+  std::string error(const CudaStatus& status) const {
+    const char* ops[] = {"power_iteration_", "sigma", "normalize", "normalize_backward"};
+    const char* dtypes[] = {"torch.float32", "torch.float64", "torch.bfloat16", "torch.float16"};
+    const std::string shape =
+        "[" + std::to_string(items[0].m) + ", " + std::to_string(items[0].n) + "]";
+    return status.code == 0
+               ? std::string()
+               : launch_error(ops[h.op], int64_t(items.size()), dtypes[h.dtype], shape, 0, status);
   }
 
   CudaStatus run(Workspace* workspace) const {
@@ -319,8 +331,7 @@ bool answer_one() {
   write(int64_t(emulation::emulator().launches - launches));
   write(int64_t(emulation::switches.count - switches));
   write(int64_t(took.count()));
-  write(status.kernel);
-  write(status.cause);
+  write(c.error(status));
   for (const Buffer& b : c.buffers) write(b.first.data(), b.first.size());
   std::fflush(stdout);
   return true;

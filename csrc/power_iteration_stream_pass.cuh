@@ -1,0 +1,330 @@
+// The passes of the streaming kernels: tiles of stored rows, t = W a and a partial z = W^T t of the
+// same rows, for W in memory. power_iteration_stream_cuda.cu has what happens between two passes.
+//
+// The fast pass keeps a group of rows in registers between dot and axpy while the next group is on
+// its way: on an H200 about 33 KB must be in flight on each multiprocessor to use the memory's
+// bandwidth, and two blocks of 256 threads with 2 x 64 bytes of loads outstanding a thread have 64
+// KB.
+#pragma once
+
+#include "power_iteration_team.cuh"
+
+namespace specnorm {
+namespace cuda {
+
+using namespace device;
+
+constexpr int kItems = 32;
+constexpr int kThreads = 512;
+
+struct StreamParams {
+  int count, n_iterations, pass;
+  int defer_t;       // stream_hand_out comes last
+  int64_t a_shared;  // pass for anything: bytes of shared memory for a; 0: it is read from the
+                     // workspace
+  double eps;
+  void* sigma;
+  char* workspace;
+  DeviceItem items[kItems];
+};
+
+// Stored by rows a matrix has n_iterations passes, by columns one more.
+__device__ __forceinline__ bool set_phase(bool by_columns, int pass, int n_iterations, int* phase,
+                                          int* left) {
+  *left = by_columns && pass > 0 ? n_iterations - pass + 1 : n_iterations - pass;
+  *phase = !by_columns ? kPass : pass == 0 ? kStart : pass < n_iterations ? kPass : kLast;
+  if (by_columns && pass == 0) *left = n_iterations;
+  return by_columns ? pass <= n_iterations : pass < n_iterations;
+}
+
+template <class S, int B>
+__device__ void set_up(Solver<S, B>* s, const StreamParams& p, const DeviceItem& item,
+                       Fixed<typename Elem<S>::C>* fixed) {
+  using C = typename Elem<S>::C;
+  s->describe(item, p.n_iterations, p.eps, p.sigma, p.workspace);
+  s->d = &fixed->dense;
+  s->pass_shared = &fixed->pass;
+  s->groups = reinterpret_cast<C*>(fixed + 1);
+}
+
+template <class S, int B>
+__device__ void adopt_units(Solver<S, B>* s) {
+  s->dot_unit = s->header->dot_unit;
+  s->axpy_unit = s->header->axpy_unit;
+  s->top = s->header->top;
+  s->sampled = s->header->sampled;
+}
+
+// Any strides, any number of columns.
+template <class S, int B>
+__global__ void __launch_bounds__(kThreads, 1)
+    stream_pass_any(const __grid_constant__ StreamParams p) {
+  using C = typename Elem<S>::C;
+  const DeviceItem& item = p.items[item_of_block(p.items, p.count)];
+  Solver<S, B> s;
+  set_up(&s, p, item, reinterpret_cast<Fixed<C>*>(dynamic_shared()));
+  if (!set_phase(s.by_columns, p.pass, p.n_iterations, &s.phase, &s.left) || s.header->failed)
+    return;
+  adopt_units(&s);
+  const int64_t tile = int64_t(blockIdx.x) - item.first_block;
+  const int64_t per = (s.whole.rows + item.blocks - 1) / item.blocks;
+  s.r0 = tile * per < s.whole.rows ? tile * per : s.whole.rows;
+  s.r1 = s.r0 + per < s.whole.rows ? s.r0 + per : s.whole.rows;
+  s.mine.w = s.whole.w + s.r0 * s.whole.ld;
+  s.mine.rows = s.r1 - s.r0;
+  s.record = s.global + tile * s.record_bytes;
+  if (p.a_shared) {
+    C* a = reinterpret_cast<C*>(reinterpret_cast<char*>(s.groups) + group_bytes<S>(blockDim.x));
+    for (int64_t k = threadIdx.x; k < s.b * s.stride(); k += blockDim.x) a[k] = s.a[k];
+    s.a = a;
+    __syncthreads();
+  }
+  s.pass();
+}
+
+// A block's rows of one column, and where its sums go.
+template <class S>
+struct Tile {
+  using C = typename Elem<S>::C;
+  bool by_columns, active;
+  int phase, left;
+  Rows<S> x;
+  int64_t r0, r1;
+  C scale;      // of t in W^T t
+  C *t, *part;  // [rows], [length]
+  const C* a;   // [length]
+  RecordHead* record;
+
+  __device__ Tile(const StreamParams& p, const DeviceItem& item) {
+    x = stored_rows<S>(item.weight, &by_columns);
+    const Layout layout = layout_of(x.rows, x.length, 1, 0, sizeof(C));
+    char* base = p.workspace + item.offset;
+    const Header* header = reinterpret_cast<const Header*>(base);
+    active = set_phase(by_columns, p.pass, p.n_iterations, &phase, &left) && !header->failed;
+    scale = C(header->axpy_unit);
+    const int64_t tile = int64_t(blockIdx.x) - item.first_block;
+    const int64_t per = (x.rows + item.blocks - 1) / item.blocks;
+    r0 = tile * per < x.rows ? tile * per : x.rows;
+    r1 = r0 + per < x.rows ? r0 + per : x.rows;
+    t = reinterpret_cast<C*>(base + layout.t);
+    a = reinterpret_cast<const C*>(base + layout.a);
+    char* own = base + layout.records + tile * layout.record_bytes;
+    record = reinterpret_cast<RecordHead*>(own);
+    part = reinterpret_cast<C*>(own + sizeof(RecordHead));
+  }
+};
+
+// One column and rows of a few elements, millions of them: a thread a row, any strides.
+constexpr int kShort = 8, kShortThreads = 256;
+
+template <class S>
+__global__ void __launch_bounds__(kShortThreads)
+    stream_pass_short(const __grid_constant__ StreamParams p) {
+  using C = typename Elem<S>::C;
+  constexpr int kAhead = 4;  // rows a thread has in flight
+  const Tile<S> own(p, p.items[item_of_block(p.items, p.count)]);
+  if (!own.active) return;
+  const Rows<S>& x = own.x;
+  const bool dot = own.phase != kStart, axpy = own.phase != kLast;
+  C a[kShort], z[kShort];
+#pragma unroll
+  for (int j = 0; j < kShort; ++j) {
+    a[j] = j < x.length ? own.a[j] : C(0);
+    z[j] = 0;
+  }
+  double tt = 0;
+  for (int64_t r = own.r0 + threadIdx.x; r < own.r1; r += kAhead * kShortThreads) {
+    S w[kAhead][kShort];
+    C total[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int64_t row = r + i * kShortThreads;
+      total[i] = !dot && row < own.r1 ? own.t[row] : C(0);
+#pragma unroll
+      for (int j = 0; j < kShort; ++j) {
+        w[i][j] = S{};
+        if (row < own.r1 && j < x.length) w[i][j] = x.w[row * x.ld + j * x.inner];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int64_t row = r + i * kShortThreads;
+      if (row >= own.r1) break;
+      if (dot) {
+#pragma unroll
+        for (int j = 0; j < kShort; ++j) total[i] += Elem<S>::get(w[i][j]) * a[j];
+        own.t[row] = total[i];
+        tt += double(total[i]) * double(total[i]);
+      }
+#pragma unroll
+      for (int j = 0; j < kShort; ++j) z[j] += own.scale * total[i] * Elem<S>::get(w[i][j]);
+    }
+  }
+  double* sums = reinterpret_cast<double*>(dynamic_shared());
+  tt = block_sum(tt, sums);
+  if (dot && threadIdx.x == 0) own.record->gram[0] = tt;
+  if (!axpy) return;
+#pragma unroll
+  for (int j = 0; j < kShort; ++j) {
+    const double sum = block_sum(double(z[j]), sums);
+    if (threadIdx.x == 0 && j < x.length) own.part[j] = C(sum);
+  }
+}
+
+// How the fast pass is cut for rows of up to threads x packs x 16 bytes: packs a thread and row,
+// rows a group, where z lives, groups in flight, blocks a multiprocessor that registers must allow.
+template <int Threads, int Packs, int RowsAhead, bool ZShared, int Buffers, int Blocks>
+struct Cut {
+  static constexpr int threads = Threads, packs = Packs, rows = RowsAhead, buffers = Buffers,
+                       blocks = Blocks;
+  static constexpr bool z_shared = ZShared;
+};
+
+// One column, rows dense and aligned to 16 bytes, their length a whole number of packs.
+template <class S, class T>
+__global__ void __launch_bounds__(T::threads, T::blocks)
+    stream_pass_rows(const __grid_constant__ StreamParams p) {
+  using C = typename Elem<S>::C;
+  constexpr int kPack = Packed<S>::count, kWarps = T::threads / 32;
+  const DeviceItem& item = p.items[item_of_block(p.items, p.count)];
+  const Tile<S> own(p, item);
+  if (!own.active) return;
+  const Rows<S>& x = own.x;
+  const bool dot = own.phase != kStart, axpy = own.phase != kLast;
+  const int64_t r0 = own.r0, r1 = own.r1;
+  const C scale = own.scale;
+  C *t = own.t, *part = own.part;
+  const C* a = own.a;
+  const int length = int(x.length);
+
+  // Shared memory: sums of the warps for two groups, then a (or z where T says so), element e of a
+  // thread's k-th pack at (k kPack + e) threads + thread: no bank conflicts, and no barrier, since
+  // a thread reads only what it wrote.
+  C* sums = reinterpret_cast<C*>(dynamic_shared());
+  C* near = sums + 2 * T::rows * kWarps;
+  const auto place = [](int k, int e) { return (k * kPack + e) * T::threads + int(threadIdx.x); };
+  constexpr int kNear = T::z_shared ? 1 : T::packs * kPack;
+  C z[kNear];
+#pragma unroll
+  for (int i = 0; i < kNear; ++i) z[i] = 0;
+  Packed<S> rows[T::buffers][T::rows][T::packs];
+
+  const auto load = [&](Packed<S>(&to)[T::rows][T::packs], int64_t r) {
+#pragma unroll
+    for (int i = 0; i < T::rows; ++i)
+#pragma unroll
+      for (int k = 0; k < T::packs; ++k) {
+        const int j = (k * T::threads + int(threadIdx.x)) * kPack;
+        to[i][k].raw = uint4{0, 0, 0, 0};
+        if (r + i < r1 && j < length)
+          to[i][k].raw = load_once(reinterpret_cast<const uint4*>(x.w + (r + i) * x.ld + j));
+      }
+  };
+  load(rows[0], r0);  // on their way while a is copied
+#pragma unroll
+  for (int k = 0; k < T::packs; ++k) {
+    const int j = (k * T::threads + int(threadIdx.x)) * kPack;
+#pragma unroll
+    for (int e = 0; e < kPack; ++e)
+      near[place(k, e)] = T::z_shared ? C(0) : j < length ? a[j + e] : C(0);
+  }
+  double tt = 0;
+  const auto use = [&](const Packed<S>(&w)[T::rows][T::packs], int64_t r, C* slot) {
+    C total[T::rows];
+    if (dot) {
+#pragma unroll
+      for (int i = 0; i < T::rows; ++i) total[i] = 0;
+#pragma unroll
+      for (int k = 0; k < T::packs; ++k) {
+        const int j = (k * T::threads + int(threadIdx.x)) * kPack;
+        if (j < length) {
+#pragma unroll
+          for (int e = 0; e < kPack; ++e) {
+            const C v = T::z_shared ? a[j + e] : near[place(k, e)];
+#pragma unroll
+            for (int i = 0; i < T::rows; ++i) total[i] += w[i][k].get(e) * v;
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < T::rows; ++i) {
+        const C sum = warp_sum(total[i]);
+        if (threadIdx.x % 32 == 0) slot[i * kWarps + int(threadIdx.x / 32)] = sum;
+      }
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < T::rows; ++i) {
+        total[i] = 0;
+#pragma unroll
+        for (int k = 0; k < kWarps; ++k) total[i] += slot[i * kWarps + k];
+        if (threadIdx.x == 0 && r + i < r1) {
+          t[r + i] = total[i];
+          tt += double(total[i]) * double(total[i]);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < T::rows; ++i) total[i] = r + i < r1 ? t[r + i] : C(0);
+    }
+    if (!axpy) return;
+#pragma unroll
+    for (int i = 0; i < T::rows; ++i) total[i] *= scale;
+#pragma unroll
+    for (int k = 0; k < T::packs; ++k) {
+#pragma unroll
+      for (int e = 0; e < kPack; ++e) {
+        C& to = T::z_shared ? near[place(k, e)] : z[T::z_shared ? 0 : k * kPack + e];
+        C sum = to;
+#pragma unroll
+        for (int i = 0; i < T::rows; ++i) sum += total[i] * w[i][k].get(e);
+        to = sum;
+      }
+    }
+  };
+
+  // A thread is never two groups ahead of another (each use has a barrier), so two slots are
+  // enough.
+  C* slots[2] = {sums, sums + T::rows * kWarps};
+  if (T::buffers == 2) {
+    for (int64_t r = r0; r < r1; r += 2 * T::rows) {
+      load(rows[T::buffers - 1], r + T::rows);
+      use(rows[0], r, slots[0]);
+      load(rows[0], r + 2 * T::rows);
+      if (r + T::rows < r1) use(rows[T::buffers - 1], r + T::rows, slots[1]);
+    }
+  } else {
+    int turn = 0;
+    for (int64_t r = r0; r < r1; r += T::rows, turn ^= 1) {
+      if (r > r0) load(rows[0], r);
+      use(rows[0], r, turn ? slots[1] : slots[0]);
+    }
+  }
+  if (dot && threadIdx.x == 0) own.record->gram[0] = tt;
+  if (!axpy) return;
+#pragma unroll
+  for (int k = 0; k < T::packs; ++k) {
+    const int j = (k * T::threads + int(threadIdx.x)) * kPack;
+    if (j >= length) continue;
+#pragma unroll
+    for (int e = 0; e < kPack; ++e)
+      part[j + e] = T::z_shared ? near[place(k, e)] : z[T::z_shared ? 0 : k * kPack + e];
+  }
+}
+
+// u (stored by columns: v) from t, by as many blocks as have made t: where rows are short it is as
+// long as W is large, and one block would take longer than all passes.
+template <class S>
+__global__ void __launch_bounds__(kShortThreads)
+    stream_hand_out(const __grid_constant__ StreamParams p) {
+  using C = typename Elem<S>::C;
+  const DeviceItem& item = p.items[item_of_block(p.items, p.count)];
+  const Tile<S> own(p, item);
+  const double factor = reinterpret_cast<const Header*>(p.workspace + item.offset)->t_factor;
+  if (factor == 0) return;  // failed
+  const VectorRef& to = own.by_columns ? item.v : item.u;
+  for (int64_t r = own.r0 + threadIdx.x; r < own.r1; r += kShortThreads)
+    static_cast<C*>(to.data)[r * to.row_stride] = C(double(own.t[r]) * factor);
+}
+
+}  // namespace cuda
+}  // namespace specnorm

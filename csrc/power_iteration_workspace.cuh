@@ -1,0 +1,68 @@
+// What the kernels of power_iteration_ and their launcher agree on: a matrix in the parameters, its
+// part of the workspace, and a block's part of shared memory.
+#pragma once
+
+#include "dense.cuh"
+#include "power_iteration.h"
+#include "row_pass.cuh"
+
+namespace specnorm {
+namespace device {
+
+// One matrix, by value in the kernel's parameters.
+struct DeviceItem {
+  MatrixRef weight;  // [m, n]
+  VectorRef u, v;    // [m, columns], [n, columns]
+  int64_t offset;    // of its part of the workspace
+  int32_t index;     // in sigma
+  int32_t columns;
+  int32_t first_block, blocks;
+};
+
+// What a block tells the others after its slice; a partial z [columns, padded(length)] follows.
+struct RecordHead {
+  double gram[kMaxColumns * kMaxColumns];  // of its rows of t
+  double top;                              // max |W| of its rows
+  double zz;                               // |z|^2 of the columns it added up
+  int action;                              // the first block's decision, with several columns
+  int unused[3];
+};
+
+// Streaming only; written by stream_prepare, `t_factor` and `failed` by stream_conclude.
+struct Header {
+  double dot_unit, axpy_unit, top;  // Solver's
+  double t_factor;                  // of t in u (stored by columns: in v), where that is deferred
+  int sampled;
+  int failed;  // left the range in which these units are right: to be done again by one block
+  int unused[54];
+};
+static_assert(sizeof(Header) == 256, "what follows is aligned to as much");
+
+// The part of the workspace that belongs to one matrix. Host and device agree through this
+// function.
+struct Layout {
+  int64_t t, z, a, records, record_bytes, bytes;
+};
+__host__ __device__ inline Layout layout_of(int64_t rows, int64_t length, int64_t columns,
+                                            int64_t records, int64_t element) {
+  Layout x;
+  const int64_t vector = columns * padded(length) * element;
+  x.t = sizeof(Header);
+  x.z = x.t + columns * padded(rows) * element;
+  x.a = x.z + vector;
+  x.records = x.a + vector;
+  x.record_bytes = int64_t(sizeof(RecordHead)) + vector;
+  x.bytes = (x.records + records * x.record_bytes + 255) / 256 * 256;
+  return x;
+}
+
+// Shared memory of a block, in this order: Fixed, row groups, then (if they fit) own record, a, the
+// cluster's z, and the slice of W.
+template <class C>
+struct alignas(16) Fixed {
+  DenseShared dense;
+  PassShared<C> pass;
+};
+
+}  // namespace device
+}  // namespace specnorm
