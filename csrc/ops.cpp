@@ -17,8 +17,8 @@ STABLE_TORCH_LIBRARY(specnorm_ext, m) {
   m.def(
       "spectral_linear_backward(Tensor g, Tensor x, Tensor weight, Tensor? bias, Tensor u, Tensor "
       "v, Tensor sigma, Tensor? y, bool want_x, bool want_w) -> (Tensor dx, Tensor dw)");
-  // These two are written in torch's own operations, for every device: specnorm_ext/_linear_blocks.py
-  // and _embedding.py.
+  // These two are written in torch's own operations, for every device:
+  // specnorm_ext/_linear_blocks.py and _embedding.py.
   m.def(
       "spectral_linear_blocks(Tensor x, Tensor weight, Tensor? bias, Tensor u, Tensor v, Tensor "
       "sigma, int[] rows, bool interleaved=False, int experts=0) -> Tensor");
