@@ -217,6 +217,7 @@ def test_buffers_moved_under_inference_mode_train_later():
     with torch.inference_mode():
         layer(input_of(layer))
     assert layer.spectral._u.dtype == F64
+    assert not layer.spectral._u.is_inference()  # which would have no version to be seen by
     layer(input_of(layer)).sum().backward()
 
 

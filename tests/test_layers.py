@@ -369,7 +369,12 @@ def conv_critic(**options) -> nn.Module:
     ("build", "shape"), [(mlp, (64, 128)), (conv_critic, (16, 3, 8, 8))], ids=["mlp", "conv critic"]
 )
 def test_four_vectors_keep_the_true_norm_within_a_percent(build, shape):
-    """At every step after 100 of training, where one vector, as torch has, is off by several percents."""
+    """At every step after 100 of training, where one vector, as torch has, is off by several percents.
+
+    Of training that makes progress, as here. Where gradients are mostly noise (labels by a random linear rule, the
+    same MLP and Adam at 1e-3), each step opens directions that no earlier iteration has seen: four vectors are then
+    off by 2 to 5 percent, one by 5 to 16.
+    """
     off = {}
     for b in (1, 4):
         torch.manual_seed(0)
