@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from . import _ops, recomputation
 from . import state as states
 from ._ops import is_ordinary, is_untraced
+from .book import Values
 from .layers import SpectralLayer
 from .parametrizations import parametrizations_of
-from .state import SpectralState, Values, is_capturing
+from .state import SpectralState, is_capturing
 
 
 @dataclass(eq=False, slots=True)

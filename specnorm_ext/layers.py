@@ -78,13 +78,7 @@ class SpectralLayer(nn.Module):
     @property
     def normalized_weight(self) -> Tensor:
         """What the layer applies, W / sigma times the learned scale, detached, by u and v as they stand."""
-        with torch.no_grad():
-            training = self.spectral.training
-            self.spectral.training = False
-            try:
-                return self.spectral.normalized(self.weight)
-            finally:
-                self.spectral.training = training
+        return self.spectral.normalized_of(self.weight)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()  # type: ignore[misc]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +17,8 @@ from . import _C, _ops, recomputation
 from ._checks import DTYPES, MAX_COLUMNS, state_dtype
 from ._ops import is_ordinary, is_plain, is_untraced
 from .blocks import Blocks
-from .recomputation import Forward, Forwards, Place, left_to_python, version_of
+from .book import Book, Values
+from .recomputation import Forward, Place, left_to_python, version_of
 
 WARM_UP_ITERATIONS = 15  # torch's, at registration
 
@@ -27,43 +27,6 @@ WARM_UP_ITERATIONS = 15  # torch's, at registration
 STALE_BELOW = 0.75
 
 UVSigma = tuple[Tensor, Tensor, Tensor]
-
-
-@dataclass(slots=True)
-class Values:
-    """u, v and sigma that hold for more than one forward: given by a group, or kept in eval."""
-
-    weight: Tensor
-    pointer: int  # to the weight's memory, as it was
-    u: Tensor
-    v: Tensor
-    sigma: Tensor  # [1], or [blocks]
-    inverse: float | None = None  # 1 / d of `current`, 0 where that is 0, once somebody has asked
-    transposed: Tensor | None = None  # the weight's view [in, out], likewise
-    captured: bool = False  # made while a CUDA graph was captured, in whose memory they are
-
-
-@dataclass
-class Book:
-    """What a weight's state remembers between calls. Apart from the module: its attributes are slow to write."""
-
-    registered: bool = False
-    unseeded: bool = False  # u, v not yet drawn (a meta weight)
-    unverified: bool = False  # u, v not yet seen beside this weight (just loaded, or assigned to)
-    seen: tuple[Any, ...] | None = None  # what the last verification in eval looked at
-    kept: Values | None = None  # of that one, where sigma is computed once per weight version
-    compiled: bool = False  # written by torch.compile, read by nobody
-    forwards: Forwards = field(default_factory=Forwards)  # that a recomputation may ask for
-    given: Values | None = None  # by `group`, in force until its next update
-    group: Any = None  # a weak reference to a SpectralNormGroup
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Book:
-        # No group updates a copy, and no graph leads to it.
-        return Book(self.registered, self.unseeded, self.unverified)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Book, (self.registered, self.unseeded, self.unverified)
-
 
 standalone_forwards = 0  # in training, of weights outside any group: why a group looks for new ones
 
@@ -566,7 +529,12 @@ class SpectralState(nn.Module):
     def normalized(self, weight: Tensor) -> Tensor:
         """W / d in W's shape, times the learned scale."""
         parts = self.matrices(weight)
-        u, v, d = self.current(weight, parts)
+        return self._divided(weight, parts, *self.current(weight, parts))
+
+    @left_to_python
+    def _divided(
+        self, weight: Tensor, parts: list[Tensor], u: Tensor, v: Tensor, d: Tensor
+    ) -> Tensor:
         # straight to the kernels wherever gradients are not recorded
         direct = not torch.is_grad_enabled() and is_plain(weight) and weight.is_cpu
         if direct and self.blocks is not None and self.dim == 0:
@@ -580,16 +548,26 @@ class SpectralState(nn.Module):
             return self.scaled(out[0])
         return self.scaled(self._whole(out, weight))
 
-    @torch.no_grad()
-    def sigma_of(self, weight: Tensor) -> Tensor:
-        """sigma = |u^T W v| by u and v as they stand, without an iteration: [] or, with blocks, [blocks]."""
+    def _standing(self, weight: Tensor) -> tuple[list[Tensor], UVSigma]:
+        """The weight's matrices, and u, v and sigma without an iteration."""
         u, v, parts = self._u, self._v, self.matrices(weight)
         if u.dtype != state_dtype(weight.dtype) or u.device != weight.device:
             u, v = self.place(weight)
         if self._book.unseeded and is_plain(weight):
             self.verify(parts)
-        sigma = torch.ops.specnorm_ext.sigma(parts, self._us(u), self._vs(v)).abs()
+        return parts, self._bilinear(parts, u, v, False)
+
+    @torch.no_grad()
+    def sigma_of(self, weight: Tensor) -> Tensor:
+        """sigma = |u^T W v| by u and v as they stand, without an iteration: [] or, with blocks, [blocks]."""
+        sigma = self._standing(weight)[1][2]
         return sigma[0] if self.blocks is None else sigma
+
+    @torch.no_grad()
+    def normalized_of(self, weight: Tensor) -> Tensor:
+        """normalized() by u and v as they stand, without an iteration."""
+        parts, (u, v, sigma) = self._standing(weight)
+        return self._divided(weight, parts, u, v, self._dependence(u, sigma)[1])
 
     # ---- switching, moving and loading -------------------------------------------------------------------------------
 
