@@ -28,6 +28,9 @@ NAME = "layers"
 PLAIN = "plain, no normalization"
 TORCH, TORCH_COMPILED = "torch spectral_norm", "torch spectral_norm, compiled"
 OURS, OURS_COMPILED = "specnorm_ext.spectral_norm", "specnorm_ext.spectral_norm, compiled"
+LAYERS, LAYERS_COMPILED = "specnorm_ext layers", "specnorm_ext layers, compiled"
+GROUPED = "specnorm_ext layers in a group"
+COMPILED = (TORCH_COMPILED, OURS_COMPILED, LAYERS_COMPILED)
 
 # float32 against float64 through up to 11 layers. A ReLU that rounding pushes over its kink moves a gradient by
 # more than rounding does.
@@ -96,25 +99,46 @@ def build_models(make: Callable[[], nn.Module], compiled: bool) -> dict[str, nn.
     theirs = normalize_all(copy.deepcopy(plain), parametrizations.spectral_norm)
     state = theirs.state_dict()
     models = {PLAIN: plain, TORCH: theirs}
-    for name, how in (
-        (TORCH_COMPILED, parametrizations.spectral_norm),
-        (OURS, specnorm_ext.spectral_norm),
-        (OURS_COMPILED, specnorm_ext.spectral_norm),
-    ):
-        if compiled or name == OURS:
-            models[name] = normalize_all(copy.deepcopy(plain), how)
+    for name in (TORCH_COMPILED, OURS, OURS_COMPILED, LAYERS, LAYERS_COMPILED, GROUPED):
+        if name in COMPILED and not compiled:
+            continue
+        if name in (OURS, OURS_COMPILED):
+            models[name] = normalize_all(copy.deepcopy(plain), specnorm_ext.spectral_norm)
             models[name].load_state_dict(state)
+        else:
+            models[name] = copy.deepcopy(theirs)
+        if name in (LAYERS, LAYERS_COMPILED, GROUPED):
+            models[name] = specnorm_ext.convert(models[name])
+        if name == GROUPED:
+            specnorm_ext.SpectralNormGroup(models[name])
     return models
 
 
 def one_step(
-    model: nn.Module, x: Tensor, g: Tensor | None, compiled: bool = False
+    model: nn.Module,
+    x: Tensor,
+    g: Tensor | None,
+    compiled: bool = False,
+    backward_only: bool = False,
 ) -> Callable[[], Tensor]:
-    """The timed work: a forward, and with g the backward of <g, y> into gradients made anew, as after zero_grad."""
+    """The timed work: a forward, and with g the backward of <g, y> into gradients made anew, as after zero_grad.
+
+    backward_only: the backward of one and the same forward, again and again.
+    """
     leaves = [x, *model.parameters()]
     run: Callable[[Tensor], Tensor] = torch.compile(model, dynamic=False) if compiled else model
     if g is None:
         return lambda: run(x)
+    if backward_only:
+        out = run(x)
+
+        def again() -> Tensor:
+            for leaf in leaves:
+                leaf.grad = None
+            out.backward(g, retain_graph=True)
+            return out
+
+        return again
 
     def step() -> Tensor:
         for leaf in leaves:
@@ -127,7 +151,10 @@ def one_step(
 
 
 def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    found = {name: p.grad for name, p in model.named_parameters()}
+    found = {
+        name.replace("parametrizations.weight.original", "weight"): p.grad
+        for name, p in model.named_parameters()
+    }
     if x.requires_grad:
         found["input"] = x.grad
     return {name: grad for name, grad in found.items() if grad is not None}
@@ -144,13 +171,14 @@ def layer_group(
     input_gradient: bool = False,
     targets: dict[str, tuple[Target, ...]] | None = None,
 ) -> Group:
-    """mode: "train" and "eval" are one forward under no_grad, "backward" is a training forward and backward."""
+    """mode: "train" and "eval" are one forward under no_grad, "backward" is a training forward and backward, "backward
+    only" leaves the forward out."""
     compiled = with_compile and not options.no_compile
     torch._dynamo.reset()  # its limit of compiled versions counts across groups
     models = build_models(make, compiled)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(x_shape, generator=generator)
-    backward = mode == "backward"
+    backward, backward_only = mode.startswith("backward"), mode == "backward only"
     y_shape = models[PLAIN](x).shape
     g = torch.randn(y_shape, generator=generator) if backward else None
     twin = copy.deepcopy(models[TORCH]).double()
@@ -158,7 +186,7 @@ def layer_group(
     for name, model in models.items():
         model.train(mode != "eval")
         inputs[name] = x.clone().requires_grad_(backward and input_gradient)
-        steps[name] = one_step(model, inputs[name], g, compiled=name.endswith("compiled"))
+        steps[name] = one_step(model, inputs[name], g, name in COMPILED, backward_only)
 
     def check() -> dict[str, Any]:
         twin.train(mode != "eval")
@@ -179,14 +207,14 @@ def layer_group(
             for key, value in expected_gradients.items():
                 what = f"gradient of {key}, {name}"
                 error = max(error, require_close(what, got[key], value, GRADIENT_RTOL))
-            if name in (OURS, OURS_COMPILED):
+            if name.startswith("specnorm_ext"):
                 largest = max(largest, error)
         return {"largest error": largest}
 
     def variant(name: str, step: Callable[[], Tensor]) -> Variant:
         # --no-compile leaves out variants that targets compare with.
         kept = tuple(t for t in (targets or {}).get(name, ()) if t.than in steps)
-        return Variant(name, lambda _: step(), kept, ours=name in (OURS, OURS_COMPILED))
+        return Variant(name, lambda _: step(), kept, ours=name.startswith("specnorm_ext"))
 
     return Group(
         name=title,
@@ -196,6 +224,56 @@ def layer_group(
         check=check,
         data_bytes=sum(p.numel() * 4 for p in models[PLAIN].parameters()),
         context=contextlib.nullcontext if backward else torch.no_grad,
+    )
+
+
+def calls_group(options: argparse.Namespace) -> Group:
+    """What one call costs of each thing that a 32 x 32 layer does, one thread's work and Python's."""
+    torch.manual_seed(0)
+    plain, layer = nn.Linear(32, 32), specnorm_ext.SpectralLinear(32, 32)
+    model = nn.Sequential(copy.deepcopy(layer))
+    group = specnorm_ext.SpectralNormGroup(model, "manual")
+    still = copy.deepcopy(layer).eval()
+    x = torch.randn(64, 32)
+    w, b, u, v = (
+        t.detach() for t in (layer.weight, layer.bias, layer.spectral._u, layer.spectral._v)
+    )
+    sigma = specnorm_ext.functional.power_iteration(w, u, v, 50)
+    calls: dict[str, Callable[[], Any]] = {
+        "nn.Linear": lambda: plain(x),
+        "F.linear": lambda: F.linear(x, w, b),
+        "torch.addmm with alpha": lambda: torch.addmm(b, x, w.t(), alpha=0.5),
+        "torch.ops.specnorm_ext.spectral_linear": lambda: torch.ops.specnorm_ext.spectral_linear(
+            x, w, b, u, v, sigma
+        ),
+        "functional.power_iteration": lambda: specnorm_ext.functional.power_iteration(w, u, v),
+        "SpectralLinear, training": lambda: layer(x),
+        "SpectralLinear, eval": lambda: still(x),
+        "SpectralNormGroup.update, 1 layer": group.update,
+    }
+
+    def check() -> dict[str, Any]:
+        for name in ("torch.ops.specnorm_ext.spectral_linear", "SpectralLinear, eval"):
+            norm = sigma if "ops" in name else still.sigma
+            require_close(
+                name,
+                calls[name](),
+                F.linear(x.double(), w.double() / norm, b.double()),
+                OUTPUT_RTOL,
+            )
+        return {}
+
+    return Group(
+        name="Where the time of a small layer goes (32 x 32, batch 64, no_grad)",
+        unit="nn.Linear",
+        unit_label="x nn.Linear",
+        variants=[
+            Variant(k, lambda _, f=f: f(), ours="spec" in k or "Spec" in k)
+            for k, f in calls.items()
+        ],
+        check=check,
+        data_bytes=w.numel() * 4,
+        context=torch.no_grad,
     )
 
 
@@ -229,9 +307,24 @@ def groups() -> list[tuple[str, harness.Builder]]:
         linear(32, 32),
         (64, 32),
         mode="train",
-        targets={OURS: (Target(0.5, TORCH),)},
+        targets={OURS: (Target(0.5, TORCH),), LAYERS: (Target(5),)},
     )
-    add("Linear 32 x 32, batch 64, eval forward, no_grad", linear(32, 32), (64, 32), mode="eval")
+    add(
+        "8 Linear 32 x 32, batch 64, training forward, no_grad",
+        lambda shrink: nn.Sequential(*(nn.Linear(32 // shrink, 32 // shrink) for _ in range(8))),
+        (64, 32),
+        mode="train",
+        with_compile=False,
+        targets={GROUPED: (Target(3.5),)},
+    )
+    add(
+        "Linear 32 x 32, batch 64, eval forward, no_grad",
+        linear(32, 32),
+        (64, 32),
+        mode="eval",
+        targets={LAYERS: (Target(2),)},
+    )
+    found.append(("Where the time of a small layer goes", calls_group))
     add(
         "MLP of 6 layers 256..1024, batch 64, forward + backward",
         lambda shrink: mlp([w // shrink for w in WIDTHS]),
@@ -240,23 +333,34 @@ def groups() -> list[tuple[str, harness.Builder]]:
         targets={
             OURS: (Target(1, TORCH, faster=True), Target(1, TORCH_COMPILED, faster=True)),
             OURS_COMPILED: (Target(1, TORCH_COMPILED, faster=True),),
+            LAYERS: (Target(1.2),),
+            GROUPED: (Target(1.2), Target(1, TORCH_COMPILED, faster=True)),
         },
     )
-    for m, n in ((1024, 4096), (4096, 4096)):
+    for m, n in ((1024, 4096), (4096, 4096), (4096, 14336)):
+        targets = {LAYERS: (Target(1.15),)} if m == 4096 else None
         add(
             f"Linear {m} x {n}, batch 64, forward + backward",
             linear(n, m),
             (64, n),
             mode="backward",
             input_gradient=True,
+            with_compile=n < 14336,  # three more copies of a quarter of a gigabyte
+            targets=targets,
         )
-    add(
-        "SN-GAN CIFAR discriminator, batch 4, forward + backward",
-        lambda shrink: Discriminator(128 // shrink),
-        (4, 3, 32, 32),
-        mode="backward",
-        with_compile=False,  # a minute of compilation, for a step that convolutions rule
-    )
+    for mode, targets in (
+        ("backward", {LAYERS: (Target(1.02),), GROUPED: (Target(1.02),)}),
+        ("backward only", {LAYERS: (Target(1, TORCH),)}),
+    ):
+        what = "forward + backward" if mode == "backward" else mode
+        add(
+            f"SN-GAN CIFAR discriminator, batch 4, {what}",
+            lambda shrink: Discriminator(128 // shrink),
+            (4, 3, 32, 32),
+            mode=mode,
+            with_compile=False,  # a minute of compilation, for a step that convolutions rule
+            targets=targets,
+        )
     return found
 
 

@@ -178,16 +178,18 @@ inline void check_normalize_backward(const Operands& grads, const Operands& weig
   }
 }
 
-inline void check_spectral_linear(const Operand& x, const Operand& weight, const Operand* bias,
-                                  const Operand& u, const Operand& v, const Operand& sigma) {
-  const char* op = "spectral_linear";
-  const auto like_weight = [&](const char* name, const Operand& t) {
-    if (t.dtype != weight.dtype)
-      fail("TypeError", op, ": expected ", name, " to be ", dtype_name(weight.dtype),
-           ", as the weight, got ", dtype_name(t.dtype));
-    if (!t.same_device(weight))
-      fail("TypeError", op, ": expected ", name, " on the device of the weight");
-  };
+inline void check_like_weight(const char* op, const char* name, const Operand& t,
+                              const Operand& weight) {
+  if (t.dtype != weight.dtype)
+    fail("TypeError", op, ": expected ", name, " to be ", dtype_name(weight.dtype),
+         ", as the weight, got ", dtype_name(t.dtype));
+  if (!t.same_device(weight))
+    fail("TypeError", op, ": expected ", name, " on the device of the weight");
+}
+
+inline void check_spectral_linear(const char* op, const Operand& x, const Operand& weight,
+                                  const Operand* bias, const Operand& u, const Operand& v,
+                                  const Operand& sigma) {
   if (!kernel_dtype(weight.dtype))
     fail("TypeError", op,
          ": expected weight to be torch.float32, torch.float64, torch.bfloat16 or torch.float16, "
@@ -196,12 +198,12 @@ inline void check_spectral_linear(const Operand& x, const Operand& weight, const
   if (weight.dim != 2)
     fail("ValueError", op, ": expected weight to be a matrix [out, in], got shape ",
          shape_text(weight));
-  like_weight("x", x);
+  check_like_weight(op, "x", x, weight);
   if (x.dim < 1 || x.sizes[x.dim - 1] != weight.sizes[1])
     fail("ValueError", op, ": expected x to have shape [..., ", weight.sizes[1], "], got ",
          shape_text(x));
   if (bias != nullptr) {
-    like_weight("bias", *bias);
+    check_like_weight(op, "bias", *bias, weight);
     if (bias->dim != 1 || bias->sizes[0] != weight.sizes[0])
       fail("ValueError", op, ": expected bias to have shape [", weight.sizes[0], "], got ",
            shape_text(*bias));
@@ -225,6 +227,27 @@ inline void check_spectral_linear(const Operand& x, const Operand& weight, const
          shape_text(v));
   if (sigma.dim > 1 || (sigma.dim == 1 && sigma.sizes[0] != 1))
     fail("ValueError", op, ": expected sigma to be one number, [] or [1], got ", shape_text(sigma));
+}
+
+inline void check_spectral_linear_backward(const Operand& g, const Operand& x,
+                                           const Operand& weight, const Operand* bias,
+                                           const Operand& u, const Operand& v, const Operand& sigma,
+                                           const Operand* y) {
+  const char* op = "spectral_linear_backward";
+  check_spectral_linear(op, x, weight, bias, u, v, sigma);
+  std::vector<int64_t> expected(x.sizes, x.sizes + x.dim);
+  expected.back() = weight.sizes[0];
+  Operand like = weight;
+  like.dim = x.dim;
+  like.sizes = expected.data();
+  const auto check = [&](const char* name, const Operand& t) {
+    check_like_weight(op, name, t, weight);
+    if (t.dim != x.dim || !std::equal(t.sizes, t.sizes + t.dim, expected.begin()))
+      fail("ValueError", op, ": expected ", name, " to have shape ", shape_text(like), ", got ",
+           shape_text(t));
+  };
+  check("g", g);
+  if (y != nullptr) check("y", *y);
 }
 
 }  // namespace specnorm

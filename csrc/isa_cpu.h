@@ -4,6 +4,7 @@
 #include "normalize.h"
 #include "power_iteration.h"
 #include "sigma.h"
+#include "spectral_linear.h"
 
 namespace specnorm {
 
@@ -13,6 +14,8 @@ struct CpuKernels {
   Status (*sigma)(const SigmaParams&, const Parallel&);
   Status (*normalize)(const NormalizeParams&, const Parallel&);
   Status (*normalize_backward)(const NormalizeParams&, const Parallel&);
+  Status (*inner)(const InnerParams&, const Parallel&);
+  Status (*rank_one)(const RankOneParams&, const Parallel&);
 };
 
 // Chosen once: the widest instruction set that the processor, the operating system and this build

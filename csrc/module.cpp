@@ -7,6 +7,8 @@
 
 #include <torch/headeronly/version.h>
 
+#include <string>
+
 #include "borrow.h"
 #include "checks.h"
 #include "isa_cpu.h"
@@ -62,10 +64,27 @@ bool normalize(const Borrower& from, py::handle weights, py::handle u, py::handl
   return true;
 }
 
+#if defined(SPECNORM_HAVE_CUDA_KERNELS)
+// torch.backends.cuda.matmul.fp32_precision == "tf32", however it was set. Looked up when the
+// module is imported, and never freed: at exit the interpreter may be gone.
+PyObject* fp32_precision = nullptr;
+bool float32_as_tf32() {
+  if (fp32_precision == nullptr || !Py_IsInitialized()) return false;
+  const py::gil_scoped_acquire locked;
+  return py::handle(fp32_precision)("cuda", "matmul").cast<std::string>() == "tf32";
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Kernels of specnorm_ext; importing this module registers torch.ops.specnorm_ext.*";
+#if defined(SPECNORM_HAVE_CUDA_KERNELS)
+  fp32_precision =
+      PyObject_GetAttrString(py::module_::import("torch._C").ptr(), "_get_fp32_precision_getter");
+  if (fp32_precision == nullptr) PyErr_Clear();
+  specnorm::float32_as_tf32 = &float32_as_tf32;
+#endif
   static const Borrower from;
   m.def("power_iteration", [](py::handle weights, py::handle u, py::handle v, int64_t n_iterations,
                               double eps, py::handle out) {

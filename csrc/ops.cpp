@@ -14,6 +14,9 @@ STABLE_TORCH_LIBRARY(specnorm_ext, m) {
   m.def(
       "spectral_linear(Tensor x, Tensor weight, Tensor? bias, Tensor u, Tensor v, Tensor sigma) -> "
       "Tensor");
+  m.def(
+      "spectral_linear_backward(Tensor g, Tensor x, Tensor weight, Tensor? bias, Tensor u, Tensor "
+      "v, Tensor sigma, Tensor? y, bool want_x, bool want_w) -> (Tensor dx, Tensor dw)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(specnorm_ext, CPU, m) {
@@ -22,6 +25,7 @@ STABLE_TORCH_LIBRARY_IMPL(specnorm_ext, CPU, m) {
   m.impl("normalize", TORCH_BOX(&specnorm::normalize_cpu_op));
   m.impl("normalize_backward", TORCH_BOX(&specnorm::normalize_backward_cpu_op));
   m.impl("spectral_linear", TORCH_BOX(&specnorm::spectral_linear_cpu_op));
+  m.impl("spectral_linear_backward", TORCH_BOX(&specnorm::spectral_linear_backward_cpu_op));
 }
 
 #if defined(SPECNORM_HAVE_CUDA_KERNELS)
@@ -30,5 +34,7 @@ STABLE_TORCH_LIBRARY_IMPL(specnorm_ext, CUDA, m) {
   m.impl("sigma", TORCH_BOX(&specnorm::sigma_cuda_op));
   m.impl("normalize", TORCH_BOX(&specnorm::normalize_cuda_op));
   m.impl("normalize_backward", TORCH_BOX(&specnorm::normalize_backward_cuda_op));
+  m.impl("spectral_linear", TORCH_BOX(&specnorm::spectral_linear_cuda_op));
+  m.impl("spectral_linear_backward", TORCH_BOX(&specnorm::spectral_linear_backward_cuda_op));
 }
 #endif

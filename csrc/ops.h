@@ -2,6 +2,7 @@
 // by reference: the boxing code would copy them, handle by handle, into parameters taken by value.
 #pragma once
 
+#include <tuple>
 #include <vector>
 
 #include "dispatch.h"
@@ -22,6 +23,11 @@ std::vector<Tensor> normalize_backward_cpu_op(const std::vector<Tensor>& grads,
 
 Tensor spectral_linear_cpu_op(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
                               const Tensor& u, const Tensor& v, const Tensor& sigma);
+// dx and dW, each [0] where it is not wanted. y: the layer's output, or nothing.
+std::tuple<Tensor, Tensor> spectral_linear_backward_cpu_op(
+    const Tensor& g, const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
+    const Tensor& u, const Tensor& v, const Tensor& sigma, std::optional<Tensor> y, bool want_x,
+    bool want_w);
 
 // The same from the operands on: check, fill the parameter struct, launch. What comes out goes to
 // memory that the caller made: sigma [len(weights)], and a matrix like each weight.
@@ -42,6 +48,15 @@ std::vector<Tensor> normalize_backward_cuda_op(const std::vector<Tensor>& grads,
                                                const std::vector<Tensor>& weights,
                                                const std::vector<Tensor>& u,
                                                const std::vector<Tensor>& v, const Tensor& sigma);
+Tensor spectral_linear_cuda_op(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
+                               const Tensor& u, const Tensor& v, const Tensor& sigma);
+std::tuple<Tensor, Tensor> spectral_linear_backward_cuda_op(
+    const Tensor& g, const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
+    const Tensor& u, const Tensor& v, const Tensor& sigma, std::optional<Tensor> y, bool want_x,
+    bool want_w);
+// Whether torch lets products of float32 round their inputs to TF32 now. Its stable ABI has no word
+// for it: the module asks torch's Python side (module.cpp). Null: no.
+extern bool (*float32_as_tf32)();
 
 // sigma of an empty list: float32 on the CPU, since there is no weight to ask.
 inline Tensor empty_sigma() {

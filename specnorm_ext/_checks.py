@@ -35,8 +35,12 @@ def state_dtype(weight: torch.dtype) -> torch.dtype:
     return torch.float64 if weight == torch.float64 else torch.float32
 
 
+def _sizes(shape: Sequence[int]) -> str:
+    return "[" + ", ".join(str(s) for s in shape) + "]"
+
+
 def _shape(x: Tensor) -> str:
-    return "[" + ", ".join(str(s) for s in x.shape) + "]"
+    return _sizes(x.shape)
 
 
 def _columns(x: Tensor) -> int:
@@ -192,19 +196,22 @@ def check_normalize_backward(
             )
 
 
+def check_like_weight(op: str, name: str, t: Tensor, weight: Tensor) -> None:
+    if t.dtype != weight.dtype:
+        raise TypeError(f"{op}: expected {name} to be {weight.dtype}, as the weight, got {t.dtype}")
+    if t.device != weight.device:
+        raise TypeError(f"{op}: expected {name} on the device of the weight")
+
+
 def check_spectral_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, v: Tensor, sigma: Tensor
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    u: Tensor,
+    v: Tensor,
+    sigma: Tensor,
+    op: str = "spectral_linear",
 ) -> None:
-    op = "spectral_linear"
-
-    def like_weight(name: str, t: Tensor) -> None:
-        if t.dtype != weight.dtype:
-            raise TypeError(
-                f"{op}: expected {name} to be {weight.dtype}, as the weight, got {t.dtype}"
-            )
-        if t.device != weight.device:
-            raise TypeError(f"{op}: expected {name} on the device of the weight")
-
     if weight.dtype not in DTYPES:
         raise TypeError(
             f"{op}: expected weight to be torch.float32, torch.float64, torch.bfloat16 or "
@@ -214,13 +221,13 @@ def check_spectral_linear(
         raise ValueError(
             f"{op}: expected weight to be a matrix [out, in], got shape {_shape(weight)}"
         )
-    like_weight("x", x)
+    check_like_weight(op, "x", x, weight)
     if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{op}: expected x to have shape [..., {weight.shape[1]}], got {_shape(x)}"
         )
     if bias is not None:
-        like_weight("bias", bias)
+        check_like_weight(op, "bias", bias, weight)
         if bias.dim() != 1 or bias.shape[0] != weight.shape[0]:
             raise ValueError(
                 f"{op}: expected bias to have shape [{weight.shape[0]}], got {_shape(bias)}"
@@ -238,3 +245,28 @@ def check_spectral_linear(
             raise ValueError(f"{op}: expected {name} to have shape [{length}], got {_shape(t)}")
     if sigma.dim() > 1 or (sigma.dim() == 1 and sigma.shape[0] != 1):
         raise ValueError(f"{op}: expected sigma to be one number, [] or [1], got {_shape(sigma)}")
+
+
+def check_spectral_linear_backward(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    u: Tensor,
+    v: Tensor,
+    sigma: Tensor,
+    y: Tensor | None,
+    want_x: bool = True,
+    want_w: bool = True,
+) -> None:
+    op = "spectral_linear_backward"
+    check_spectral_linear(x, weight, bias, u, v, sigma, op)
+    expected = x.shape[:-1] + weight.shape[:1]
+    for name, t in (("g", g), ("y", y)):
+        if t is None:
+            continue
+        check_like_weight(op, name, t, weight)
+        if t.shape != expected:
+            raise ValueError(
+                f"{op}: expected {name} to have shape {_sizes(expected)}, got {_shape(t)}"
+            )

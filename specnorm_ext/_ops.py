@@ -24,6 +24,7 @@ from ._checks import (
     check_power_iteration,
     check_sigma,
     check_spectral_linear,
+    check_spectral_linear_backward,
     raise_typed,
     state_dtype,
 )
@@ -235,16 +236,22 @@ def _(x, weight, bias, u, v, sigma):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _with_row(rows: Tensor, row: Tensor) -> Tensor:
-    """[rows; row], so that a matrix product takes a rank-1 update with it."""
-    return torch.cat([rows, row.to(rows.dtype).unsqueeze(0)])
+@torch.library.register_fake("specnorm_ext::spectral_linear_backward")
+def _(g, x, weight, bias, u, v, sigma, y, want_x, want_w):
+    check_spectral_linear_backward(g, x, weight, bias, u, v, sigma, y)
+    dx = x.new_empty(x.shape if want_x else 0)
+    return dx, torch.empty_like(weight) if want_w else weight.new_empty(0)
 
 
 class _SpectralLinear(torch.autograd.Function):
-    """dx = g W / sigma, db = sum g, dW = [g; -c u]^T [x; v] / sigma as one product, c = <g, y - b>.
+    """dx = g W / sigma, db = sum g, dW = (g^T x - c u v^T) / sigma with c = <g, y - b> = <dx, x>.
 
-    c comes from data of the batch's size: <dx, x> where dx is wanted anyway, else <g, y - b> from the output, as long
-    as nobody has changed it in place since (an in-place ReLU, say); then from one pass over the product and W.
+    c comes from data of the batch's size wherever that is there: dx, where it is wanted, has been computed anyway.
+    Else y, but only for a batch under a 64th of `in` rows. A plain layer frees its output as soon as nobody else
+    needs it, and kept for a backward of this layer alone a large one would be memory that a plain layer does not
+    take. Without y, the op takes one more pass over dW and W, which is little beside the product of a large batch
+    (and much beside that of a small one, where y is what costs next to nothing). So also where someone has
+    written to y since, an in-place ReLU, say.
     """
 
     @staticmethod
@@ -254,7 +261,8 @@ class _SpectralLinear(torch.autograd.Function):
         )
         ctx.save_for_backward(x, weight, bias, u, v, sigma)
         ctx.y = None
-        if ctx.needs_input_grad[2] and not ctx.needs_input_grad[1]:
+        needs = ctx.needs_input_grad
+        if needs[2] and not needs[1] and 64 * y.numel() <= weight.numel():
             ctx.y = y.detach()  # its version counter is that of the output
             ctx.version = ctx.y._version
         return y
@@ -263,41 +271,20 @@ class _SpectralLinear(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor):
         x, weight, bias, u, v, sigma = ctx.saved_tensors
         want_x, want_w, want_b = ctx.needs_input_grad[1:4]
-        db = g.reshape(-1, g.shape[-1]).sum(0) if want_b else None
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (g, x, weight)):
-            exact = reference.spectral_linear_backward(g, x, weight, u, v, sigma)
-            first, second = (
-                y if want else None for y, want in zip(exact, (want_x, want_w), strict=True)
-            )
-            return None, first, second, db, None, None, None
-        inverse = reference._inverse(sigma.reshape(()))
-        scaled = g * inverse.to(g.dtype) if g.dtype == sigma.dtype else (g * inverse).to(g.dtype)
-        rows = scaled.reshape(-1, weight.shape[0])
         dx = dw = None
-        if want_x:
-            dx = torch.mm(rows, weight).reshape(x.shape)
-        if want_w:
-            inputs = x.reshape(-1, weight.shape[1])
-            if want_x or (ctx.y is not None and ctx.y._version == ctx.version):
-                c = _inner(dx, x) if dx is not None else _inner(g, ctx.y, bias)
-                dw = torch.mm(_with_row(rows, u * (-c * inverse)).mT, _with_row(inputs, v))
+        if want_x or want_w:
+            y = ctx.y if ctx.y is not None and ctx.y._version == ctx.version else None
+            # is_grads_batched of torch.autograd.grad rests on an older vmap, which would call the op row by row
+            if torch._C._dispatch_keys(g).has(_legacy_vmap):
+                dx, dw = reference.spectral_linear_backward(g, x, weight, u, v, sigma)
             else:
-                dw = torch.mm(rows.mT, inputs)
-                c = _inner(dw, weight)
-                dw.addr_((u * (-c * inverse)).to(dw.dtype), v.to(dw.dtype))
-        return None, dx, dw, db, None, None, None
-
-
-def _inner(a: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:
-    """<a, b - shift> in float32 or wider."""
-    wide = torch.float64 if a.dtype == torch.float64 else torch.float32
-    if a.dtype == wide:
-        product = a * b if shift is None else a * (b - shift)
-        return product.sum()
-    product = (
-        a.to(wide) * b.to(wide) if shift is None else a.to(wide) * (b.to(wide) - shift.to(wide))
-    )
-    return product.sum()
+                dx, dw = _ops.spectral_linear_backward(
+                    g, x, weight, bias if y is not None else None, u, v, sigma, y, want_x, want_w
+                )
+        db = None
+        if want_b:
+            db = g.sum(tuple(range(g.dim() - 1))) if g.dim() > 1 else g
+        return None, dx if want_x else None, dw if want_w else None, db, None, None, None
 
 
 def _spectral_linear_autograd(keyset, x, weight, bias, u, v, sigma):
@@ -315,7 +302,30 @@ def _spectral_linear_autograd(keyset, x, weight, bias, u, v, sigma):
         raise_typed(error)
 
 
+def _spectral_linear_backward_wanted(g, x, weight, bias, u, v, sigma, y, want_x, want_w):
+    """The twin under the op's signature; differentiable, to any order."""
+    check_spectral_linear_backward(g, x, weight, bias, u, v, sigma, y)
+    dx, dw = reference.spectral_linear_backward(g, x, weight, u, v, sigma)
+    return dx if want_x else x.new_empty(0), dw if want_w else weight.new_empty(0)
+
+
+def _spectral_linear_backward_autograd(keyset, g, x, weight, *rest):
+    try:
+        if _needs_composite() or (
+            torch.is_grad_enabled() and (g.requires_grad or x.requires_grad or weight.requires_grad)
+        ):
+            return _spectral_linear_backward_wanted(g, x, weight, *rest)
+        return _ops.spectral_linear_backward.default.redispatch(
+            keyset & _below_autograd, g, x, weight, *rest
+        )
+    except RuntimeError as error:
+        raise_typed(error)
+
+
 _impl.impl("spectral_linear", _spectral_linear_autograd, "Autograd", with_keyset=True)
+_impl.impl(
+    "spectral_linear_backward", _spectral_linear_backward_autograd, "Autograd", with_keyset=True
+)
 
 
 def _spectral_linear_autocast(device: str):
@@ -350,6 +360,7 @@ def is_untraced() -> bool:
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
     )
 
 
@@ -473,6 +484,32 @@ def _(info, in_dims, grads, weights, u, v, sigma):
     return stacked, [0] * count
 
 
+def _per_sample(info, in_dims, args) -> list[tuple]:
+    """The arguments of each call of the batch; what is not batched is in every one."""
+    size = info.batch_size
+    return list(
+        zip(
+            *([x] * size if d is None else x.unbind(d) for x, d in zip(args, in_dims, strict=True)),
+            strict=True,
+        )
+    )
+
+
+@torch.library.register_vmap("specnorm_ext::spectral_linear")
+def _(info, in_dims, x, *rest):
+    if all(d is None for d in in_dims[1:]):  # one layer, a batch more: still one product
+        return _ops.spectral_linear(x.movedim(in_dims[0], 0), *rest), 0
+    return torch.stack(
+        [_ops.spectral_linear(*args) for args in _per_sample(info, in_dims, (x, *rest))]
+    ), 0
+
+
+@torch.library.register_vmap("specnorm_ext::spectral_linear_backward")
+def _(info, in_dims, *args):
+    out = [_ops.spectral_linear_backward(*each) for each in _per_sample(info, in_dims, args)]
+    return tuple(torch.stack(x) for x in zip(*out, strict=True)), (0, 0)
+
+
 # ---- devices without kernels ------------------------------------------------------------------------------------
 
 _warned: set[str] = set()
@@ -517,4 +554,28 @@ def _spectral_linear_in_parts(x, weight, bias, u, v, sigma):
     return y if bias is None else y.add_(bias)
 
 
+def _inner(a: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:
+    """<a, b - shift> in float32 or wider."""
+    wide = state_dtype(a.dtype)
+    b = b.to(wide)
+    return (a.to(wide) * (b if shift is None else b - shift.to(wide))).sum()
+
+
+def _spectral_linear_backward_in_parts(g, x, weight, bias, u, v, sigma, y, want_x, want_w):
+    """Two products with g / sigma; the rank-one term is added to dW afterwards."""
+    check_spectral_linear_backward(g, x, weight, bias, u, v, sigma, y)
+    inverse = reference._inverse(sigma.reshape(()))
+    rows = (g * inverse).to(g.dtype).reshape(-1, weight.shape[0])
+    dx = torch.mm(rows, weight).view(x.shape) if want_x else x.new_empty(0)
+    if not want_w:
+        return dx, weight.new_empty(0)
+    dw = torch.empty_like(weight)
+    torch.mm(rows.mT, x.reshape(-1, weight.shape[1]), out=dw)
+    c = _inner(dx, x) if want_x else _inner(dw, weight) if y is None else _inner(g, y, bias)
+    return dx, dw.addr_((u * (-c * inverse)).to(dw.dtype), v.to(dw.dtype))
+
+
 _impl.impl("spectral_linear", _spectral_linear_in_parts, "CompositeExplicitAutograd")
+_impl.impl(
+    "spectral_linear_backward", _spectral_linear_backward_in_parts, "CompositeExplicitAutograd"
+)

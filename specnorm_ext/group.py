@@ -15,7 +15,7 @@ from . import state as states
 from ._ops import is_ordinary, is_untraced
 from .layers import SpectralLayer
 from .parametrizations import parametrizations_of
-from .state import SpectralState, Values
+from .state import SpectralState, Values, is_capturing
 
 
 @dataclass(eq=False, slots=True)
@@ -93,10 +93,12 @@ class _Call:
             pieces = flat.split(self.sizes)
             if not self.one_column:
                 pieces = [x.view(s) for x, s in zip(pieces, self.shapes, strict=True)]
+        captured = is_capturing(sigma)
         i = 0
         for m, s in zip(self.members, sigmas, strict=True):
             values = m.values
             values.u, values.v, values.sigma, values.inverse = pieces[i], pieces[i + 1], s, None
+            values.captured = captured
             m.state._book.given = values
             i += 2
 
@@ -182,7 +184,8 @@ class SpectralNormGroup:
 
     A deep copy of the model has no part in the group: under "forward" it makes one of its own, otherwise its layers
     iterate by themselves. Under torch.compile "forward" leaves the iteration to the compiled layers; "step" and
-    :meth:`update` run outside of the graph, whose layers use what they give.
+    :meth:`update` run outside of the graph, whose layers use what they give. Layers captured in a CUDA graph use an
+    update that was captured with them, and otherwise iterate by themselves.
 
     Raises:
         ValueError: "step" without an optimizer, another ``when``; no spectrally normalized weight in the model; a

@@ -93,10 +93,6 @@ class SpectralLayer(nn.Module):
             self.spectral._book.unseeded = True
             self.spectral.forget()
 
-    def train(self, mode: bool = True) -> SpectralLayer:
-        self.spectral._book.kept = None
-        return super().train(mode)
-
     def __repr__(self) -> str:
         return f"{self._get_name()}({self.extra_repr()})"  # on one line, without the child that holds u and v
 
@@ -151,7 +147,8 @@ class SpectralLinear(SpectralLayer, nn.Linear):
     that it divides by. u and v are in the state dict under ``spectral._u`` and ``spectral._v`` (the learned scale
     under ``spectral.scale``); checkpoints of torch's parametrization and of the old ``torch.nn.utils.spectral_norm``
     load as well. In eval sigma is computed once per version of the weight. A change through ``.data`` leaves no
-    version behind: on the CPU it is seen by a few sampled entries, elsewhere not at all; call ``eval()`` after it.
+    version behind: on the CPU it is seen by a few sampled entries, elsewhere not at all; call ``eval()`` after it. Nor
+    does the step of a fused optimizer: off the CPU, sigma is computed anew wherever gradients are recorded.
 
     Shapes and dtypes: x [..., in_features], y [..., out_features], in the weight's dtype (under autocast as
     ``torch.nn.Linear``); float32, float64, bfloat16, float16. Differentiable in x, weight and bias to any order, with u

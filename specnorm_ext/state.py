@@ -40,6 +40,7 @@ class Values:
     sigma: Tensor  # [1], or [blocks]
     inverse: float | None = None  # 1 / d of `current`, 0 where that is 0, once somebody has asked
     transposed: Tensor | None = None  # the weight's view [in, out], likewise
+    captured: bool = False  # made while a CUDA graph was captured, in whose memory they are
 
 
 @dataclass
@@ -420,7 +421,8 @@ class SpectralState(nn.Module):
             self.verify(parts)
             book.kept = None
             book.seen = self._eye(weight, u, v)
-        if not self.keeps_sigma or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if not self.keeps_sigma or not self._may_keep(weight):
+            book.kept = None
             return self._bilinear(parts, u, v, direct)
         kept = book.kept
         if kept is None:
@@ -429,15 +431,30 @@ class SpectralState(nn.Module):
             kept = book.kept = Values(weight, weight.data_ptr(), *values)
         return kept.u, kept.v, kept.sigma
 
+    @staticmethod
+    def _may_keep(weight: Tensor) -> bool:
+        if weight.is_cpu:
+            return True  # see _eye
+        # Fused optimizers step without a trace in the version counter, and who trains in eval calls with gradients.
+        if torch.is_grad_enabled() and weight.requires_grad:
+            return False
+        return not is_capturing(weight)
+
     @left_to_python
     def _given(self) -> Values | None:
         """What the group has computed, if it is in force here."""
         book = self._book
-        if book.given is None and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return book.given
+        if book.given is None:
             group = self.group
             if group is not None and group.serves:
                 group.serve()
-        return book.given
+        given = book.given
+        # A graph replays with the memory it was captured with, and the next update gives other memory.
+        if given is not None and given.captured != is_capturing(given.sigma):
+            return None
+        return given
 
     def ready(self, weight: Tensor) -> Values | None:
         """The values of this forward if they are known already, for a matrix on the CPU and without gradients.
@@ -566,7 +583,11 @@ class SpectralState(nn.Module):
         ).abs()
         return sigma[0] if self.blocks is None else sigma
 
-    # ---- moving and loading -------------------------------------------------------------------------------------
+    # ---- switching, moving and loading -------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> SpectralState:
+        self._book.kept = None
+        return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SpectralState:
         before = {k: x for k, x in self._buffers.items() if x is not None}
@@ -605,6 +626,11 @@ class SpectralState(nn.Module):
             self._book.unverified = True
             self.forget()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def is_capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is captured on the stream that x would be used on."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def fit_columns(loaded: Tensor, own: Tensor) -> Tensor:

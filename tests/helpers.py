@@ -367,6 +367,81 @@ def exact_backward(g, w, u, v, sigma):
     return (g - (g * w).sum() / sigma * torch.outer(u, v)) / sigma
 
 
+# ---- spectral_linear --------------------------------------------------------------------------------------------
+
+
+def _stored(dtype: torch.dtype, error: Tensor, exact: Tensor) -> Tensor:
+    """`error` in float32 or wider, and the rounding of what is stored."""
+    return error + 2 * eps_of(dtype) * exact.abs() + smallest(dtype)
+
+
+def _of_sums(dtype: torch.dtype, n: int, cpu: bool) -> float:
+    """Of a sum of n products, relative to its absolute terms. Some CPU libraries keep partial sums of 16-bit products
+    in 16 bits."""
+    return tolerance("dot", dtype, n) + (eps_of(dtype) if cpu and dtype in (F16, BF16) else 0)
+
+
+def check_linear(
+    y: Tensor,
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    sigma: Tensor,
+    roundings: int = 1,
+    cpu: bool = False,
+) -> None:
+    """y = x W^T / sigma + b, elementwise: a dot product each, rounded when stored, and once more where it is stored
+    before it is scaled."""
+    dtype = y.dtype
+    y, x, w, s = (t.detach().double() for t in (y, x, w, sigma))
+    shift = torch.zeros(1, dtype=F64) if b is None else b.detach().double()
+    exact = x @ w.mT / s + shift
+    size = x.abs() @ w.mT.abs() / s.abs() + shift.abs()
+    bound = _stored(dtype, _of_sums(dtype, w.shape[1], cpu) * size, exact)
+    bound += (roundings - 1) * 2 * eps_of(dtype) * (exact - shift).abs()
+    assert ((y - exact).abs() <= bound).all()
+
+
+def check_linear_backward(
+    dx: Tensor | None,
+    dw: Tensor | None,
+    g: Tensor,
+    x: Tensor,
+    w: Tensor,
+    u: Tensor,
+    v: Tensor,
+    sigma: Tensor,
+    y: Tensor | None = None,
+    cpu: bool = False,
+) -> None:
+    """dx and dW, elementwise. The error of c is that of what it is computed from: dx, y, or dW before its last term."""
+    dtype, out, inputs = w.dtype, *w.shape
+    eps = eps_of(u.dtype)
+    g, x, w, u, v, s = (t.detach().double() for t in (g, x, w, u, v, sigma.reshape(())))
+    g, x = g.reshape(-1, out) if out else g, x.reshape(-1, inputs) if inputs else x
+    exact_x, size_x = g @ w / s, g.abs() @ w.abs() / s.abs()
+    error_x = _stored(dtype, _of_sums(dtype, out, cpu) * size_x, exact_x)
+    if dx is not None:
+        assert ((dx.double().reshape(exact_x.shape) - exact_x).abs() <= error_x).all()
+    if dw is None:
+        return
+    product, size = g.mT @ x / s, g.mT.abs() @ x.abs() / s.abs()
+    error = _stored(dtype, _of_sums(dtype, len(x), cpu) * size, product)
+    c = (exact_x * x).sum()
+    if dx is not None:
+        of_c = (error_x * x.abs()).sum()
+    elif y is not None:  # rounded, and of whatever error it had before
+        of_y = _of_sums(dtype, inputs, cpu) * x.abs() @ w.mT.abs() / s.abs()
+        of_c = (g.abs() * _stored(dtype, of_y, y.double().reshape(g.shape))).sum()
+    else:
+        of_c = (error * w.abs()).sum()
+    outer = torch.outer(u, v)
+    term = c * outer / s
+    bound = error + of_c * outer.abs() / s.abs() + _stored(dtype, 4 * eps * term.abs(), term)
+    bound = _stored(dtype, bound, product - term)
+    assert ((dw.double() - (product - term)).abs() <= bound).all()
+
+
 # ---- spectrally normalized layers -------------------------------------------------------------------------------
 
 

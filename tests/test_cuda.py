@@ -18,6 +18,8 @@ from helpers import (
     F64,
     LAYOUTS,
     SPECTRA,
+    check_linear,
+    check_linear_backward,
     check_pair,
     check_step,
     eps_of,
@@ -442,6 +444,110 @@ def test_opcheck(dtype, requires_grad):
     torch.library.opcheck(ops.sigma.default, (ws, *lists[1:]))
     torch.library.opcheck(ops.normalize.default, (ws, *lists[1:], s))
     torch.library.opcheck(ops.normalize_backward.default, (gs, ws, *lists[1:], s))
+
+
+# ---- spectral_linear --------------------------------------------------------------------------------------------
+
+
+def linear_case(batch, out, inputs, dtype, layout="contiguous"):
+    """g, x, W, b, u, v, sigma on the CPU."""
+    w, x, g = (
+        random_weight(*shape, dtype, seed=i)
+        for i, shape in enumerate(((out, inputs), (batch, inputs), (batch, out)))
+    )
+    u, v = start(w)
+    sigma = power(w, u, v) if ON_CPU else torch.tensor(true_norm(w)).to(u.dtype)
+    return g, x, LAYOUTS[layout](w), random_weight(1, out, dtype, seed=3)[0], u, v, sigma
+
+
+@pytest.fixture(params=["cuBLASLt", "torch's products"])
+def products(request, monkeypatch):
+    """Roundings of a product: without cuBLASLt it is stored before it is scaled."""
+    if request.param == "cuBLASLt":
+        return 1
+    monkeypatch.setenv("SPECNORM_EXT_CUBLASLT", "0")
+    return 2
+
+
+@pytest.mark.filterwarnings("ignore:.*SPECNORM_EXT_CUBLASLT is 0")
+@pytest.mark.parametrize("want", ["x w", "x", "w", "w from y"])
+@every_layout
+@every_dtype
+def test_spectral_linear_and_its_gradient(dtype, layout, want, products):
+    for shape in ((64, 48, 80), (1, 33, 31), (130, 1, 257), (7, 130, 1), (300, 512, 384)):
+        case = linear_case(*shape, dtype, layout)
+        g, x, w, b, u, v, sigma = case
+        dg, dx, dw, db, du, dv, ds = (on_device(t) for t in case)
+        y = ops.spectral_linear(dx, dw, db, du, dv, ds)
+        check_linear(y.cpu(), x, w, b, sigma, products, cpu=ON_CPU)
+        if dtype in (F16, BF16) and products == 2:
+            continue
+        bias, given = (db, y) if want == "w from y" else (None, None)
+        flags = ("x" in want, "w" in want)
+        found = ops.spectral_linear_backward(dg, dx, dw, bias, du, dv, ds, given, *flags)
+        found = [t.cpu() if wanted else None for t, wanted in zip(found, flags, strict=True)]
+        kept = None if given is None else y.cpu()
+        check_linear_backward(*found, g, x, w, u, v, sigma, kept, cpu=ON_CPU)
+
+
+@every_dtype
+def test_spectral_linear_of_nothing_zero_and_nan(dtype):
+    for shape in ((0, 4, 3), (4, 0, 3), (4, 3, 0), (5, 4, 3)):
+        g, x, w, b, u, v, s = (on_device(t) for t in linear_case(*shape, dtype))
+        assert torch.equal(ops.spectral_linear(x, 0 * w, b, u, v, 0 * s), b.expand(g.shape))
+        for y in ops.spectral_linear_backward(g, x, w, None, u, v, 0 * s, None, True, True):
+            assert (y == 0).all()
+    y = ops.spectral_linear(x, w, b, u, v, s * math.nan)
+    assert y.isnan().all()
+
+
+def test_spectral_linear_differentiates_twice_and_checks():
+    g, x, w, b, u, v, sigma = (on_device(t) for t in linear_case(3, 4, 5, F64))
+    leaves = [t.clone().requires_grad_() for t in (x, w, b)]
+
+    def f(x, w, b):
+        return ops.spectral_linear(x, w, b, u, v, torch.dot(u, torch.mv(w, v)).detach())
+
+    assert gradcheck(f, leaves, nondet_tol=1e-12)
+    assert gradgradcheck(f, leaves, nondet_tol=1e-12)
+    torch.library.opcheck(ops.spectral_linear.default, (*leaves, u, v, sigma))
+    torch.library.opcheck(
+        ops.spectral_linear_backward.default, (g, x, w, None, u, v, sigma, None, True, True)
+    )
+
+
+@gpu
+def test_spectral_linear_in_a_graph_without_waiting():
+    g, x, w, b, u, v, sigma = (on_device(t) for t in linear_case(64, 512, 384, BF16))
+
+    def step():
+        y = ops.spectral_linear(x, w, b, u, v, sigma)
+        return y, *ops.spectral_linear_backward(g, x, w, None, u, v, sigma, None, True, True)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.cuda._sleep(400_000_000)
+        slept = torch.cuda.Event()
+        slept.record()
+        step()
+        waited = slept.query()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not waited, "a call returned after what was queued before it had run"
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for factor in (1, 3):
+        sigma.mul_(factor)
+        x.add_(1)
+        graph.replay()
+        for a, e in zip(out, step(), strict=True):
+            assert same_bits(a, e)
 
 
 # ---- arguments --------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ ARCHITECTURES = ("sm_80", "sm_90")
 HOT = (
     r"power_iteration_team<\S+, 1,", r"stream_pass_rows<", r"stream_pass_any<\S+, 1>", r"stream_reduce<",
     r"sigma_tiles<", r"normalize_divide<", r"normalize_inner<", r"normalize_update<",
+    r"linear_inner<", r"linear_rank_one<", r"linear_finish<",
 )  # fmt: skip
 
 pytestmark = pytest.mark.skipif(

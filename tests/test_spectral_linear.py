@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from helpers import BF16, DTYPES, F16, F32, F64, LAYOUTS, tolerance
+from helpers import (
+    BF16,
+    DTYPES,
+    F16,
+    F32,
+    F64,
+    LAYOUTS,
+    check_linear,
+    check_linear_backward,
+    same_bits,
+    tolerance,
+)
 from torch import Tensor
 from torch.nn import functional as nnf
 
 from specnorm_ext import _ops, functional, reference
 
 op = functional.spectral_linear
+backward_op = torch.ops.specnorm_ext.spectral_linear_backward
 
 
 def case(
@@ -91,6 +105,137 @@ def test_gradient_is_that_of_the_normalized_weight(dtype, x_wants, in_place):
         assert (a - e).norm() <= 8 * eps * e.norm() * (65**0.5 if dtype in (F32, F64) else 4)
 
 
+WAYS = ("x w", "x", "w from y", "w")  # what is wanted, and where c comes from
+
+
+def backward(g, x, w, b, u, v, sigma, way):
+    """dx and dW of the op, None for what was not wanted, and y where it was given."""
+    y = op(x, w, b, u, v, sigma) if way == "w from y" else None
+    want_x, want_w = "x" in way, "w" in way
+    dx, dw = backward_op(g, x, w, b if y is not None else None, u, v, sigma, y, want_x, want_w)
+    for t, wanted, like in ((dx, want_x, x), (dw, want_w, w)):
+        assert t.shape == (like.shape if wanted else (0,))
+    assert not want_w or dw.stride() == torch.empty_like(w).stride()
+    return dx if want_x else None, dw if want_w else None, y
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_backward_values(dtype, way, layout):
+    """Layouts of W, x and g mixed; a batch of several chunks, and one of leading dimensions."""
+    for i, batch in enumerate(((70,), (1,), (2, 3), (0,))):
+        x, w, b, u, v, sigma = case(37, 65, batch, dtype)
+        g = torch.randn(*batch, 37, generator=torch.Generator().manual_seed(1)).to(dtype)
+        w = LAYOUTS[layout](w)
+        if len(batch) == 1 and batch[0]:
+            x, g = (list(LAYOUTS.values())[i * k % len(LAYOUTS)](t) for k, t in ((1, x), (3, g)))
+        dx, dw, y = backward(g, x, w, b if i % 2 else None, u, v, sigma, way)
+        check_linear_backward(dx, dw, g, x, w, u, v, sigma, y, cpu=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_expanded_operands(dtype, way):
+    """sum().backward() gives a gradient with strides of 0; x may be one row for all, v any view."""
+    x, w, b, u, v, sigma = case(13, 21, (40,), dtype)
+    v = torch.stack([v, v + 1], 1)[:, 0]
+    rows = (
+        torch.ones(1, 1, dtype=dtype).expand(40, 13),
+        x[:, :1].expand(40, 13),
+        x[:1, :13].expand(40, 13),
+    )
+    for g in rows:
+        for inputs in (x, x[:1].expand(40, 21)):
+            dx, dw, y = backward(g, inputs, w, b, u, v, sigma, way)
+            check_linear_backward(dx, dw, g, inputs, w, u, v, sigma, y, cpu=True)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", [(0, 4, 3), (4, 0, 3), (4, 3, 0), (0, 0, 0)])
+def test_empty(shape, way):
+    batch, out, inputs = shape
+    x, w, b, g = (torch.ones(s) for s in ((batch, inputs), (out, inputs), (out,), (batch, out)))
+    u, v, sigma = torch.ones(out), torch.ones(inputs), torch.ones(())
+    assert torch.equal(op(x, w, b, u, v, sigma), b.expand(batch, out))
+    dx, dw, _ = backward(g, x, w, b, u, v, sigma, way)
+    assert dx is None or dx.eq(0).all()
+    assert dw is None or dw.eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_sigma_zero_nan_and_negative(dtype, way):
+    x, w, b, u, v, sigma = case(13, 21, (5,), dtype)
+    g = x[:, :13].contiguous()
+    dx, dw, _ = backward(g, x, 0 * w, b, u, v, 0 * sigma, way)
+    assert dx is None or dx.eq(0).all()
+    assert dw is None or dw.eq(0).all()
+    dx, dw, _ = backward(g, x, w, b, u, v, sigma * torch.nan, way)
+    assert dx is None or dx.isnan().all()
+    assert dw is None or dw.isnan().all()
+    check_linear(op(x, w, b, u, v, -sigma), x, w, b, -sigma, cpu=True)
+    dx, dw, y = backward(g, x, w, b, u, v, -sigma, way)
+    check_linear_backward(dx, dw, g, x, w, u, v, -sigma, y, cpu=True)
+
+
+SCALES = {
+    F32: (1e-44, 1e-38, 1e-25, 1e25, 1e37),
+    BF16: (1e-38, 1e25, 1e37),
+    F64: (1e-310, 1e-200, 1e306),
+}
+
+
+@pytest.mark.parametrize("dtype", SCALES, ids=str)
+def test_a_weight_of_any_scale(dtype):
+    """W / sigma knows nothing of the scale, so y and dx do not: products must not leave the range on their way. dW
+    goes with 1 / sigma, and is in range for a gradient that goes with sigma."""
+    x, w, b, u, v, _ = case(13, 21, (5,), dtype)
+    g, x = 1000 * x[:, :13].contiguous(), 1000 * x
+    smallest_normal = torch.finfo(dtype).tiny
+    for scale in SCALES[dtype]:
+        scaled = (w.double() * scale).to(dtype)
+        sigma = functional.power_iteration(scaled, u, v, 2)
+        unit = 2.0 ** -math.frexp(scale)[1] if scale > smallest_normal else 1 / smallest_normal
+        one = (scaled * unit, sigma * unit)  # what float64 can hold the truth of
+        check_linear(op(x, scaled, b, u, v, sigma), x, one[0], b, one[1], cpu=True)
+        dx, _, _ = backward(g, x, scaled, b, u, v, sigma, "x")
+        check_linear_backward(dx, None, g, x, one[0], u, v, one[1], cpu=True)
+        if smallest_normal / torch.finfo(dtype).eps < scale < 1:
+            small = g / unit
+            dx, dw, _ = backward(small, x, scaled, b, u, v, sigma, "x w")
+            check_linear_backward(dx * unit, dw, g, x, one[0], u, v, one[1], cpu=True)
+
+
+@pytest.mark.parametrize("rows", [3, 1002])
+def test_c_is_summed_wide(rows):
+    """In float64: terms past float32 that cancel, and small terms beside large ones."""
+    one = torch.ones(1)
+    for g0, y0 in ((1e25, 1e25), (1.0, 2.0**40)):
+        g, y = torch.ones(rows, 1), torch.ones(rows, 1)
+        g[0] = g[-1] = g0
+        y[0], y[-1] = y0, -y0
+        args = (g, torch.zeros(rows, 1), one[:, None], None, one, one, one, y, False, True)
+        dw = backward_op(*args)[
+            1
+        ]  # -c; the large terms cancel, and float64 has room for ones beside 2^40
+        assert dw.abs() <= rows if g0 > 1 else dw == 2 - rows
+
+
+def test_the_same_bits_by_any_number_of_threads():
+    x, w, b, u, v, sigma = case(150, 300, (1000,), F32)
+    g = torch.randn(1000, 150)
+    y = op(x, w, b, u, v, sigma)
+    # without a product, whose bits are BLAS's own affair, dW is c u v^T
+    args = (g, 0 * x, w, b, u, v, sigma, y, False, True)
+    first = backward_op(*args)[1]
+    assert first.abs().max() > 0
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for _ in range(3):
+            assert same_bits(backward_op(*args)[1], first)
+
+
 def test_gradient_penalty_matches_torchs_parametrization():
     torch.manual_seed(0)
     plain = torch.nn.Linear(12, 8, dtype=F64)
@@ -154,6 +299,12 @@ def test_opcheck():
                 if t is not None:
                     t.requires_grad_(grads)
             torch.library.opcheck(torch.ops.specnorm_ext.spectral_linear, tuple(args))
+            g = torch.randn(2, 3, 4).requires_grad_(grads)
+            y = torch.randn(2, 3, 4)
+            for way in WAYS:
+                given = (args[2], y) if way == "w from y" else (None, None)
+                call = (g, *args[:2], given[0], *args[3:], given[1], "x" in way, "w" in way)
+                torch.library.opcheck(backward_op, call)
 
 
 def test_transforms():
@@ -280,5 +431,42 @@ def test_messages(what):
 def test_the_path_of_devices_without_a_kernel(bias):
     """The product, then scaled and shifted in place."""
     x, w, b, u, v, sigma = case(8, 16, (2, 3), F32, bias)
-    in_parts = _ops._spectral_linear_in_parts(x, w, b, u, v, sigma)
-    torch.testing.assert_close(in_parts, op(x, w, b, u, v, sigma))
+    y = op(x, w, b, u, v, sigma)
+    torch.testing.assert_close(_ops._spectral_linear_in_parts(x, w, b, u, v, sigma), y)
+    g = torch.randn_like(y)
+    for way in WAYS:
+        rest = (y if way == "w from y" else None, "x" in way, "w" in way)
+        args = (g, x, w, b, u, v, sigma, *rest)
+        in_parts = _ops._spectral_linear_backward_in_parts(*args)
+        for a, e in zip(in_parts, backward_op(*args), strict=True):
+            torch.testing.assert_close(a, e)
+
+
+BAD_GRADIENTS = {
+    "shape of g": ("g", lambda g: g[:3], ValueError, r"expected g to have shape \[4, 4\], got \[3, 4\]"),
+    "features of g": ("g", lambda g: g[:, :3], ValueError, r"expected g to have shape \[4, 4\], got \[4, 3\]"),
+    "dimensions of y": ("y", lambda g: g[None], ValueError, r"expected y to have shape \[4, 4\], got \[1, 4, 4\]"),
+    "dtype of g": ("g", lambda g: g.float(), TypeError, r"expected g to be torch\.float64, as the weight"),
+    "dtype of y": ("y", lambda g: g.half(), TypeError, r"expected y to be torch\.float64, as the weight"),
+    "x": ("x", lambda g: g, ValueError, r"expected x to have shape \[\.\.\., 6\], got \[4, 4\]"),
+    "u": ("u", lambda g: g[0, :3], ValueError, r"expected u to have shape \[4\], got \[3\]"),
+    "sigma": ("sigma", lambda g: g[0], ValueError, r"expected sigma to be one number, \[\] or \[1\]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD_GRADIENTS)
+def test_messages_of_the_backward(what):
+    x, w, b, u, v, sigma = case(4, 6)
+    g = torch.ones(4, 4, dtype=F64)
+    args = {"g": g, "x": x, "weight": w, "bias": b, "u": u, "v": v, "sigma": sigma, "y": g}
+    name, change, error, message = BAD_GRADIENTS[what]
+    args[name] = change(g)
+    message = f"^spectral_linear_backward: {message}"
+    with pytest.raises(error, match=message):
+        backward_op(**args, want_x=True, want_w=True)
+    with pytest.raises(error, match=message):
+        _ops._spectral_linear_backward_in_parts(*args.values(), True, True)
+    with torch._subclasses.FakeTensorMode() as mode:
+        like = {k: mode.from_tensor(t) for k, t in args.items()}
+        with pytest.raises(error, match=message):
+            backward_op(**like, want_x=True, want_w=True)

@@ -7,6 +7,7 @@ of the case can reach, and begins (alignment apart) with the first.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
@@ -14,7 +15,7 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -30,9 +31,14 @@ FLAGS = [
     "-std=c++17", "-Og", "-g1", "-fno-omit-frame-pointer",
     "-DSPECNORM_CUDA_ON_HOST", f"-I{CSRC}", f"-I{HERE}", *SANITIZE,
 ]  # fmt: skip
-OPS = ("power_iteration", "sigma", "normalize", "normalize_backward")
+OPS = (
+    "power_iteration", "sigma", "normalize", "normalize_backward", "spectral_linear",
+    "spectral_linear_backward",
+)  # fmt: skip
+LINEAR = OPS[4:]
 FILE_OF = {op: CSRC / f"{op.removesuffix('_backward')}_cuda.cu" for op in OPS}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LIBRARY = "libcublasLt.so.13"  # the name that cublas_lt.cpp opens
 STRATEGIES = ("auto", "block", "cluster", "resident", "stream")
 
 
@@ -60,17 +66,25 @@ def no_sanitizers(out: Path) -> str | None:
 
 
 class Build:
-    """The runner, with every op that has a .cu, and the emulation's own tests, compiled side by side."""
+    """The runner of these ops, compiled side by side: of spectral_linear with cuBLASLt's wrapper and a library in its
+    place, else with the emulation's own tests."""
 
-    def __init__(self, out: Path) -> None:
-        have = [f"-DSPECNORM_HAVE_{op.upper()}" for op in OPS if FILE_OF[op].exists()]
-        # the longest first
-        sources = sorted(CSRC.glob("*_cuda.cu"), key=lambda path: -path.stat().st_size)
+    def __init__(self, out: Path, ops: Sequence[str] = OPS[:4]) -> None:
+        have = [f"-DSPECNORM_HAVE_{op.upper()}" for op in ops if FILE_OF[op].exists()]
+        sources = [s for s in CSRC.glob("*_cuda.cu") if s.name.startswith(tuple(ops))]
+        sources.sort(key=lambda path: -path.stat().st_size)  # the longest first
+        linear = ops == LINEAR
+        if linear:
+            sources.append(CSRC / "cublas_lt.cpp")
         jobs: dict[str, list[str | Path]] = {s.stem: ["-x", "c++", "-c", s] for s in sources}
-        jobs["emulator_test"] = ["-x", "c++", HERE / "emulator_test.cu"]
         jobs["runner"] = [*have, "-c", HERE / "runner.cpp"]
+        if linear:
+            jobs[LIBRARY] = ["-fPIC", "-shared", HERE / "fake_cublas_lt.cpp"]
+        else:
+            jobs["emulator_test"] = ["-x", "c++", HERE / "emulator_test.cu"]
         self.out = out
-        self.objects = [out / name for name in jobs if name != "emulator_test"]
+        self.objects = [out / name for name in jobs if name not in ("emulator_test", LIBRARY)]
+        self.library = [LIBRARY] if linear else []
 
         def one(name: str) -> subprocess.CompletedProcess:
             return call([CXX, *FLAGS, *jobs[name], "-o", out / name])
@@ -88,9 +102,20 @@ class Build:
         return self.out / "emulator_test"
 
     def runner(self) -> Path:
-        self._check([path.name for path in self.objects])
-        program = self.out / "run"
-        linked = call([CXX, *SANITIZE, *self.objects, "-o", program])
+        self._check([*(path.name for path in self.objects), *self.library])
+        return self._link(self.objects, self.out / "run")
+
+    def with_file(self, source: Path) -> Path:
+        """The runner once more, `source` in the place of the file of its name."""
+        self.runner()
+        changed = source.with_suffix("")
+        done = call([CXX, *FLAGS, "-x", "c++", "-c", source, "-o", changed])
+        assert done.returncode == 0, done.stderr[-4000:]
+        objects = [changed if path.name == source.stem else path for path in self.objects]
+        return self._link(objects, self.out / f"run_{source.parent.name}")
+
+    def _link(self, objects: Sequence[Path], program: Path) -> Path:
+        linked = call([CXX, *SANITIZE, *objects, "-ldl", "-o", program])
         assert linked.returncode == 0, linked.stderr[-4000:]
         return program
 
@@ -121,6 +146,7 @@ TURING = replace(
     H200, shared_per_block=65536, shared_per_multiprocessor=65536, threads_per_multiprocessor=1024,
     major=7,
 )  # fmt: skip
+SMALL_LINEAR = replace(H200, multiprocessors=1)
 
 # Orders of blocks and threads, F for forward and R for reverse. Two differ in both and tell most races; a
 # determinism test takes all, and the first once more.
@@ -211,16 +237,18 @@ class _Answer:
 class _Worker:
     """One process of the runner; it starts with the first case and after a crash."""
 
-    def __init__(self, program: Path, log: Path) -> None:
+    def __init__(self, program: Path, log: Path, environment: Mapping[str, str]) -> None:
         self.program, self.log = program, log
+        self.environment = {**os.environ, "LD_LIBRARY_PATH": str(program.parent), **environment}
         self.process: subprocess.Popen | None = None
 
     def send(self, parts: list[bytes]) -> None:
         if self.process is None:
             with self.log.open("wb") as log:
                 self.process = subprocess.Popen(
-                    [self.program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
-                )
+                    [self.program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+                    env=self.environment,
+                )  # fmt: skip
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(b"".join(parts))
@@ -249,6 +277,9 @@ class _Worker:
             return _Answer(code, differs, numbers, *texts, [self._bytes(n) for n in sizes])
         except EOFError:
             code = self.process.wait()
+            for pipe in (self.process.stdin, self.process.stdout):
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
             self.process = None
             text = self.log.read_text(errors="replace")
             what = f"ran for over {timeout} s" if code == -9 else f"exited with {code}"
@@ -277,9 +308,12 @@ class Runner:
     Two processes share the orders of a case, so that both cores of a small machine are busy.
     """
 
-    def __init__(self, program: Path, logs: Path) -> None:
-        self.workers = [_Worker(program, logs / f"log{i}") for i in range(2)]
+    def __init__(
+        self, program: Path, logs: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
+        self.workers = [_Worker(program, logs / f"log{i}", environment or {}) for i in range(2)]
         self.stats = Stats(0, 0, 0, 0)
+        self.refusal = ""  # of cuBLASLt, in the last case
         self.cases = self.microseconds = self.switches = 0
 
     def close(self) -> None:
@@ -317,6 +351,7 @@ class Runner:
             assert same, f"order {orders[other]} gives other bits than {orders[0]}, run {other}"
         self.cases += 1
         self.stats = Stats(*answers[0].numbers)
+        self.refusal = answers[0].cause if answers[0].code == 0 else ""
         return answers[0]
 
     def run(
@@ -360,6 +395,16 @@ class Runner:
             n_iterations, workspace_fails, *astuple(device), buffers.view(sigma)[0], len(items),
             len(buffers.storages), eps,
         )  # fmt: skip
+        self._run(buffers, head, items, orders, timeout)
+
+    def _run(
+        self,
+        buffers: _Buffers,
+        head: bytes,
+        items: list[bytes],
+        orders: Sequence[str],
+        timeout: float,
+    ) -> None:
         storages = buffers.storages.values()
         sizes = [s.lead + s.end - s.begin for s in storages]
         answer = self._exchange(head, orders, [*items, *buffers.pack()], sizes, timeout)
@@ -394,3 +439,68 @@ class Runner:
         out = [torch.full_like(w, torch.nan) for w in weights]
         self.run("normalize_backward", weights, u, v, sigma, out=out, grads=grads, **options)
         return out
+
+    def _linear(
+        self,
+        op: str,
+        x: Tensor,
+        w: Tensor,
+        sigma: Tensor,
+        flags: int,
+        *,
+        written: Sequence[Tensor],
+        bias: Tensor | None = None,
+        dx: Tensor | None = None,
+        dw: Tensor | None = None,
+        g: Tensor | None = None,
+        y: Tensor | None = None,
+        out: Tensor | None = None,
+        u: Tensor | None = None,
+        v: Tensor | None = None,
+        tf32: bool = False,
+        device: Device = H200,
+        orders: Sequence[str] = TWO_ORDERS,
+        workspace_fails: bool = False,
+        timeout: float = 120,
+    ) -> None:
+        buffers = _Buffers()
+        sigma = sigma.reshape(1)
+        for t in (x, w, sigma, bias, g, y, u, v):
+            if t is not None:
+                buffers.add(t)
+        for t in written:
+            buffers.add(t, written=True)
+        (m, n), batch = w.shape, x.shape[0]
+        items = [
+            struct.pack("=23q", rows, cols, 1, *(k for t in tensors for k in buffers.view(t)))
+            for rows, cols, tensors in (
+                (m, n, (w, dw, None, u, v)),
+                (batch, n, (x, dx, None, None, None)),
+                (batch, m, (y, out, g, bias, None)),
+            )
+        ]
+        flags |= 8 * (bias is not None) + 16 * tf32
+        head = struct.pack(
+            "=14qd", OPS.index(op), DTYPES.index(w.dtype), 0, flags, workspace_fails,
+            *astuple(device), buffers.view(sigma)[0], len(items), len(buffers.storages), 0.0,
+        )  # fmt: skip
+        self._run(buffers, head, items, orders, timeout)
+
+    def spectral_linear(self, x, w, bias, sigma, **options) -> Tensor:
+        out = torch.full((x.shape[0], w.shape[0]), torch.nan, dtype=w.dtype)
+        self._linear(
+            "spectral_linear", x, w, sigma, 0, bias=bias, out=out, written=[out], **options
+        )
+        return out
+
+    def spectral_linear_backward(
+        self, g, x, w, bias, u, v, sigma, y=None, want_x=True, want_w=True, **options
+    ) -> tuple[Tensor, Tensor]:
+        dx = torch.full(x.shape, torch.nan, dtype=w.dtype)
+        dw = torch.full_like(w, torch.nan)
+        self._linear(
+            "spectral_linear_backward", x, w, sigma, want_x + 2 * want_w + 4 * (y is not None),
+            bias=bias if y is not None else None, g=g, y=y, u=u, v=v, dx=dx if want_x else None,
+            dw=dw if want_w else None, written=[dx] * want_x + [dw] * want_w, **options,
+        )  # fmt: skip
+        return dx, dw

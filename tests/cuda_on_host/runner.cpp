@@ -14,10 +14,11 @@
 #include <string>
 #include <vector>
 
-#include "cuda_on_host.h"
+#include "device.cuh"
 #include "normalize.h"
 #include "power_iteration.h"
 #include "sigma.h"
+#include "spectral_linear.h"
 
 using namespace specnorm;
 
@@ -95,7 +96,14 @@ struct Header {
   int64_t sigma, items, buffers;
   double eps;
 };
-enum Op : int64_t { kPowerIteration, kSigma, kNormalize, kNormalizeBackward };
+enum Op : int64_t {
+  kPowerIteration,
+  kSigma,
+  kNormalize,
+  kNormalizeBackward,
+  kSpectralLinear,
+  kSpectralLinearBackward
+};
 
 struct Workspace {
   int64_t calls = 0, bytes = 0;
@@ -116,6 +124,51 @@ struct Workspace {
     return p;
   }
 };
+
+#if defined(SPECNORM_HAVE_SPECTRAL_LINEAR)
+// The host framework's products, in plain loops: a b^T, or with their transposed views.
+struct PlainProducts {
+  DType dtype;
+  MatrixRef x, weight, g, y, dx, dw;
+
+  template <class S>
+  static void multiply(const MatrixRef& a, const MatrixRef& b, const MatrixRef& d) {
+    using E = device::Elem<S>;
+    const auto* p = static_cast<const S*>(a.data);
+    const auto* q = static_cast<const S*>(b.data);
+    auto* out = static_cast<S*>(const_cast<void*>(d.data));
+    for (int64_t i = 0; i < d.m; ++i)
+      for (int64_t j = 0; j < d.n; ++j) {
+        double sum = 0;
+        for (int64_t k = 0; k < a.n; ++k)
+          sum += double(E::get(p[i * a.row_stride + k * a.col_stride])) *
+                 double(E::get(q[k * b.row_stride + j * b.col_stride]));
+        out[i * d.row_stride + j * d.col_stride] = E::put(typename E::C(sum));
+      }
+  }
+  static void run(void* ctx, LinearProduct which) {
+    const auto& p = *static_cast<const PlainProducts*>(ctx);
+    const auto turned = [](const MatrixRef& t) {
+      return MatrixRef{t.data, t.n, t.m, t.col_stride, t.row_stride};
+    };
+    const bool forward = which == LinearProduct::kOutput;
+    const bool of_x = which == LinearProduct::kInputGradient;
+    const MatrixRef a = forward ? p.x : of_x ? p.g : turned(p.g);
+    const MatrixRef b = forward ? turned(p.weight) : of_x ? p.weight : p.x;
+    const MatrixRef d = forward ? p.y : of_x ? p.dx : p.dw;
+    switch (p.dtype) {
+      case DType::f32:
+        return multiply<float>(a, b, d);
+      case DType::f64:
+        return multiply<double>(a, b, d);
+      case DType::bf16:
+        return multiply<device::bf16>(a, b, d);
+      case DType::f16:
+        return multiply<device::f16>(a, b, d);
+    }
+  }
+};
+#endif
 
 struct Case {
   Header h;
@@ -171,6 +224,38 @@ struct Case {
         return cuda::normalize_cuda(normalize, call);
       case kNormalizeBackward:
         return cuda::normalize_backward_cuda(normalize, call);
+#endif
+#if defined(SPECNORM_HAVE_SPECTRAL_LINEAR)
+      case kSpectralLinear:
+      case kSpectralLinearBackward: {
+        // Items: W with dW, u and v; x with dx; y with g, and the bias for its u. n_iterations has
+        // flags: want_x, want_w, have_y, bias, tf32.
+        const Item &w = items[0], &x = items[1], &y = items[2];
+        const int64_t flags = h.n_iterations;
+        const bool forward = h.op == kSpectralLinear;
+        PlainProducts plain{dtype,
+                            matrix(x, x.weight),
+                            matrix(w, w.weight),
+                            matrix(y, y.grad),
+                            matrix(y, forward ? y.out : y.weight),
+                            matrix(x, x.out),
+                            matrix(w, w.out)};
+        OtherProducts other{PlainProducts::run, &plain, nullptr};
+        const void* bias = flags & 8 ? at(y.u, element) : nullptr;
+        CudaStatus status;
+        if (forward)
+          status = cuda::spectral_linear_cuda(
+              {dtype, (flags & 16) != 0, plain.x, plain.weight, bias, sigma, plain.y, &other},
+              call);
+        else
+          status = cuda::spectral_linear_backward_cuda(
+              {dtype, (flags & 16) != 0, (flags & 1) != 0, (flags & 2) != 0, plain.g, plain.x,
+               plain.weight, plain.y, (flags & 4) != 0, bias, vector(w.u), vector(w.v), sigma,
+               plain.dx, plain.dw, &other},
+              call);
+        if (status.code == 0 && other.refusal != nullptr) status.cause = other.refusal;
+        return status;
+      }
 #endif
       default:
         require(false, "this op is not linked into the runner");
