@@ -218,7 +218,7 @@ class SpectralNormGroup:
                 f"SpectralNormGroup: expected an optimizer with when='step' and with nothing else, got when={when!r} "
                 f"and {'none' if optimizer is None else 'one'}"
             )
-        self._root = weakref.ref(model)
+        self._root = model
         self.serves = when == "step"  # whether a layer that has been given nothing yet may ask
         self._members: list[_Member] = []
         self._calls: list[_Call] = []
@@ -278,10 +278,8 @@ class SpectralNormGroup:
     # ---- which weights ------------------------------------------------------------------------------------------
 
     def _scan(self) -> None:
-        root = self._root()
-        assert root is not None
         found: dict[int, _Member] = {}
-        for prefix, module in root.named_modules():
+        for prefix, module in self._root.named_modules():
             name = f"{prefix}." if prefix else ""
             if isinstance(module, SpectralLayer):
                 member = _Member(f"{name}weight", module.spectral, module._parameters, "weight")
@@ -311,8 +309,7 @@ class SpectralNormGroup:
 
     def rescan(self) -> None:
         """For what changes layers of the model (convert.py)."""
-        if self._root() is not None:
-            self._scan()
+        self._scan()
 
     def _look(self) -> list[_Member]:
         """The members, among them those that were added since."""

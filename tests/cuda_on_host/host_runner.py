@@ -350,7 +350,7 @@ class Runner:
             assert same, f"order {orders[other]} gives other bits than {orders[0]}, run {other}"
         self.cases += 1
         self.stats = Stats(*answers[0].numbers)
-        self.refusal = answers[0].cause if answers[0].code == 0 else ""
+        self.refusal = answers[0].error if answers[0].code == 0 else ""
         return answers[0]
 
     def run(
