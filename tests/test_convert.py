@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import F64, entry, norm, original, tolerance
-from networks import (
+from models import (
     NETWORKS,
     distance,
     images,

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import F64, entry, norm, original, tolerance
-from networks import NETWORKS, Discriminator, Transformer, images, make, moved, steps
+from models import NETWORKS, Discriminator, Transformer, images, make, moved, steps
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils import spectral_norm as old_spectral_norm
@@ -318,7 +318,7 @@ for name in ("gan", "transformer"):
         torch.testing.assert_close(y, want)
 assert "specnorm_ext" not in sys.modules
 """
-    # helpers.py, which the networks' file imports, does not need the package either
+    # helpers.py, which models.py imports, does not need the package either
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

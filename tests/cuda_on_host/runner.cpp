@@ -184,15 +184,15 @@ struct Case {
     return memory ? memory + x.offset * element : nullptr;
   }
 
-  // What a user would read.
-  std::string error(const CudaStatus& status) const {
-    const char* ops[] = {"power_iteration_", "sigma", "normalize", "normalize_backward"};
+  // What the host is told beside the buffers: what a user would read, or why cuBLASLt was not used.
+  std::string words(const CudaStatus& status) const {
+    const char* ops[] = {"power_iteration_",   "sigma",           "normalize",
+                         "normalize_backward", "spectral_linear", "spectral_linear_backward"};
     const char* dtypes[] = {"torch.float32", "torch.float64", "torch.bfloat16", "torch.float16"};
     const std::string shape =
         "[" + std::to_string(items[0].m) + ", " + std::to_string(items[0].n) + "]";
-    return status.code == 0
-               ? std::string()
-               : launch_error(ops[h.op], int64_t(items.size()), dtypes[h.dtype], shape, 0, status);
+    if (status.code == 0) return status.cause == nullptr ? std::string() : status.cause;
+    return launch_error(ops[h.op], int64_t(items.size()), dtypes[h.dtype], shape, 0, status);
   }
 
   CudaStatus run(Workspace* workspace) const {
@@ -331,7 +331,7 @@ bool answer_one() {
   write(int64_t(emulation::emulator().launches - launches));
   write(int64_t(emulation::switches.count - switches));
   write(int64_t(took.count()));
-  write(c.error(status));
+  write(c.words(status));
   for (const Buffer& b : c.buffers) write(b.first.data(), b.first.size());
   std::fflush(stdout);
   return true;
