@@ -16,7 +16,8 @@ from torch import Tensor
 
 MAX_COLUMNS = 8
 MOST_ITERATIONS = 1_000_000_000
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float64, *SIXTEEN_BIT)
 _CLASSES = {"TypeError": TypeError, "ValueError": ValueError, "RuntimeError": RuntimeError}
 
 

@@ -6,14 +6,24 @@ sits on the `Autograd` key by hand, and transforms of torch.func go to reference
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import check_spectral_linear_blocks, raise_typed
-from ._ops import _below_autograd, _impl, _legacy_vmap, _needs_composite, _ops, is_plain
+from ._checks import SIXTEEN_BIT, check_spectral_linear_blocks, raise_typed
+from ._ops import (
+    _below_autograd,
+    _impl,
+    _legacy_vmap,
+    _needs_composite,
+    _ops,
+    autocast,
+    autocast_factor,
+    is_plain,
+)
 from .blocks import Blocks
 
 
@@ -86,7 +96,8 @@ class _SpectralLinearBlocks(torch.autograd.Function):
         ctx.blocks = (rows, interleaved, experts)
         ctx.y = None
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        if ctx.needs_input_grad[2] and hooks is None:
+        rounded = bias is not None and weight.dtype in SIXTEEN_BIT  # y - b of y in 16 bits
+        if ctx.needs_input_grad[2] and hooks is None and not rounded:
             ctx.y = y.detach()  # its version counter is that of the output
             ctx.version = ctx.y._version
         return y
@@ -140,7 +151,7 @@ def _column_products(g: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
     """<g, y - b> of every column, experts beneath each other, in float32 or wider: [out] or [E * out]."""
     if bias is not None and y.dim() == 3:
         bias = bias.unsqueeze(1)
-    if g.dtype in (torch.float16, torch.bfloat16):
+    if g.dtype in SIXTEEN_BIT:
         g, y = g.float(), y.float()
         bias = None if bias is None else bias.float()
     return (g * (y if bias is None else y - bias)).sum(-2).reshape(-1)
@@ -168,17 +179,20 @@ def _autocast(device: str):
         torch._C.DispatchKey.AutocastCUDA if device == "cuda" else torch._C.DispatchKey.AutocastCPU
     )
 
-    def run(x, weight, bias, *rest):
+    def run(x, weight, bias, u, v, sigma, rows, interleaved=False, experts=0):
         """As nn.Linear under autocast: floating operands in the autocast dtype, float64 left alone."""
         dtype = torch.get_autocast_dtype(device)
-        x, weight, bias = (
-            t.to(dtype)
-            if t is not None and t.is_floating_point() and t.dtype != torch.float64
-            else t
-            for t in (x, weight, bias)
-        )
         with torch._C._ExcludeDispatchKeyGuard(excluded):
-            return _ops.spectral_linear_blocks(x, weight, bias, *rest)
+            factor = autocast_factor(weight, sigma, dtype)
+            if factor is not None:
+                blocks = Blocks.from_sizes(rows, interleaved, experts)
+                lead = weight.shape[:-1]
+                by_row = blocks.spread(factor, math.prod(lead)).view(*lead, 1)
+                weight, sigma = weight * by_row, sigma * factor
+            x, weight, bias = (autocast(t, dtype) for t in (x, weight, bias))
+            return _ops.spectral_linear_blocks(
+                x, weight, bias, u, v, sigma, rows, interleaved, experts
+            )
 
     return run
 

@@ -18,6 +18,7 @@ from torch.autograd.graph import increment_version
 
 from . import _C, reference
 from ._checks import (
+    SIXTEEN_BIT,
     check_lengths,
     check_normalize,
     check_normalize_backward,
@@ -251,7 +252,7 @@ class _SpectralLinear(torch.autograd.Function):
     needs it, and kept for a backward of this layer alone a large one would be memory that a plain layer does not
     take. Without y, the op takes one more pass over dW and W, which is little beside the product of a large batch
     (and much beside that of a small one, where y is what costs next to nothing). So also where someone has
-    written to y since, an in-place ReLU, say.
+    written to y since, an in-place ReLU, say; and where y, in 16 bits, has lost y - b to rounding.
     """
 
     @staticmethod
@@ -262,7 +263,8 @@ class _SpectralLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, u, v, sigma)
         ctx.y = None
         needs = ctx.needs_input_grad
-        if needs[2] and not needs[1] and 64 * y.numel() <= weight.numel():
+        kept = bias is None or weight.dtype not in SIXTEEN_BIT
+        if kept and needs[2] and not needs[1] and 64 * y.numel() <= weight.numel():
             ctx.y = y.detach()  # its version counter is that of the output
             ctx.version = ctx.y._version
         return y
@@ -328,6 +330,20 @@ _impl.impl(
 )
 
 
+def autocast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A linear layer's operand under autocast: float64 and integers are left alone."""
+    wanted = t is not None and t.is_floating_point() and t.dtype != torch.float64
+    return t.to(dtype) if t is not None and wanted else t
+
+
+def autocast_factor(weight: Tensor, sigma: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """For float16, whose range the weight may be out of: sigma's, or each one's, power of two, to multiply both by."""
+    if dtype != torch.float16 or weight.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    exponent = torch.frexp(sigma.detach()).exponent.clamp(-126, 126)
+    return torch.ldexp(torch.ones_like(sigma), -exponent)
+
+
 def _spectral_linear_autocast(device: str):
     excluded = torch._C.DispatchKeySet(
         torch._C.DispatchKey.AutocastCUDA if device == "cuda" else torch._C.DispatchKey.AutocastCPU
@@ -337,12 +353,12 @@ def _spectral_linear_autocast(device: str):
         """As nn.Linear under autocast: floating operands in the autocast dtype, float64 left alone."""
         dtype = torch.get_autocast_dtype(device)
 
-        def cast(t: Tensor | None) -> Tensor | None:
-            wanted = t is not None and t.is_floating_point() and t.dtype != torch.float64
-            return t.to(dtype) if t is not None and wanted else t
-
         with torch._C._ExcludeDispatchKeyGuard(excluded):
-            return _ops.spectral_linear(cast(x), cast(weight), cast(bias), u, v, sigma)
+            factor = autocast_factor(weight, sigma, dtype)
+            if factor is not None:
+                weight, sigma = weight * factor, sigma * factor
+            x, weight, bias = (autocast(t, dtype) for t in (x, weight, bias))
+            return _ops.spectral_linear(x, weight, bias, u, v, sigma)
 
     return run
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from . import _ops, recomputation
 from . import state as states
 from ._ops import is_ordinary, is_untraced
-from .book import Values
+from .book import Book, Values
 from .layers import SpectralLayer
 from .parametrizations import parametrizations_of
+from .recomputation import version_of
 from .state import SpectralState, is_capturing
 
 
@@ -30,6 +31,11 @@ class _Member:
     values: Any = None  # of the last update; its weight, pointer, u and v are what was seen
     u: Tensor | None = None
     v: Tensor | None = None
+
+    def is_given(self) -> bool:
+        """Whether what the layer has been given holds for the weight as it is."""
+        given = self.state._book.given
+        return given is not None and given.version in (None, version_of(given.weight))
 
     def is_as_seen(self) -> bool:
         values, state = self.values, self.state
@@ -80,8 +86,11 @@ class _Call:
             parts = x.state.matrices(x.parameters[x.key].detach())
             self.matrices[i:j] = [w.mT for w in parts] if x.state.v_first else parts
 
-    def run(self, keep: bool) -> None:
-        """Iterate, and give each member what came of it; `keep`: out of reach of the next iteration."""
+    def run(self, keep: bool, this_version: bool) -> None:
+        """Iterate, and give each member what came of it.
+
+        keep: out of reach of the next iteration. this_version: it holds until the weight changes.
+        """
         first = self.members[0].state
         on_cpu = self.matrices[0].is_cpu
         run = _ops.power_iteration_direct if on_cpu else torch.ops.specnorm_ext.power_iteration_
@@ -100,6 +109,7 @@ class _Call:
             values = m.values
             values.u, values.v, values.sigma, values.inverse = pieces[i], pieces[i + 1], s, None
             values.captured = captured
+            values.version = version_of(values.weight) if this_version else None
             m.state._book.given = values
             i += 2
 
@@ -146,6 +156,13 @@ def is_group_hook(hook: Any) -> bool:
     return isinstance(hook, _RootHook)
 
 
+def _release(books: list[Book]) -> None:
+    """What a group that is no more has given holds no more."""
+    for book in books:
+        if book.group is None or book.group() is None:
+            book.group = book.given = None
+
+
 class _StepHook:
     """After each step of an optimizer."""
 
@@ -160,7 +177,7 @@ class _StepHook:
 
     def __call__(self, *_: Any) -> None:
         if self.group is not None:
-            self.group._update_training(keep=True)
+            self.group._after_step()
 
 
 class SpectralNormGroup:
@@ -175,8 +192,10 @@ class SpectralNormGroup:
             ones once. Layers that are added later are found as soon as they have run once.
         when: "forward": before each training forward of ``model`` itself, which is torch's way (layers called past it
             iterate by themselves). "step": after each step of ``optimizer`` (and at once, for the first forward), so
-            that several forwards between steps, of a GAN or of accumulated gradients, cost one update. "manual":
-            when :meth:`update` is called; until then layers iterate by themselves.
+            that several forwards between steps, of a GAN or of accumulated gradients, cost one update. A weight that
+            others change (a second optimizer, clipping) gets another at its next forward. "manual": when
+            :meth:`update` is called, and not before, whatever changes; until the first call, and once nobody holds the
+            group any more, layers iterate by themselves.
         optimizer: for "step", which it implies.
 
     Only weights whose layers are in training are updated, except by :meth:`update`, which takes all: call it for an
@@ -220,11 +239,16 @@ class SpectralNormGroup:
             )
         self._root = model
         self.serves = when == "step"  # whether a layer that has been given nothing yet may ask
+        # between steps weights may change by other hands: another optimizer, clipping, a copy of averages
+        self.follows_versions = when == "step"
+        self._removed = False
         self._members: list[_Member] = []
         self._calls: list[_Call] = []
         self._called: list[_Member] = []  # whom they are for
         self._handles: list[Any] = []
         self._standalone = -1
+        self._books: list[Book] = []
+        weakref.finalize(self, _release, self._books).atexit = False
         self._scan()
         if not self._members:
             raise ValueError(
@@ -253,12 +277,14 @@ class SpectralNormGroup:
 
     def update(self) -> None:
         """Iterate on every weight, also of layers in eval, and give the layers in training what comes of it."""
+        self._check_in_use("update")
         self.serves = self.serves or not self._handles
         self._run(self._look(), keep=torch.is_grad_enabled())
 
     @torch.no_grad()
     def sigmas(self) -> dict[str, Tensor]:
         """|u^T W v| of every weight by name, as u and v stand, in one call; [], or [blocks] for fused weights."""
+        self._check_in_use("sigmas")
         out: dict[str, Tensor] = {}
         for call in self._arranged(self._look()):
             values = torch.ops.specnorm_ext.sigma(call.matrices, call.us, call.vs).abs()
@@ -274,6 +300,13 @@ class SpectralNormGroup:
         for m in self._members:
             m.state.leave_group()
         self._members, self._calls, self._called = [], [], []
+        self._removed = True
+
+    def _check_in_use(self, method: str) -> None:
+        if self._removed:
+            raise RuntimeError(
+                f"SpectralNormGroup.{method}: expected a group in use, got one after its remove(); make another"
+            )
 
     # ---- which weights ------------------------------------------------------------------------------------------
 
@@ -305,11 +338,13 @@ class SpectralNormGroup:
             m.state.keeps_sigma = True
         known = {id(m.state): m for m in self._members}
         self._members = [known.get(i, m) for i, m in found.items()]
+        self._books[:] = [m.state._book for m in self._members]
         self._standalone = states.standalone_forwards
 
     def rescan(self) -> None:
         """For what changes layers of the model (convert.py)."""
-        self._scan()
+        if not self._removed:
+            self._scan()
 
     def _look(self) -> list[_Member]:
         """The members, among them those that were added since."""
@@ -343,7 +378,7 @@ class SpectralNormGroup:
             with torch.inference_mode(False):  # what is given now may serve training later
                 return self._run(members, keep)
         for call in self._arranged(members):
-            call.run(keep)
+            call.run(keep, self.follows_versions)
 
     def _update_training(self, keep: bool) -> None:
         members = self._look()
@@ -352,10 +387,15 @@ class SpectralNormGroup:
             self._run(members if len(training) == len(members) else training, keep)
 
     def serve(self) -> None:
-        """For layers that have been given nothing: just loaded or moved, or found a moment ago."""
-        self._run(
-            [m for m in self._look() if m.state.training and m.state._book.given is None], True
-        )
+        """For layers that have been given nothing: just loaded, moved or found, or back in training. Or for another
+        version of their weight: changed by somebody else than the optimizer that is listened to."""
+        self._run([m for m in self._look() if m.state.training and not m.is_given()], True)
+
+    def _after_step(self) -> None:
+        for m in self._members:
+            if not m.state.training:
+                m.state._book.given = None  # of the weight as it was
+        self._update_training(keep=True)
 
     # ---- around the root's forward ------------------------------------------------------------------------------
 

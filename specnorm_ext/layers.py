@@ -11,12 +11,13 @@ from torch.nn import functional as nnf
 
 from . import _ops
 from .blocks import Blocks
-from .state import SpectralState
+from .state import SpectralState, scalar_inverse
 
 
 def _verify_loaded(module: nn.Module, _incompatible: Any) -> None:
     layer = cast(SpectralLayer, module)
-    layer.spectral.verify_loaded(layer.weight)
+    if "weight" in layer._parameters:  # pruned, say, it is what it was until the next forward
+        layer.spectral.verify_loaded(layer.weight)
 
 
 class SpectralLayer(nn.Module):
@@ -114,6 +115,8 @@ class SpectralLayer(nn.Module):
             ("spectral._v", ("parametrizations.weight.0._v", "weight_v")),
             ("spectral.scale", ("parametrizations.weight.0.scale",)),
         ):
+            if new == "weight" and "weight" not in self._parameters:
+                continue  # those are names of its own: somebody has pruned or parametrized this layer
             for other in others:
                 if prefix + other in state_dict and prefix + new not in state_dict:
                     state_dict[prefix + new] = state_dict.pop(prefix + other)
@@ -196,8 +199,9 @@ class SpectralLinear(SpectralLayer, nn.Linear):
         scale = spectral._scale()
         if scale is None:
             if not torch.is_grad_enabled() and _ops.is_plain(weight) and _fits(input, weight):
-                value = sigma.item()
-                return _scaled_linear(input, weight.t(), bias, 1 / value if value else 0.0)
+                alpha = scalar_inverse(sigma.item())
+                if alpha is not None:
+                    return _scaled_linear(input, weight.t(), bias, alpha)
             return torch.ops.specnorm_ext.spectral_linear(
                 input, weight, bias, _leading(u), _leading(v), sigma
             )
@@ -237,6 +241,7 @@ def _fits(x: Tensor, weight: Tensor) -> bool:
         and x.dtype == weight.dtype
         and x.is_cpu
         and weight.is_cpu
+        and not torch.is_autocast_enabled("cpu")  # which would round W before it is divided
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _C, _ops, recomputation
-from ._checks import DTYPES, MAX_COLUMNS, state_dtype
+from ._checks import DTYPES, MAX_COLUMNS, SIXTEEN_BIT, state_dtype
 from ._ops import is_ordinary, is_plain, is_untraced
 from .blocks import Blocks
 from .book import Book, Values
@@ -232,6 +232,12 @@ class SpectralState(nn.Module):
         """u and v follow the weight: its device, and the state dtype of its dtype."""
         dtype = state_dtype(weight.dtype)
         with torch.inference_mode(False):  # they may serve in training's graphs later
+            if (
+                self._u.is_meta and not weight.is_meta
+            ):  # a weight was put into a layer made on "meta"
+                self._book.unseeded = True
+                self._u = torch.empty_like(self._u, device=weight.device)
+                self._v = torch.empty_like(self._v, device=weight.device)
             self._u = self._u.to(weight.device, dtype)
             self._v = self._v.to(weight.device, dtype)
         return self._u, self._v
@@ -409,11 +415,12 @@ class SpectralState(nn.Module):
         book = self._book
         if torch.compiler.is_compiling():
             return book.given
-        if book.given is None:
+        given = book.given
+        if given is None or given.version not in (None, version_of(given.weight)):
             group = self.group
             if group is not None and group.serves:
                 group.serve()
-        given = book.given
+            given = book.given
         # A graph replays with the memory it was captured with, and the next update gives other memory.
         if given is not None and given.captured != is_capturing(given.sigma):
             return None
@@ -429,6 +436,8 @@ class SpectralState(nn.Module):
         book = self._book
         if self.training:
             values = book.given
+            if values is not None and values.version not in (None, version_of(weight)):
+                return None
         else:
             values = book.kept
             u, v = self._buffers["_u"], self._buffers["_v"]
@@ -444,7 +453,9 @@ class SpectralState(nn.Module):
             d = values.sigma.item()
             if self.bound is not None:
                 d = d / self.bound if not d <= self.bound else 1.0
-            values.inverse = 1 / d if d else 0.0
+            values.inverse = scalar_inverse(d)
+            if values.inverse is None:
+                return None
             if values.transposed is None:
                 values.transposed = weight.detach().t()
         return values
@@ -549,12 +560,20 @@ class SpectralState(nn.Module):
         return self.scaled(self._whole(out, weight))
 
     def _standing(self, weight: Tensor) -> tuple[list[Tensor], UVSigma]:
-        """The weight's matrices, and u, v and sigma without an iteration."""
+        """The weight's matrices, and u, v and sigma without an iteration: what a forward in eval goes by."""
         u, v, parts = self._u, self._v, self.matrices(weight)
         if u.dtype != state_dtype(weight.dtype) or u.device != weight.device:
             u, v = self.place(weight)
-        if self._book.unseeded and is_plain(weight):
+        book = self._book
+        if is_plain(weight) and (
+            book.unseeded
+            or book.unverified
+            or (not self.training and book.seen != self._eye(weight, u, v))
+        ):
             self.verify(parts)
+            if not self.training:
+                book.kept = None
+                book.seen = self._eye(weight, u, v)
         return parts, self._bilinear(parts, u, v, False)
 
     @torch.no_grad()
@@ -583,7 +602,7 @@ class SpectralState(nn.Module):
             assert new is not None
             if old.is_meta and not new.is_meta:
                 self._book.unseeded = True  # to_empty(): whatever lay in that memory
-            elif new.dtype in (torch.float16, torch.bfloat16):
+            elif new.dtype in SIXTEEN_BIT:
                 # half() and bfloat16() round weights; u and v stay float32, unrounded
                 self._buffers[name] = old.to(new.device, torch.float32)
         self.forget()
@@ -630,6 +649,13 @@ class SpectralState(nn.Module):
                 x.copy_(nn.functional.normalize(x, dim=0))
             columns = torch.cat([columns, fresh], -1)
         return columns[..., : own.shape[-1]]
+
+
+def scalar_inverse(d: float) -> float | None:
+    """1 / d as torch.addmm may take it, 0 for 0; None where the op has to see to the ends of the range, and to NaN."""
+    if d == 0:
+        return 0.0
+    return 1 / d if 2.0**-60 < abs(d) < 2.0**60 else None
 
 
 def is_capturing(x: Tensor) -> bool:

@@ -1,0 +1,177 @@
+"""Layers at the ends of the range: tiny, huge and NaN weights on the short ways, float16 autocast, 16-bit biases."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import F64, norm
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+
+from specnorm_ext import SpectralLinear, remove
+
+
+def layer_of(scale: float, dtype: torch.dtype = torch.float32, **options) -> SpectralLinear:
+    torch.manual_seed(0)
+    plain = torch.randn(24, 32) * scale
+    layer = SpectralLinear(32, 24, bias=False, **options).to(dtype)
+    with torch.no_grad():
+        layer.weight.copy_(plain)
+    layer.spectral._book.unseeded = True  # as after reset_parameters(): drawn for this weight
+    return layer.eval()
+
+
+def expected(layer: SpectralLinear, x: Tensor) -> Tensor:
+    """By u and v of the layer, in float64."""
+    state = layer.spectral
+    parts = []
+    columns = zip(
+        state.matrices(layer.weight.detach().to(F64)),
+        state._us(state._u.to(F64)),
+        state._vs(state._v.to(F64)),
+        strict=True,
+    )
+    for w, u, v in columns:
+        parts.append(w / (u @ w @ v))
+    return x.to(F64) @ torch.cat(parts).T
+
+
+def close(y: Tensor, wanted: Tensor, rtol: float) -> None:
+    assert y.isfinite().all()
+    assert norm(y.to(F64) - wanted) <= rtol * norm(wanted)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3], ids=lambda x: f"x{x:g}")
+@pytest.mark.parametrize("scale", [1e-41, 1e-38, 1e-25, 1e-19, 1e19, 1e25, 3e37])
+def test_every_way_of_a_small_layer_has_the_whole_range(scale, size):
+    layer = layer_of(scale)
+    x = torch.randn(5, 32) * size
+    wanted = expected(layer, x) if scale > 1e-40 else None
+    results = [layer(x)]
+    with torch.no_grad():
+        results += [
+            layer(x),
+            layer(x),
+            layer(x[None])[0],
+        ]  # the second one by what the first has kept
+    for y in results:
+        assert y.isfinite().all()
+        if wanted is not None:
+            layer.eval()
+            close(y, expected(layer, x), 1e-4)
+        else:  # denormal: of a few bits
+            close(y, results[0].to(F64), 1e-4)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_weight_shows_in_every_entry(bad, bias):
+    layer = SpectralLinear(33, 47, bias=bias).eval()
+    with torch.no_grad():
+        layer.weight[0, 0] = bad
+        for mode in (False, False, True):
+            layer.train(mode)
+            for x in (torch.randn(64, 33), torch.randn(1, 64, 33)):
+                y = layer(x)
+                wrong = ~y.isfinite()
+                assert wrong[..., 0].all()
+                if bad != bad:
+                    assert wrong.all()
+        layer.weight[0, 0] = 1.0
+        assert layer(torch.randn(64, 33)).isfinite().all()
+
+
+@pytest.mark.parametrize("blocks", [None, 2, (8, 16)], ids=["whole", "2 blocks", "uneven"])
+@pytest.mark.parametrize("scale", [1e-12, 1e-7, 1.0, 1e6, 1e12])
+def test_float16_autocast_of_weights_out_of_its_range(scale, blocks):
+    layer = layer_of(scale, blocks=blocks)
+    x = torch.randn(5, 32)
+    wanted = expected(layer, x) if layer(x) is not None else None
+    g = torch.randn(5, 24)
+    layer(x).backward(g)
+    gradient = layer.weight.grad.clone()
+    layer.weight.grad = None
+    with torch.autocast("cpu", torch.float16):
+        y = layer(x)
+        with torch.no_grad():
+            again = [layer(x), layer(x)]
+    for out in (y, *again):
+        assert out.dtype == torch.float16
+        close(out, wanted, 2e-3)
+    y.backward(g.half())
+    assert layer.weight.grad.dtype == torch.float32
+    close(layer.weight.grad, gradient.to(F64), 4e-3)
+
+
+@pytest.mark.parametrize("bias", [0.0, 10.0, 1000.0])
+@pytest.mark.parametrize("blocks", [None, 2], ids=["whole", "2 blocks"])
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_large_bias_does_not_drown_the_gradient(dtype, batch, blocks, bias):
+    """c = <g, y - b>, where y in 16 bits has no room for x W^T / sigma beside its bias."""
+    torch.manual_seed(0)
+    layer = SpectralLinear(512, 64, blocks=blocks).to(dtype).eval()
+    with torch.no_grad():
+        layer.bias.fill_(bias)
+    twin = layer.spectral
+    w = layer.weight.detach().to(F64).requires_grad_()
+    x = torch.randn(batch, 512).to(dtype) * 0.1
+    y = layer(x)
+    g = torch.randn_like(y)
+    y.backward(g)
+    columns = zip(
+        twin.matrices(w), twin._us(twin._u.to(F64)), twin._vs(twin._v.to(F64)), strict=True
+    )
+    normalized = torch.cat([part / (u @ part @ v) for part, u, v in columns])
+    (x.to(F64) @ normalized.T).backward(g.to(F64))
+    rtol = 4 * torch.finfo(dtype).eps
+    close(layer.weight.grad, w.grad, rtol)
+
+
+def test_what_an_eval_layer_says_of_itself_is_what_it_applies():
+    torch.manual_seed(0)
+    for ask in (
+        lambda layer: norm(layer.weight) / layer.sigma.item(),
+        lambda layer: norm(layer.normalized_weight),
+        lambda layer: norm(remove(layer).weight),
+    ):
+        layer = SpectralLinear(64, 48).eval()
+        with torch.no_grad():
+            layer.weight.copy_(torch.randn(48, 64))  # u and v are of another weight now
+        with pytest.warns(UserWarning, match="do not belong to it"):
+            assert ask(layer) == pytest.approx(1, abs=0.05)
+
+
+def test_weights_loaded_into_a_layer_on_meta_without_u_and_v():
+    with torch.device("meta"):
+        layer = SpectralLinear(8, 8)
+    weights = {"weight": torch.randn(8, 8), "bias": torch.zeros(8)}
+    layer.load_state_dict(weights, strict=False, assign=True)
+    y = layer(torch.eye(8))
+    assert norm(y.detach()) == pytest.approx(1, rel=0.05)
+
+
+class Symmetric(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.triu() + x.triu(1).mT
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        lambda layer: parametrize.register_parametrization(layer, "weight", Symmetric()),
+    ],
+    ids=["pruned", "parametrized"],
+)
+def test_a_layer_somebody_else_has_changed_loads_its_own_state(change):
+    layer, other = SpectralLinear(8, 8), SpectralLinear(8, 8)
+    change(layer)
+    change(other)
+    for _ in range(20):
+        layer(torch.randn(2, 8))
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(layer.spectral._u, other.spectral._u)
+    x = torch.randn(2, 8)
+    assert torch.equal(layer.eval()(x), other.eval()(x))
+    assert torch.equal(layer.weight, other.weight)
