@@ -135,12 +135,12 @@ double inner_rows(const NormalizeState<S>& s, int64_t r0, int64_t r1) {
       V a{}, b{};
       int64_t j = 0;
       for (; j + 2 * L <= x.length; j += 2 * L) {
-        a += (E::load(w + j) * scales) * E::load(g + j);
-        b += (E::load(w + j + L) * scales) * E::load(g + j + L);
+        a += kept(E::load(w + j) * scales) * E::load(g + j);
+        b += kept(E::load(w + j + L) * scales) * E::load(g + j + L);
       }
       for (; j < x.length; j += L) {
         const int64_t lanes = x.length - j < L ? x.length - j : L;
-        a += (load_partial(w + j, lanes) * scales) * load_partial(g + j, lanes);
+        a += kept(load_partial(w + j, lanes) * scales) * load_partial(g + j, lanes);
       }
       sum += double(horizontal_sum<C>(a + b));
     } else {

@@ -60,6 +60,18 @@ SPECNORM_INLINE typename Simd<C>::V splat(C x) {
   return x - typename Simd<C>::V{};
 }
 
+// x, as far as the compiler knows some other number: with -fassociative-math it takes a factor out
+// of a sum of products, and the sum then leaves the range that the factor was there to keep it in.
+template <class V>
+SPECNORM_INLINE V kept(V x) {
+#if defined(__x86_64__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 // Adds the upper half of the lanes to the lower until one is left; the order depends on the width
 // alone.
 template <class C>

@@ -11,7 +11,6 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
-#include <algorithm>
 #include <atomic>
 #include <cfloat>
 #include <cmath>
@@ -66,12 +65,8 @@ Inverse inverse_of(const Operand& sigma) {
   Inverse x{value == 0 ? 0 : 1 / value, 1, 1};
   // of a denormal sigma: Inf times 0 would be NaN
   if (std::fabs(x.exact) > largest) x.exact = std::copysign(largest, value);
-  // No more than it takes, up to 2^shift: the operand has a size of its own.
-  if (std::isfinite(size) && size != 0) {
-    const int exponent = std::ilogb(size);
-    if (exponent > shift) x.power = std::ldexp(1.0, std::max(shift - exponent, -shift));
-    if (exponent < -shift) x.power = std::ldexp(1.0, std::min(-shift - exponent, shift));
-  }
+  if (size > std::ldexp(1.0, shift)) x.power = std::ldexp(1.0, -shift);
+  if (size != 0 && size < std::ldexp(1.0, -shift)) x.power = std::ldexp(1.0, shift);
   x.rest = 1 / (value * x.power);
   return x;
 }

@@ -137,7 +137,7 @@ class _SpectralLinearBlocks(torch.autograd.Function):
                 c = _column_products(scaled, _product(inputs, weight.mT), None)
             factor = blocks.spread(blocks.sums(c) / safe, u.shape[0]).neg_().mul_(u)
             dw = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-            whole = dw.view(-1, weight.shape[-1])
+            whole = dw.view(u.shape[0], weight.shape[-1])
             for a, b, tile in blocks.tiles(factor.to(dw.dtype), v.to(dw.dtype), whole):
                 torch.mul(a, b, out=tile)
             if experts:

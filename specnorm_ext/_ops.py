@@ -260,9 +260,10 @@ class _SpectralLinear(torch.autograd.Function):
         y = _ops.spectral_linear.default.redispatch(
             keyset & _below_autograd, x, weight, bias, u, v, sigma
         )
-        ctx.save_for_backward(x, weight, bias, u, v, sigma)
-        ctx.y = None
         needs = ctx.needs_input_grad
+        # a frozen weight keeps nothing of the input, and one that leads nowhere nothing at all: as in a plain layer
+        ctx.save_for_backward(x if needs[2] else None, weight, bias, u, v, sigma)
+        ctx.y = None
         kept = bias is None or weight.dtype not in SIXTEEN_BIT
         if kept and needs[2] and not needs[1] and 64 * y.numel() <= weight.numel():
             ctx.y = y.detach()  # its version counter is that of the output
@@ -274,11 +275,18 @@ class _SpectralLinear(torch.autograd.Function):
         x, weight, bias, u, v, sigma = ctx.saved_tensors
         want_x, want_w, want_b = ctx.needs_input_grad[1:4]
         dx = dw = None
-        if want_x or want_w:
+        batched = torch._C._dispatch_keys(g).has(_legacy_vmap)
+        if want_x and not want_w and not batched:
+            # g W / sigma is a layer of W^T, and has v W^T u for its sigma
+            dx = _ops.spectral_linear(g, weight.mT, None, v, u, sigma)
+        elif want_x or want_w:
             y = ctx.y if ctx.y is not None and ctx.y._version == ctx.version else None
             # is_grads_batched of torch.autograd.grad rests on an older vmap, which would call the op row by row
-            if torch._C._dispatch_keys(g).has(_legacy_vmap):
-                dx, dw = reference.spectral_linear_backward(g, x, weight, u, v, sigma)
+            if batched:
+                inputs = (
+                    g @ weight.to(g.dtype) if x is None else x
+                )  # of a frozen weight: no matter what
+                dx, dw = reference.spectral_linear_backward(g, inputs, weight, u, v, sigma)
             else:
                 dx, dw = _ops.spectral_linear_backward(
                     g, x, weight, bias if y is not None else None, u, v, sigma, y, want_x, want_w
@@ -400,7 +408,11 @@ def power_iteration_direct(
     the kernel is here: the version counters.
     """
     sigma = weights[0].new_empty(len(weights), dtype=state_dtype(weights[0].dtype))
-    if _C.power_iteration(weights, u, v, n_iterations, eps, sigma):
+    try:
+        done = _C.power_iteration(weights, u, v, n_iterations, eps, sigma)
+    except RuntimeError as error:
+        raise_typed(error)
+    if done:
         increment_version([*u, *v])
         return sigma
     return _ops.power_iteration_(weights, u, v, n_iterations, eps)
@@ -417,8 +429,11 @@ def normalize_direct(
     given = out is not None
     if out is None:
         out = [torch.empty_like(w) for w in weights]
-    if _C.normalize(weights, u, v, sigma, out):
-        return out
+    try:
+        if _C.normalize(weights, u, v, sigma, out):
+            return out
+    except RuntimeError as error:
+        raise_typed(error)
     found = _ops.normalize(weights, u, v, sigma)
     if not given:
         return found
@@ -430,8 +445,11 @@ def normalize_direct(
 def sigma_direct(weights: list[Tensor], u: list[Tensor], v: list[Tensor]) -> Tensor:
     """sigma with gradients off: as above."""
     sigma = weights[0].new_empty(len(weights), dtype=state_dtype(weights[0].dtype))
-    if _C.sigma(weights, u, v, sigma):
-        return sigma
+    try:
+        if _C.sigma(weights, u, v, sigma):
+            return sigma
+    except RuntimeError as error:
+        raise_typed(error)
     return _ops.sigma(weights, u, v)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -31,11 +32,18 @@ class Blocks:
         Blocks(rows=2, interleaved=True)
     """
 
-    rows: int | tuple[int, ...] = 1
+    rows: int | Sequence[int] = 1  # a tuple in the end
     interleaved: bool = False
     experts: int = 0
 
     def __post_init__(self) -> None:
+        numbers = self.rows if isinstance(self.rows, Sequence) else (self.rows,)
+        if not all(isinstance(x, SupportsIndex) for x in numbers):
+            raise TypeError(
+                f"Blocks: expected rows to be a number of blocks or their sizes, got {self.rows!r}"
+            )
+        if not isinstance(self.experts, SupportsIndex):
+            raise TypeError(f"Blocks: expected experts to be int, got {self.experts!r}")
         if isinstance(self.rows, int):
             good = not isinstance(self.rows, bool) and self.rows >= 1
         else:
@@ -65,7 +73,7 @@ class Blocks:
         """What a ``blocks=`` argument means."""
         if blocks is None or isinstance(blocks, Blocks):
             return blocks
-        return Blocks(blocks if isinstance(blocks, int) else tuple(blocks))
+        return Blocks(blocks)
 
     @property
     def sizes(self) -> list[int]:

@@ -22,7 +22,7 @@ class Values:
     inverse: float | None = None  # 1 / d of `current`, 0 where that is 0, once somebody has asked
     transposed: Tensor | None = None  # the weight's view [in, out], likewise
     captured: bool = False  # made while a CUDA graph was captured, in whose memory they are
-    version: int | None = None  # of the weight, where they hold for this one only
+    version: Any = None  # of the weight (state.trace_of), where they hold for this one only
 
 
 @dataclass

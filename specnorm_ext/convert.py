@@ -348,7 +348,7 @@ def _become_parametrization(w: _Weight) -> None:
         # torch's check of a parametrization calls it, which in training iterates
         parametrize.register_parametrization(module, w.key, w.state, unsafe=True)
         w.plist.unsafe = False
-        w.state.train(module.training)
+        w.plist.train(module.training)
         # first of the children: parameters keep their order, by which optimizers load their states
         modules = {"parametrizations": module._modules["parametrizations"], **module._modules}
         module._modules.clear()

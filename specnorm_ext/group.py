@@ -16,8 +16,7 @@ from ._ops import is_ordinary, is_untraced
 from .book import Book, Values
 from .layers import SpectralLayer
 from .parametrizations import parametrizations_of
-from .recomputation import version_of
-from .state import SpectralState, is_capturing
+from .state import SpectralState, is_capturing, trace_of
 
 
 @dataclass(eq=False, slots=True)
@@ -35,7 +34,7 @@ class _Member:
     def is_given(self) -> bool:
         """Whether what the layer has been given holds for the weight as it is."""
         given = self.state._book.given
-        return given is not None and given.version in (None, version_of(given.weight))
+        return given is not None and given.version in (None, trace_of(given.weight))
 
     def is_as_seen(self) -> bool:
         values, state = self.values, self.state
@@ -109,7 +108,7 @@ class _Call:
             values = m.values
             values.u, values.v, values.sigma, values.inverse = pieces[i], pieces[i + 1], s, None
             values.captured = captured
-            values.version = version_of(values.weight) if this_version else None
+            values.version = trace_of(values.weight) if this_version else None
             m.state._book.given = values
             i += 2
 
@@ -148,6 +147,7 @@ class _RootHook:
             if not states or any(x.group is not None for x in states):
                 return  # its owner has seen to it
             group = self.link.group = SpectralNormGroup(module, "manual")
+            group._of_copy = True
         group._before_forward()
 
 
@@ -202,10 +202,11 @@ class SpectralNormGroup:
     averaged copy of a model, say, whose u and v follow its weights then. In eval layers compute sigma by themselves,
     once per version of the weight.
 
-    A deep copy of the model has no part in the group: under "forward" it makes one of its own, otherwise its layers
-    iterate by themselves. Under torch.compile "forward" leaves the iteration to the compiled layers; "step" and
-    :meth:`update` run outside of the graph, whose layers use what they give. Layers captured in a CUDA graph use an
-    update that was captured with them, and otherwise iterate by themselves.
+    A deep copy of the model is in no group (and a copy of a group of no use): under "forward" it makes one of its
+    own, which gives way to another one, otherwise its layers iterate by themselves. Under torch.compile "forward"
+    leaves the iteration to the compiled layers; "step" and :meth:`update` run outside of the graph, whose layers use
+    what they give. Layers captured in a CUDA graph use an update that was captured with them, and otherwise iterate
+    by themselves.
 
     Raises:
         ValueError: "step" without an optimizer, another ``when``; no spectrally normalized weight in the model; a
@@ -237,11 +238,20 @@ class SpectralNormGroup:
                 f"SpectralNormGroup: expected an optimizer with when='step' and with nothing else, got when={when!r} "
                 f"and {'none' if optimizer is None else 'one'}"
             )
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"SpectralNormGroup: expected model to be a torch.nn.Module, got {type(model).__name__}"
+            )
+        if optimizer is not None and not hasattr(optimizer, "register_step_post_hook"):
+            raise TypeError(
+                f"SpectralNormGroup: expected a torch.optim.Optimizer, got {type(optimizer).__name__}"
+            )
         self._root = model
         self.serves = when == "step"  # whether a layer that has been given nothing yet may ask
-        # between steps weights may change by other hands: another optimizer, clipping, a copy of averages
-        self.follows_versions = when == "step"
+        # weights may change by other hands: another optimizer, clipping, a copy of averages
+        self.follows_versions = when != "manual"
         self._removed = False
+        self._of_copy = False  # made by a hook that came with a copied model: gives way to one that is asked for
         self._members: list[_Member] = []
         self._calls: list[_Call] = []
         self._called: list[_Member] = []  # whom they are for
@@ -305,8 +315,15 @@ class SpectralNormGroup:
     def _check_in_use(self, method: str) -> None:
         if self._removed:
             raise RuntimeError(
-                f"SpectralNormGroup.{method}: expected a group in use, got one after its remove(); make another"
+                f"SpectralNormGroup.{method}: expected a group in use, got one after its remove(), or a copy of one; "
+                "make another"
             )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SpectralNormGroup:
+        return _copied()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _copied, ()
 
     # ---- which weights ------------------------------------------------------------------------------------------
 
@@ -324,7 +341,9 @@ class SpectralNormGroup:
                     found.setdefault(id(own), member)
         for m in found.values():
             other = m.state.group
-            if other is not None and other is not self:
+            if other is not None and other is not self and other._of_copy:
+                other.remove()
+            elif other is not None and other is not self:
                 raise ValueError(
                     f"SpectralNormGroup: expected {m.name} in no group yet, got one in another; "
                     "call remove() of that one first"
@@ -400,6 +419,8 @@ class SpectralNormGroup:
     # ---- around the root's forward ------------------------------------------------------------------------------
 
     def _before_forward(self) -> None:
+        if self._removed:
+            return  # in favour of one that was asked for
         place = recomputation.here()
         if place is not None and (place.again or place.task != -1):
             return  # activation checkpointing runs the root again: its layers repeat what they had
@@ -408,6 +429,14 @@ class SpectralNormGroup:
     def _forget(self) -> None:
         for m in self._members:
             m.state._book.given = None
+
+
+def _copied() -> SpectralNormGroup:
+    """What a model that holds its own group has in a copy: in no use, like any group that was removed."""
+    group = SpectralNormGroup.__new__(SpectralNormGroup)
+    group._members, group._calls, group._called, group._handles = [], [], [], []
+    group._removed = True
+    return group
 
 
 __all__ = ["SpectralNormGroup"]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from . import _ops
+from ._checks import check_like_weight
 from .blocks import Blocks
 from .state import SpectralState, scalar_inverse
 
@@ -153,6 +154,10 @@ class SpectralLinear(SpectralLayer, nn.Linear):
     ``torch.nn.Linear``); float32, float64, bfloat16, float16. Differentiable in x, weight and bias to any order, with u
     and v constant. Activation checkpointing as in :func:`spectral_norm`.
 
+    Modules that read the ``weight`` of a child instead of calling it get W, not W / sigma: of torch, the ``out_proj``
+    of ``MultiheadAttention`` and, in eval, all of ``TransformerEncoderLayer``. There :func:`spectral_norm` is right,
+    which is what :func:`convert` puts into them.
+
     Raises:
         ValueError, IndexError, TypeError: options out of range, as :func:`spectral_norm`; an input that does not fit.
 
@@ -193,6 +198,8 @@ class SpectralLinear(SpectralLayer, nn.Linear):
             ready = spectral.ready(weight)
             if ready is not None and _fits(input, weight):
                 return _scaled_linear(input, ready.transposed, bias, ready.inverse)
+        if spectral.training:
+            _refuse(input, weight, spectral.blocks)
         if spectral.blocks is not None:
             return self._by_blocks(input)
         u, v, sigma = spectral.current(weight)
@@ -230,6 +237,21 @@ class SpectralLinear(SpectralLayer, nn.Linear):
         if blocks.experts:  # [E, out] beside [E, ..., out]
             shift = shift.view(blocks.experts, *[1] * (y.dim() - 2), -1)
         return torch.addcmul(shift, y, scale)
+
+
+def _refuse(x: Tensor, weight: Tensor, blocks: Blocks | None) -> None:
+    """What the op would say of such an input, before u and v are iterated on for it."""
+    if not isinstance(x, Tensor):
+        return
+    op = "spectral_linear" if blocks is None else "spectral_linear_blocks"
+    off = x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)
+    if off or x.device != weight.device:
+        check_like_weight(op, "x", x, weight)
+    if x.dim() < 1 or x.shape[-1] != weight.shape[-1]:
+        lead = f"{blocks.experts}, ..." if blocks is not None and blocks.experts else "..."
+        raise ValueError(
+            f"{op}: expected x to have shape [{lead}, {weight.shape[-1]}], got {list(x.shape)}"
+        )
 
 
 def _fits(x: Tensor, weight: Tensor) -> bool:

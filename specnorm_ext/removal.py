@@ -157,6 +157,7 @@ def remove(model: nn.Module) -> nn.Module:
         for name, module in owned:
             spectral = cast(SpectralLayer, module)
             weight = cast(nn.Parameter, module._parameters["weight"])
+            spectral.spectral.eval()  # where u and v are looked at, whether they belong to the weight
             value = weight if weight.is_meta else spectral.normalized_weight
             spectral.spectral.leave_group()
             delattr(module, "spectral")

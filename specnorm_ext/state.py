@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, SupportsFloat, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,16 @@ class SpectralState(nn.Module):
             )
         if dim >= ndim or dim < -ndim:
             raise IndexError(f"{who}: expected dim in the range [-{ndim}, {ndim - 1}], got {dim}")
-        if isinstance(n_power_iterations, bool) or n_power_iterations <= 0:
+        for what, value, kind in (
+            ("n_power_iterations", n_power_iterations, int),
+            ("n_vectors", n_vectors, int),
+            ("eps", eps, float),
+            ("bound", 1.0 if bound is None else bound, float),
+        ):
+            taken = SupportsIndex if kind is int else (SupportsFloat, SupportsIndex)
+            if isinstance(value, bool) or not isinstance(value, taken):
+                raise TypeError(f"{who}: expected {what} to be {kind.__name__}, got {value!r}")
+        if n_power_iterations <= 0:
             raise ValueError(
                 f"{who}: expected n_power_iterations to be positive, got {n_power_iterations}"
             )
@@ -368,7 +377,7 @@ class SpectralState(nn.Module):
         assert u is not None
         assert v is not None
         plain = is_plain(weight)
-        direct = plain and weight.is_cpu
+        direct = plain and weight.is_cpu and not weight.is_neg()
         if u.dtype != state_dtype(weight.dtype) or u.device != weight.device:
             u, v = self.place(weight)
         if parts is None:
@@ -402,12 +411,11 @@ class SpectralState(nn.Module):
 
     @staticmethod
     def _may_keep(weight: Tensor) -> bool:
-        if weight.is_cpu:
-            return True  # see _eye
-        # Fused optimizers step without a trace in the version counter, and who trains in eval calls with gradients.
+        # Fused optimizers step, and torch.autograd.gradcheck steps aside, without a trace in the version counter; who
+        # trains in eval calls with gradients.
         if torch.is_grad_enabled() and weight.requires_grad:
             return False
-        return not is_capturing(weight)
+        return weight.is_cpu or not is_capturing(weight)
 
     @left_to_python
     def _given(self) -> Values | None:
@@ -416,10 +424,11 @@ class SpectralState(nn.Module):
         if torch.compiler.is_compiling():
             return book.given
         given = book.given
-        if given is None or given.version not in (None, version_of(given.weight)):
+        if given is None or given.version not in (None, trace_of(given.weight)):
             group = self.group
-            if group is not None and group.serves:
-                group.serve()
+            if group is None or not group.serves:
+                return None
+            group.serve()
             given = book.given
         # A graph replays with the memory it was captured with, and the next update gives other memory.
         if given is not None and given.captured != is_capturing(given.sigma):
@@ -436,7 +445,11 @@ class SpectralState(nn.Module):
         book = self._book
         if self.training:
             values = book.given
-            if values is not None and values.version not in (None, version_of(weight)):
+            if (
+                values is not None
+                and values.version is not None
+                and (values.weight is not weight or values.version != trace_of(weight))
+            ):
                 return None
         else:
             values = book.kept
@@ -462,13 +475,9 @@ class SpectralState(nn.Module):
 
     def _eye(self, weight: Tensor, u: Tensor, v: Tensor) -> tuple[Any, ...]:
         """What tells one state of the weight in eval from another, without reading all of it."""
-        eye = (weight.data_ptr(), version_of(weight), version_of(u), version_of(v))
         if not self.keeps_sigma:
-            return eye
-        if (
-            weight.is_cpu
-        ):  # a few entries: changes through .data (averaged weights, say) leave no version
-            return (*eye, _C.fingerprint(weight))
+            return (weight.data_ptr(), version_of(weight), version_of(u), version_of(v))
+        eye = (weight.data_ptr(), trace_of(weight), version_of(u), version_of(v))
         # one stream does not wait for what another has kept
         return (*eye, torch.cuda.current_stream(weight.device)) if weight.is_cuda else eye
 
@@ -649,6 +658,12 @@ class SpectralState(nn.Module):
                 x.copy_(nn.functional.normalize(x, dim=0))
             columns = torch.cat([columns, fresh], -1)
         return columns[..., : own.shape[-1]]
+
+
+def trace_of(weight: Tensor) -> Any:
+    """What an in-place change of the weight changes; on the CPU a few entries, too: .data leaves no version behind."""
+    version = version_of(weight)
+    return (version, _C.fingerprint(weight)) if weight.is_cpu else version
 
 
 def scalar_inverse(d: float) -> float | None:

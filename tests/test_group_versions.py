@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -72,6 +74,43 @@ def test_a_weight_changed_between_steps_is_iterated_on_once(grad):
         assert group.sigmas()["0.weight"] == layer.sigma
 
 
+def test_clipping_through_data_is_seen():
+    model = model_of()
+    SpectralNormGroup(model, optimizer=sgd(model))
+    applied(model[0])
+    model[0].weight.data.mul_(50)
+    assert norm(applied(model[0])) == pytest.approx(1, rel=0.02)
+
+
+def test_an_interrupted_forward_leaves_nothing_in_force():
+    model = model_of()
+    SpectralNormGroup(model)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handle = model[0].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.eye(N))
+    handle.remove()
+    with torch.no_grad():
+        model[0].weight.mul_(50)
+    assert settle(model[0]) == pytest.approx(1, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SpectralNormGroup([SpectralLinear(4, 4)]), "expected model to be a torch.nn.Module"),
+        (lambda: SpectralNormGroup(model_of(), optimizer="adam"), "expected a torch.optim.Optimizer, got str"),
+    ],
+    ids=["model", "optimizer"],
+)  # fmt: skip
+def test_arguments_of_a_wrong_type(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
 def test_a_manual_group_holds_until_it_is_called():
     model = model_of()
     group = SpectralNormGroup(model, "manual")
@@ -126,3 +165,28 @@ def test_a_removed_group_stays_removed():
     u = model[0].spectral._u.clone()
     applied(model[0])
     assert not torch.equal(model[0].spectral._u, u)  # the layer iterates by itself
+
+
+class Holder(nn.Sequential):
+    """A model that holds its own group."""
+
+    def __init__(self) -> None:
+        super().__init__(SpectralLinear(N, N))
+        self.group = SpectralNormGroup(self)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copied_group_is_in_no_use(duplicate):
+    model = Holder()
+    twin = duplicate(model)
+    with pytest.raises(RuntimeError, match=r"SpectralNormGroup.update: .* or a copy of one"):
+        twin.group.update()
+    y = twin(torch.eye(N))
+    assert y.shape == (N, N)
+    twin.group = SpectralNormGroup(twin)  # in place of what came with the copied hooks
+    assert list(twin.group.sigmas()) == ["0.weight"]
+    u = twin[0].spectral._u.clone()
+    twin(torch.eye(N))
+    assert not torch.equal(twin[0].spectral._u, u)
+    model(torch.eye(N))
+    assert list(model.group.sigmas()) == ["0.weight"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from helpers import F64, norm
@@ -142,6 +144,31 @@ def test_what_an_eval_layer_says_of_itself_is_what_it_applies():
             assert ask(layer) == pytest.approx(1, abs=0.05)
 
 
+def test_remove_looks_at_u_and_v_of_a_layer_in_training():
+    layer = SpectralLinear(64, 48)
+    nn.init.orthogonal_(layer.weight, gain=3)
+    with pytest.warns(UserWarning, match="do not belong to it"):
+        plain = remove(layer)
+    assert norm(plain.weight) == pytest.approx(1, abs=0.05)
+
+
+def test_a_weight_with_the_negative_bit():
+    torch.manual_seed(0)
+    layer = SpectralLinear(12, 10, bias=False)
+    values = layer.weight.detach().clone()
+    u, v = layer.spectral._u.clone(), layer.spectral._v.clone()
+    negative = torch._neg_view(-values)
+    assert negative.is_neg()
+    x, g = torch.randn(3, 12), torch.randn(3, 10)
+    layer(x).backward(g)
+    expected_gradient = layer.weight.grad
+    layer.weight = nn.Parameter(negative)
+    layer.spectral._u.copy_(u)
+    layer.spectral._v.copy_(v)
+    layer(x).backward(g)
+    close(layer.weight.grad, expected_gradient.to(F64), 1e-5)
+
+
 def test_weights_loaded_into_a_layer_on_meta_without_u_and_v():
     with torch.device("meta"):
         layer = SpectralLinear(8, 8)
@@ -175,3 +202,90 @@ def test_a_layer_somebody_else_has_changed_loads_its_own_state(change):
     x = torch.randn(2, 8)
     assert torch.equal(layer.eval()(x), other.eval()(x))
     assert torch.equal(layer.weight, other.weight)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("n_power_iterations", 1.5),
+        ("n_power_iterations", "2"),
+        ("n_power_iterations", True),
+        ("n_vectors", 2.5),
+        ("n_vectors", None),
+        ("eps", None),
+        ("eps", "0"),
+        ("bound", "1"),
+        ("bound", True),
+        ("blocks", 2.0),
+        ("blocks", "ab"),
+        ("blocks", (2.0, 2.0)),
+    ],
+)
+def test_options_of_a_wrong_type(option, value):
+    who = "Blocks: expected rows" if option == "blocks" else f"SpectralLinear: expected {option}"
+    with pytest.raises(TypeError, match=f"{who} to be .*, got {re.escape(repr(value))}"):
+        SpectralLinear(4, 4, **{option: value})
+
+
+@pytest.mark.parametrize("blocks", [None, 5], ids=["whole", "blocks"])
+@pytest.mark.parametrize(
+    ("x", "error"),
+    [
+        (torch.randn(2, 5), ValueError),
+        (torch.tensor(1.0), ValueError),
+        (torch.randn(2, 4, dtype=F64), TypeError),
+        (torch.empty(2, 4, device="meta"), TypeError),
+    ],
+    ids=["features", "0-d", "dtype", "device"],
+)
+def test_a_refused_input_leaves_u_and_v_alone(x, error, blocks):
+    layer = SpectralLinear(4, 5, blocks=blocks)
+    u, v = layer.spectral._u.clone(), layer.spectral._v.clone()
+    with pytest.raises(error, match=r"spectral_linear.*: expected x"):
+        layer(x)
+    assert torch.equal(layer.spectral._u, u)
+    assert torch.equal(layer.spectral._v, v)
+
+
+def test_u_of_another_layer_is_refused_by_type():
+    layer = SpectralLinear(4, 5)
+    layer.spectral._u = torch.randn(4)
+    with pytest.raises(ValueError, match=r"power_iteration_: expected u\[0\] to have shape \[5\]"):
+        layer(torch.randn(2, 4))
+
+
+def test_a_frozen_weight_keeps_no_input():
+    layer = SpectralLinear(16, 24).requires_grad_(False).eval()
+    x = torch.randn(5, 16, requires_grad=True)
+    between = x * 2
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = layer(between)
+    assert all(t.data_ptr() != between.data_ptr() for t in saved)
+    with torch.no_grad():
+        between.zero_()  # as a plain layer allows, too
+    g = torch.randn_like(y)
+    (dx,) = torch.autograd.grad(y, x, g)
+    close(dx, 2 * (g.to(F64) @ layer.normalized_weight.to(F64)), 1e-6)
+    layer.double()
+    x = x.detach().double().requires_grad_()
+    assert torch.autograd.gradcheck(layer, x)
+    assert torch.autograd.gradgradcheck(layer, x)
+    rows = torch.autograd.grad(
+        layer(x), x, torch.eye(120).view(120, 5, 24).double(), is_grads_batched=True
+    )
+    assert rows[0].shape == (120, 5, 16)
+
+
+def test_gradcheck_steps_aside_without_a_trace():
+    layer = SpectralLinear(6, 5).double().eval()
+    with torch.no_grad():
+        layer.weight.mul_(3)
+        layer(torch.randn(2, 6, dtype=F64))
+    x = torch.randn(2, 6, dtype=F64)
+    weight = layer.weight.detach().clone().requires_grad_()
+
+    def of_weight(w: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, {"weight": w}, (x,))
+
+    assert torch.autograd.gradcheck(of_weight, weight)

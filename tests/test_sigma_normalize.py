@@ -396,6 +396,25 @@ def test_normalize_backward_at_any_scale(dtype):
         assert (error <= bound + smallest(dtype) * s).all(), scale
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize(
+    ("w_scale", "g_scale"), [(1e36, 1e4), (1e30, 1e10), (1e25, 1e15), (1e-37, 1e-8), (1e-25, 1e-20)]
+)
+def test_normalize_backward_where_products_leave_the_range(dtype, w_scale, g_scale):
+    """W times G is past float32, in which neither W / sigma times G nor the gradient is."""
+    w = (random_weight(40, 270, F64).clamp(-3, 3) * w_scale).to(dtype)
+    u, v = pair(w)
+    sigma = ops.sigma([w], [u], [v])
+    s = sigma.double().item()
+    g = ((random_weight(40, 270, F64) + 0.1) * g_scale).to(dtype)
+    (got,) = ops.normalize_backward([g], [w], [u], [v], sigma)
+    unit = g.double() / g_scale
+    expected = exact_backward(unit, w.double() / s, u, v, 1.0)
+    error = (got.double() * (s / g_scale) - expected).norm() / expected.norm()
+    denormal = smallest(dtype) * (s / g_scale)  # where dW itself is among the smallest numbers
+    assert error <= 8 * eps_of(dtype) + denormal
+
+
 def test_normalize_same_bits_run_to_run_and_for_any_number_of_threads():
     for dtype in DTYPES:
         ws = [
