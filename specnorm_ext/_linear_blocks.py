@@ -92,7 +92,8 @@ class _SpectralLinearBlocks(torch.autograd.Function):
         y = _ops.spectral_linear_blocks.default.redispatch(
             keyset & _below_autograd, x, weight, bias, u, v, sigma, rows, interleaved, experts
         )
-        ctx.save_for_backward(x, weight, bias, u, v, sigma)
+        # a frozen weight keeps nothing of the input, as in a plain layer
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, weight, bias, u, v, sigma)
         ctx.blocks = (rows, interleaved, experts)
         ctx.y = None
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
@@ -107,6 +108,8 @@ class _SpectralLinearBlocks(torch.autograd.Function):
         x, weight, bias, u, v, sigma = ctx.saved_tensors
         want_x, want_w, want_b = ctx.needs_input_grad[1:4]
         rest = (None,) * 6
+        if x is None:  # only dW depends on it
+            x = g.new_zeros(()).expand(*g.shape[:-1], weight.shape[-1])
         blocks = Blocks.from_sizes(*ctx.blocks)
         experts = blocks.experts
         flat = reference._flat(g, experts)
@@ -126,7 +129,7 @@ class _SpectralLinearBlocks(torch.autograd.Function):
             dx = _product(scaled, weight) if want_x else None
         else:
             scaled = _divided(flat, reference._by_row(safe * balance, blocks, weight))
-            inputs = inputs * balance
+            inputs = inputs * balance if want_w else inputs
             dx = _product(scaled, weight).mul_(balance) if want_x else None
         dx = None if dx is None else dx.view(x.shape)
         dw = None

@@ -283,10 +283,9 @@ class _SpectralLinear(torch.autograd.Function):
             y = ctx.y if ctx.y is not None and ctx.y._version == ctx.version else None
             # is_grads_batched of torch.autograd.grad rests on an older vmap, which would call the op row by row
             if batched:
-                inputs = (
-                    g @ weight.to(g.dtype) if x is None else x
-                )  # of a frozen weight: no matter what
-                dx, dw = reference.spectral_linear_backward(g, inputs, weight, u, v, sigma)
+                if x is None:  # only dW depends on it
+                    x = g.new_zeros(()).expand(*g.shape[:-1], weight.shape[-1])
+                dx, dw = reference.spectral_linear_backward(g, x, weight, u, v, sigma)
             else:
                 dx, dw = _ops.spectral_linear_backward(
                     g, x, weight, bias if y is not None else None, u, v, sigma, y, want_x, want_w

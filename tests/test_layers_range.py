@@ -254,8 +254,9 @@ def test_u_of_another_layer_is_refused_by_type():
         layer(torch.randn(2, 4))
 
 
-def test_a_frozen_weight_keeps_no_input():
-    layer = SpectralLinear(16, 24).requires_grad_(False).eval()
+@pytest.mark.parametrize("blocks", [None, 2], ids=["whole", "blocks"])
+def test_a_frozen_weight_keeps_no_input(blocks):
+    layer = SpectralLinear(16, 24, blocks=blocks).requires_grad_(False).eval()
     x = torch.randn(5, 16, requires_grad=True)
     between = x * 2
     saved = []
