@@ -148,7 +148,7 @@ class SpectralLinear(SpectralLayer, nn.Linear):
     under ``spectral.scale``); checkpoints of torch's parametrization and of the old ``torch.nn.utils.spectral_norm``
     load as well. In eval sigma is computed once per version of the weight. A change through ``.data`` leaves no
     version behind: on the CPU it is seen by a few sampled entries, elsewhere not at all; call ``eval()`` after it. Nor
-    does the step of a fused optimizer: off the CPU, sigma is computed anew wherever gradients are recorded.
+    does the step of a fused optimizer: sigma is computed anew wherever gradients of the weight are recorded.
 
     Shapes and dtypes: x [..., in_features], y [..., out_features], in the weight's dtype (under autocast as
     ``torch.nn.Linear``); float32, float64, bfloat16, float16. Differentiable in x, weight and bias to any order, with u
