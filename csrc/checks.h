@@ -178,6 +178,85 @@ inline void check_normalize_backward(const Operands& grads, const Operands& weig
   }
 }
 
+inline void check_certified_matvec(const Operands& weights, const Operands& v) {
+  const char* op = "certified_matvec";
+  check_lengths(op, weights.size(), "v", v.size());
+  check_weights(op, weights);
+  for (size_t i = 0; i < weights.size(); ++i) {
+    if (v[i].dtype != ScalarType::Double)
+      fail("TypeError", op, ": expected v[", i, "] to be torch.float64, got ",
+           dtype_name(v[i].dtype));
+    if (!v[i].same_device(weights[i]))
+      fail("TypeError", op, ": expected v[", i, "] on the device of weights[", i, "]");
+    if (v[i].dim != 1 || v[i].sizes[0] != weights[i].sizes[1])
+      fail("ValueError", op, ": expected v[", i, "] to have shape [", weights[i].sizes[1],
+           "], got ", shape_text(v[i]));
+  }
+}
+
+inline void check_krylov(const Operands& weights, const Operands& basis, const Operands& projected,
+                         const Operand& units, const std::vector<int64_t>& filled, int64_t columns,
+                         int64_t steps) {
+  const char* op = "krylov_";
+  check_lengths(op, weights.size(), "basis", basis.size());
+  check_lengths(op, weights.size(), "projected", projected.size());
+  if (filled.size() != weights.size())
+    fail("ValueError", op, ": expected ", weights.size(), " numbers in filled, as in weights, got ",
+         filled.size());
+  check_weights(op, weights);
+  if (columns < 1 || columns > kMaxColumns)
+    fail("ValueError", op, ": expected columns from 1 to ", kMaxColumns, ", got ", columns);
+  if (steps < 0) fail("ValueError", op, ": expected steps >= 0, got ", steps);
+  const auto check = [&](const char* name, size_t i, const Operand& x, ScalarType dtype) {
+    if (x.dtype != dtype)
+      fail("TypeError", op, ": expected ", name, "[", i, "] to be ", dtype_name(dtype),
+           " beside a ", dtype_name(weights[i].dtype), " weight, got ", dtype_name(x.dtype));
+    if (!x.same_device(weights[i]))
+      fail("TypeError", op, ": expected ", name, "[", i, "] on the device of weights[", i, "]");
+    const bool contiguous = x.dim == 2 && (x.sizes[1] <= 1 || x.strides[1] == 1) &&
+                            (x.sizes[0] <= 1 || x.strides[0] == x.sizes[1]);
+    if (x.dim == 2 && !contiguous)
+      fail("ValueError", op, ": expected ", name, "[", i,
+           "] to be contiguous, which it is written as; pass a contiguous() one");
+  };
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Operand &w = weights[i], &q = basis[i], &h = projected[i];
+    check("basis", i, q, state_dtype(w.dtype));
+    check("projected", i, h, ScalarType::Double);
+    if (w.sizes[1] > 1 && w.strides[1] != 1)
+      fail(
+          "ValueError", op, ": expected weights[", i,
+          "] to have rows of unit stride; pass weight.mT, whose norm is the same, or contiguous()");
+    if (q.dim != 2 || q.sizes[1] != w.sizes[1])
+      fail("ValueError", op, ": expected basis[", i, "] to have shape [capacity, ", w.sizes[1],
+           "], got ", shape_text(q));
+    const int64_t capacity = q.sizes[0];
+    if (h.dim != 2 || h.sizes[0] != capacity || h.sizes[1] != capacity)
+      fail("ValueError", op, ": expected projected[", i, "] to have shape [", capacity, ", ",
+           capacity, "], got ", shape_text(h));
+    if (filled[i] != 0 && filled[i] < columns)
+      fail("ValueError", op, ": expected filled[", i, "] to be 0 or at least columns = ", columns,
+           ", got ", filled[i]);
+    const int64_t rows = std::max(filled[i], columns);
+    if (rows > capacity || steps > (capacity - rows) / columns)
+      fail("ValueError", op, ": expected room for ", steps, " blocks of ", columns,
+           " rows more in basis[", i, "], whose ", rows, " of ", capacity, " rows are taken");
+  }
+  if (units.dtype != ScalarType::Double)
+    fail("TypeError", op, ": expected units to be torch.float64, got ", dtype_name(units.dtype));
+  if (units.dim != 1 || size_t(units.sizes[0]) != weights.size() ||
+      (units.sizes[0] > 1 && units.strides[0] != 1))
+    fail("ValueError", op, ": expected units to be a contiguous vector [", weights.size(),
+         "], got ", shape_text(units));
+  if (!weights.empty() && !units.same_device(weights[0]))
+    fail("TypeError", op, ": expected units on the device of the weights");
+  const std::vector<Span> written = sorted_spans({&basis, &projected});
+  if (written_twice(written) || written_and_read(written, weights).written != nullptr)
+    fail("ValueError", op,
+         ": expected every tensor in basis and projected to have memory of its own, got two that "
+         "share elements");
+}
+
 inline void check_like_weight(const char* op, const char* name, const Operand& t,
                               const Operand& weight) {
   if (t.dtype != weight.dtype)

@@ -6,10 +6,11 @@
 namespace specnorm {
 namespace {
 
-#define SPECNORM_KERNELS(ns)                                           \
-  CpuKernels {                                                         \
-    #ns, &ns::power_iteration_cpu, &ns::sigma_cpu, &ns::normalize_cpu, \
-        &ns::normalize_backward_cpu, &ns::inner_cpu, &ns::rank_one_cpu \
+#define SPECNORM_KERNELS(ns)                                                             \
+  CpuKernels {                                                                           \
+    #ns, &ns::power_iteration_cpu, &ns::sigma_cpu, &ns::normalize_cpu,                   \
+        &ns::normalize_backward_cpu, &ns::inner_cpu, &ns::rank_one_cpu, &ns::krylov_cpu, \
+        &ns::matvec_cpu                                                                  \
   }
 
 CpuKernels choose() {

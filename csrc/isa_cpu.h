@@ -1,6 +1,7 @@
 // Which compiled copy of the CPU kernels runs on this machine.
 #pragma once
 
+#include "krylov.h"
 #include "normalize.h"
 #include "power_iteration.h"
 #include "sigma.h"
@@ -16,6 +17,8 @@ struct CpuKernels {
   Status (*normalize_backward)(const NormalizeParams&, const Parallel&);
   Status (*inner)(const InnerParams&, const Parallel&);
   Status (*rank_one)(const RankOneParams&, const Parallel&);
+  Status (*krylov)(const KrylovParams&, const Parallel&);
+  Status (*matvec)(const MatvecParams&, const Parallel&);
 };
 
 // Chosen once: the widest instruction set that the processor, the operating system and this build

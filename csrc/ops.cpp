@@ -17,6 +17,10 @@ STABLE_TORCH_LIBRARY(specnorm_ext, m) {
   m.def(
       "spectral_linear_backward(Tensor g, Tensor x, Tensor weight, Tensor? bias, Tensor u, Tensor "
       "v, Tensor sigma, Tensor? y, bool want_x, bool want_w) -> (Tensor dx, Tensor dw)");
+  m.def(
+      "krylov_(Tensor[] weights, Tensor(a!)[] basis, Tensor(b!)[] projected, Tensor(c!) units, "
+      "int[] filled, int columns, int steps) -> ()");
+  m.def("certified_matvec(Tensor[] weights, Tensor[] v) -> Tensor[]");
   // These two are written in torch's own operations, for every device:
   // specnorm_ext/_linear_blocks.py and _embedding.py.
   m.def(
@@ -34,6 +38,8 @@ STABLE_TORCH_LIBRARY_IMPL(specnorm_ext, CPU, m) {
   m.impl("normalize_backward", TORCH_BOX(&specnorm::normalize_backward_cpu_op));
   m.impl("spectral_linear", TORCH_BOX(&specnorm::spectral_linear_cpu_op));
   m.impl("spectral_linear_backward", TORCH_BOX(&specnorm::spectral_linear_backward_cpu_op));
+  m.impl("krylov_", TORCH_BOX(&specnorm::krylov_cpu_op));
+  m.impl("certified_matvec", TORCH_BOX(&specnorm::certified_matvec_cpu_op));
 }
 
 #if defined(SPECNORM_HAVE_CUDA_KERNELS)

@@ -29,6 +29,14 @@ std::tuple<Tensor, Tensor> spectral_linear_backward_cpu_op(
     const Tensor& u, const Tensor& v, const Tensor& sigma, std::optional<Tensor> y, bool want_x,
     bool want_w);
 
+// `steps` blocks more of every basis, in place (specnorm_ext/reference.py has the formulas).
+void krylov_cpu_op(const std::vector<Tensor>& weights, const std::vector<Tensor>& basis,
+                   const std::vector<Tensor>& projected, const Tensor& units,
+                   const std::vector<int64_t>& filled, int64_t columns, int64_t steps);
+// Each [2, m] in float64: W v and, for the bound of its rounding, |W| |v|.
+std::vector<Tensor> certified_matvec_cpu_op(const std::vector<Tensor>& weights,
+                                            const std::vector<Tensor>& v);
+
 // The same from the operands on: check, fill the parameter struct, launch. What comes out goes to
 // memory that the caller made: sigma [len(weights)], and a matrix like each weight.
 void run_power_iteration_cpu(const Operands& weights, const Operands& u, const Operands& v,

@@ -197,6 +197,92 @@ def check_normalize_backward(
             )
 
 
+def check_certified_matvec(weights: Sequence[Tensor], v: Sequence[Tensor]) -> None:
+    op = "certified_matvec"
+    check_lengths(op, len(weights), "v", len(v))
+    check_weights(op, weights)
+    for i, (w, x) in enumerate(zip(weights, v, strict=True)):
+        if x.dtype != torch.float64:
+            raise TypeError(f"{op}: expected v[{i}] to be torch.float64, got {x.dtype}")
+        if x.device != w.device:
+            raise TypeError(f"{op}: expected v[{i}] on the device of weights[{i}]")
+        if x.dim() != 1 or x.shape[0] != w.shape[1]:
+            raise ValueError(
+                f"{op}: expected v[{i}] to have shape [{w.shape[1]}], got {_shape(x)}"
+            )
+
+
+def check_krylov(
+    weights: Sequence[Tensor],
+    basis: Sequence[Tensor],
+    projected: Sequence[Tensor],
+    units: Tensor,
+    filled: Sequence[int],
+    columns: int,
+    steps: int,
+) -> None:
+    op = "krylov_"
+    check_lengths(op, len(weights), "basis", len(basis))
+    check_lengths(op, len(weights), "projected", len(projected))
+    if len(filled) != len(weights):
+        raise ValueError(
+            f"{op}: expected {len(weights)} numbers in filled, as in weights, got {len(filled)}"
+        )
+    check_weights(op, weights)
+    if not 1 <= columns <= MAX_COLUMNS:
+        raise ValueError(f"{op}: expected columns from 1 to {MAX_COLUMNS}, got {columns}")
+    if steps < 0:
+        raise ValueError(f"{op}: expected steps >= 0, got {steps}")
+    for i, (w, q, h) in enumerate(zip(weights, basis, projected, strict=True)):
+        for name, x, dtype in (
+            ("basis", q, state_dtype(w.dtype)),
+            ("projected", h, torch.float64),
+        ):
+            if x.dtype != dtype:
+                raise TypeError(
+                    f"{op}: expected {name}[{i}] to be {dtype} beside a {w.dtype} weight, got {x.dtype}"
+                )
+            if x.device != w.device:
+                raise TypeError(f"{op}: expected {name}[{i}] on the device of weights[{i}]")
+            if x.dim() == 2 and not x.is_contiguous():
+                raise ValueError(
+                    f"{op}: expected {name}[{i}] to be contiguous, which it is written as; "
+                    "pass a contiguous() one"
+                )
+        if w.shape[1] > 1 and w.stride(1) != 1:
+            raise ValueError(
+                f"{op}: expected weights[{i}] to have rows of unit stride; "
+                "pass weight.mT, whose norm is the same, or contiguous()"
+            )
+        if q.dim() != 2 or q.shape[1] != w.shape[1]:
+            raise ValueError(
+                f"{op}: expected basis[{i}] to have shape [capacity, {w.shape[1]}], got {_shape(q)}"
+            )
+        capacity = q.shape[0]
+        if h.dim() != 2 or h.shape[0] != capacity or h.shape[1] != capacity:
+            raise ValueError(
+                f"{op}: expected projected[{i}] to have shape [{capacity}, {capacity}], got {_shape(h)}"
+            )
+        if filled[i] != 0 and filled[i] < columns:
+            raise ValueError(
+                f"{op}: expected filled[{i}] to be 0 or at least columns = {columns}, got {filled[i]}"
+            )
+        rows = max(filled[i], columns)
+        if rows + steps * columns > capacity:
+            raise ValueError(
+                f"{op}: expected room for {steps} blocks of {columns} rows more in basis[{i}], "
+                f"whose {rows} of {capacity} rows are taken"
+            )
+    if units.dtype != torch.float64:
+        raise TypeError(f"{op}: expected units to be torch.float64, got {units.dtype}")
+    if units.dim() != 1 or units.shape[0] != len(weights) or not units.is_contiguous():
+        raise ValueError(
+            f"{op}: expected units to be a contiguous vector [{len(weights)}], got {_shape(units)}"
+        )
+    if len(weights) > 0 and units.device != weights[0].device:
+        raise TypeError(f"{op}: expected units on the device of the weights")
+
+
 def check_like_weight(op: str, name: str, t: Tensor, weight: Tensor) -> None:
     if t.dtype != weight.dtype:
         raise TypeError(f"{op}: expected {name} to be {weight.dtype}, as the weight, got {t.dtype}")

@@ -8,12 +8,14 @@ the device with `torch.where`, so nothing here synchronizes. Every function take
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ._checks import (
+    check_certified_matvec,
+    check_krylov,
     check_normalize,
     check_normalize_backward,
     check_power_iteration,
@@ -107,6 +109,132 @@ def power_iteration_(
         for w, a, b in zip(weights, u, v, strict=True)
     ]
     return torch.stack(values) if values else torch.zeros(0)
+
+
+def _new_directions(basis: Tensor, x: Tensor, salt: int) -> Tensor:
+    """For each row of x a pseudo-random direction orthogonal to the rows of `basis`, or zeros if there is none."""
+    y = _pattern(x.shape[1], salt + x.shape[0], x)[:, salt:].mT
+    for _ in range(2):
+        y = y - (y @ basis.mT) @ basis
+    return y
+
+
+def _factorize(x: Tensor, shortest: Tensor, fresh: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows x = R^T q, q orthonormal; rows shorter than `shortest` have R = 0 and go on as those of `fresh`."""
+    eps = torch.finfo(x.dtype).eps
+    b = x.shape[0]
+    r = torch.zeros(b, b, dtype=torch.float64, device=x.device)
+    q: list[Tensor] = []
+    for i in range(b):
+        xi, fi = x[i], fresh[i]
+        for _ in range(2):
+            for j, qj in enumerate(q):
+                c = torch.dot(qj, xi)
+                r[j, i] += c
+                xi, fi = xi - c * qj, fi - torch.dot(qj, fi) * qj
+        length, other = torch.linalg.vector_norm(xi), torch.linalg.vector_norm(fi)
+        good = length > shortest
+        r[i, i] = torch.where(good, length, 0.0)
+        tiny = torch.finfo(x.dtype).tiny
+        fi = torch.where(other > 64 * eps, fi / other.clamp_min(tiny), torch.zeros_like(fi))
+        q.append(torch.where(good, xi / length.clamp_min(tiny), fi))
+    return torch.stack(q), r
+
+
+def krylov_block(
+    apply: Callable[[Tensor], Tensor], basis: Tensor, projected: Tensor, filled: int, columns: int
+) -> None:
+    r"""One step of block Lanczos for a symmetric operator A given as ``apply``: rows X [columns, n] -> X A.
+
+    .. math:: P = A Q,\quad H_{:,Q} = B^T P,\quad P \leftarrow P - B H_{:,Q},\quad P = Q' R,\quad H_{Q',Q} = R
+
+    with B the basis so far, whose last block Q is; the rows of `basis` are its vectors.
+    """
+    eps = torch.finfo(basis.dtype).eps
+    known, first = basis[:filled], filled - columns
+    p = apply(basis[first:filled])
+    longest = torch.linalg.vector_norm(p, dim=1).amax().double()
+    shares = torch.zeros(filled, columns, dtype=torch.float64, device=p.device)
+    for _ in range(2):
+        c = p @ known.mT
+        p = p - c @ known
+        shares += c.mT.double()
+    projected[:filled, first:filled] = shares
+    size = torch.maximum(projected.diagonal()[:filled].abs().amax(), longest)
+    fresh = _new_directions(known, p, 1 + filled)
+    q, r = _factorize(p, 16 * eps * size, fresh)
+    for _ in range(2):  # what rounding left of the basis has grown with the division
+        q = q - (q @ known.mT) @ known
+    q, _ = _factorize(q, 0 * size, fresh)
+    projected[filled : filled + columns, first:filled] = r
+    basis[filled : filled + columns] = q
+
+
+def krylov_start(basis: Tensor, columns: int) -> None:
+    """The first rows of `basis`, whatever they hold, made orthonormal."""
+    x = basis[:columns]
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    pattern = _pattern(x.shape[1], 2 * columns, x).mT
+    x = torch.where(torch.isfinite(length) & (length > 0), x, pattern[:columns])
+    x = x / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    shortest = torch.tensor(64 * torch.finfo(x.dtype).eps, device=x.device)
+    basis[:columns] = _factorize(x, shortest, pattern[columns:])[0]
+
+
+@torch.no_grad()
+def krylov_(
+    weights: Sequence[Tensor],
+    basis: Sequence[Tensor],
+    projected: Sequence[Tensor],
+    units: Tensor,
+    filled: Sequence[int],
+    columns: int,
+    steps: int,
+) -> None:
+    r"""Twin of `torch.ops.specnorm_ext.krylov_`: `steps` blocks more of a Krylov basis of A = (unit W)^T (unit W).
+
+    Args:
+        weights: matrices [m, n] with rows of unit stride, one dtype and one device.
+        basis: [capacity, n] for each, in the state dtype, rows orthonormal; written.
+        projected: [capacity, capacity] float64 for each: H = B A B^T for the rows B of the basis that have been
+            multiplied, column by column, and below it what couples them to the newest block; written.
+        units: float64 [len(weights)], powers of two; 0 where none has been chosen yet. NaN comes back for a
+            matrix that is not finite.
+        filled: rows of each basis; the last `columns` of them have not been multiplied. 0: the first `columns` rows
+            hold a start, of any kind.
+        columns, steps: of a block, and how many blocks.
+    """
+    check_krylov(weights, basis, projected, units, filled, columns, steps)
+    if steps == 0:
+        return
+    for i, (w, q, h) in enumerate(zip(weights, basis, projected, strict=True)):
+        x = w.to(q.dtype)
+        top = w.abs().amax().double() if w.numel() else units.new_zeros(())
+        limit = 2.0 ** (120 if q.dtype == torch.float32 else 1000)
+        unit = torch.where(units[i] == 0, _power_of_two(top).clamp(1 / limit, limit), units[i])
+        finite = torch.isfinite(top)
+        x = torch.where(finite, x, torch.zeros_like(x)) * unit.to(q.dtype)
+        rows = filled[i]
+        if rows == 0:
+            krylov_start(q, columns)
+            rows = columns
+        for _ in range(steps):
+            krylov_block(lambda y, x=x: (y @ x.mT) @ x, q, h, rows, columns)
+            rows += columns
+        units[i] = torch.where(finite, unit, torch.nan)
+
+
+def certified_matvec(weights: Sequence[Tensor], v: Sequence[Tensor]) -> list[Tensor]:
+    r"""Twin of `torch.ops.specnorm_ext.certified_matvec`: [2, m] for each, :math:`W v` and :math:`|W|\,|v|` in float64.
+
+    With the second, the first is known to be within (n + 1) eps / 2 times it, elementwise (Higham, "Accuracy and
+    Stability of Numerical Algorithms", 3.1).
+    """
+    check_certified_matvec(weights, v)
+    return [
+        torch.stack([w.double() @ x, w.double().abs() @ x.abs()])
+        for w, x in zip(weights, v, strict=True)
+    ]
 
 
 def _leading(x: Tensor) -> Tensor:
@@ -349,6 +477,10 @@ def spectral_embedding_backward(
 
 
 __all__ = [
+    "certified_matvec",
+    "krylov_",
+    "krylov_block",
+    "krylov_start",
     "normalize",
     "normalize_backward",
     "power_iteration_",

@@ -1,0 +1,427 @@
+// Block Lanczos on W^T W for a ragged list of matrices, on the CPU: each step takes the newest
+// block Q of the basis through one read of W and makes the next block of what is new in it,
+//
+//   P = W^T (W Q);   H[:, Q] = basis^T P;   P -= basis H[:, Q];   P = next R;   H[next, Q] = R
+//
+// Every step is orthogonalized against the whole basis, twice: that costs two reads of the basis,
+// which is narrow beside W, and gives Ritz values without ghosts, in exact arithmetic's number of
+// steps. All of H's column is written down as it comes out of it, so that a basis that begins with
+// Ritz vectors (a thick restart) needs nothing special.
+//
+// A column of P in which nothing is new (an invariant subspace has been found) has R = 0, and a
+// fixed pseudo-random direction orthogonal to the basis takes its place; where there is none left,
+// a zero row does, which stays zero.
+//
+// Sums run on W times a power of two found in the first step (`unit`), so that neither W Q nor P
+// can overflow or fall among the denormals; H is that of the scaled matrix. Chunks, threads and
+// determinism are those of power_iteration_cpu.cpp.
+#include "krylov.h"
+
+#include <cfloat>
+#include <cmath>
+#include <cstdlib>
+
+#include "columns_cpu.h"
+#include "row_pass_cpu.h"
+#include "schedule_cpu.h"
+
+namespace specnorm {
+namespace SPECNORM_ISA {
+namespace {
+
+template <class S>
+struct KrylovState : StoredRows<S> {
+  using C = typename Elem<S>::C;
+
+  const KrylovItem* item;
+  int b;
+  int64_t length_stride, rows_stride;
+  C* a;             // [b, length_stride] the newest block, times the unit
+  C* t;             // [b, rows_stride]   unit W Q
+  C* z;             // [chunks, b, length_stride] partial sums of P
+  C* shadow;        // [b, length_stride] what the basis has of P
+  C* shares;        // [b, capacity]      basis^T P
+  double* squares;  // [chunks] of t
+
+  int64_t pending, steps_left, filled;
+  double unit, size;  // size: the largest Rayleigh quotient seen, about |unit W|^2
+  bool scaled, done;
+
+  C* row(int64_t i) const { return static_cast<C*>(item->basis) + i * item->basis_stride; }
+  double& h(int64_t i, int64_t j) const { return item->projected[i * item->capacity + j]; }
+};
+
+template <class C>
+bool usable(const C* x, int64_t n) {
+  const double length = sum_of_squares(x, n);
+  return length > 0 && std::isfinite(length);
+}
+
+// What the first `rows` rows of the basis have of the first `b` columns x is taken out of them; it
+// stays in `shares`.
+template <class S>
+void project_out(KrylovState<S>& s, typename Elem<S>::C* x, int64_t rows, int b) {
+  using C = typename Elem<S>::C;
+  if (rows == 0) return;
+  RowPass<C>{s.row(0), s.item->basis_stride, rows,     s.length, x, s.length_stride,
+             s.shares, s.item->capacity,     s.shadow, C(-1),    b, kBoth,
+             false}
+      .run();
+  for (int i = 0; i < b; ++i)
+    for (int64_t k = 0; k < s.length; ++k)
+      x[i * s.length_stride + k] += s.shadow[i * s.length_stride + k];
+}
+
+// Some direction orthogonal to the basis and to the columns of x before column i, or zeros.
+template <class S>
+void draw(KrylovState<S>& s, typename Elem<S>::C* x, int i) {
+  using C = typename Elem<S>::C;
+  C* xi = x + i * s.length_stride;
+  for (uint32_t attempt = 0; attempt < 2; ++attempt) {
+    seed(xi, s.length, uint32_t(2000 + 64 * s.filled + 16 * attempt + i));
+    bool good = true;
+    for (int sweep = 0; sweep < 2 && good; ++sweep) {
+      project_out(s, xi, s.filled, 1);
+      for (int j = 0; j < i; ++j) {
+        const C* xj = x + j * s.length_stride;
+        const double c = inner(xj, xi, s.length);
+        for (int64_t k = 0; k < s.length; ++k) xi[k] = C(double(xi[k]) - c * double(xj[k]));
+      }
+      const double length = std::sqrt(sum_of_squares(xi, s.length));
+      good = length > 64 * Range<C>::epsilon;  // the pattern's own length is about 1
+      if (good) scale_into(xi, s.length, 1 / length, xi);
+    }
+    if (good) return;
+  }
+  for (int64_t k = 0; k < s.length; ++k) xi[k] = 0;
+}
+
+// x = q r by Gram-Schmidt, in place, for columns that are orthogonal to the basis already. A column
+// shorter than `shortest` is drawn anew and has r = 0.
+template <class S>
+double factorize(KrylovState<S>& s, typename Elem<S>::C* x, double shortest,
+                 double r[kMaxColumns][kMaxColumns]) {
+  using C = typename Elem<S>::C;
+  double least = DBL_MAX;
+  for (int i = 0; i < s.b; ++i) {
+    C* xi = x + i * s.length_stride;
+    for (int sweep = 0; sweep < 2; ++sweep)
+      for (int j = 0; j < i; ++j) {
+        const C* xj = x + j * s.length_stride;
+        const double c = inner(xj, xi, s.length);
+        r[j][i] += c;
+        for (int64_t k = 0; k < s.length; ++k) xi[k] = C(double(xi[k]) - c * double(xj[k]));
+      }
+    const double length = std::sqrt(sum_of_squares(xi, s.length));
+    if (length > shortest) {
+      r[i][i] = length;
+      least = std::fmin(least, length);
+      scale_into(xi, s.length, 1 / length, xi);
+    } else {
+      r[i][i] = 0;
+      draw(s, xi - i * s.length_stride, i);
+    }
+  }
+  return least;
+}
+
+template <class S>
+void store_block(KrylovState<S>& s, const typename Elem<S>::C* x) {
+  using C = typename Elem<S>::C;
+  for (int i = 0; i < s.b; ++i)
+    std::memcpy(s.row(s.filled + i), x + i * s.length_stride, sizeof(C) * size_t(s.length));
+  s.filled += s.b;
+}
+
+template <class S>
+void load_block(KrylovState<S>& s) {
+  for (int i = 0; i < s.b; ++i)
+    scale_into(s.row(s.filled - s.b + i), s.length, s.unit, s.a + i * s.length_stride);
+}
+
+template <class S>
+void begin(KrylovState<S>& s) {
+  using C = typename Elem<S>::C;
+  // Whole vectors are read: what lies behind the last element must be 0.
+  C* const padded[] = {s.a, s.z, s.shadow};
+  for (C* x : padded)
+    for (int i = 0; i < s.b; ++i)
+      for (int64_t k = s.length; k < s.length_stride; ++k) x[i * s.length_stride + k] = 0;
+  s.scaled = *s.item->unit != 0;
+  s.unit = s.scaled ? *s.item->unit : 1;
+  s.size = 0;
+  for (int64_t i = 0; i < s.filled - s.b; ++i) s.size = std::fmax(s.size, std::fabs(s.h(i, i)));
+  if (s.filled == 0) {
+    for (int i = 0; i < s.b; ++i) {
+      C* x = s.z + i * s.length_stride;
+      std::memcpy(x, s.row(i), sizeof(C) * size_t(s.length));
+      if (!usable(x, s.length)) seed(x, s.length, uint32_t(i));
+      scale_into(x, s.length, 1 / std::sqrt(sum_of_squares(x, s.length)), x);
+    }
+    double r[kMaxColumns][kMaxColumns] = {};
+    factorize(s, s.z, 64 * Range<C>::epsilon, r);
+    store_block(s, s.z);
+  }
+  load_block(s);
+}
+
+// ---- after a pass ------------------------------------------------------------------------------
+
+// W Q is out of the range in which sums are safe: W itself may be, or not be finite, or be zero.
+// Returns whether the pass is to be run again.
+template <class S>
+bool rescale(KrylovState<S>& s) {
+  using C = typename Elem<S>::C;
+  double top = 0;
+  bool finite = true;
+  for (int64_t i = 0; i < s.rows; ++i)
+    for (int64_t j = 0; j < s.length; ++j) {
+      const double x = std::fabs(double(Elem<S>::get(s.w[i * s.ld + j])));
+      if (!(x <= DBL_MAX)) finite = false;
+      top = x > top ? x : top;
+    }
+  if (!finite) {
+    *s.item->unit = NAN;
+    s.done = true;
+    return false;
+  }
+  s.scaled = true;
+  if (top == 0) return false;
+  int exponent;
+  std::frexp(top, &exponent);
+  const int limit = Range<C>::max_shift;
+  s.unit = std::ldexp(1.0, -exponent > limit ? limit : -exponent < -limit ? -limit : -exponent);
+  load_block(s);
+  return true;
+}
+
+template <class S>
+void after_pass(KrylovState<S>& s) {
+  using C = typename Elem<S>::C;
+  const int64_t n = s.length, stride = s.length_stride, first = s.filled - s.b;
+  double square = 0;
+  for (int64_t c = 0; c < s.chunks; ++c) square += s.squares[c];
+  const double length = std::sqrt(square);
+  if (!s.scaled) {
+    const bool safe = length >= Range<C>::low && length <= Range<C>::high;
+    if (!safe && (rescale(s) || s.done)) return;
+    s.scaled = true;
+  }
+  for (int64_t c = 1; c < s.chunks; ++c)
+    for (int64_t k = 0; k < s.b * stride; ++k) s.z[k] += s.z[c * s.b * stride + k];
+  double longest = 0;
+  bool finite = std::isfinite(length);
+  for (int i = 0; i < s.b; ++i) {
+    const double l = std::sqrt(sum_of_squares(s.z + i * stride, n));
+    finite = finite && std::isfinite(l);
+    longest = std::fmax(longest, l);
+  }
+  if (!finite) {
+    *s.item->unit = NAN;
+    s.done = true;
+    return;
+  }
+  *s.item->unit = s.unit;
+  for (int sweep = 0; sweep < 2; ++sweep) {
+    project_out(s, s.z, s.filled, s.b);
+    for (int i = 0; i < s.b; ++i)
+      for (int64_t j = 0; j < s.filled; ++j) {
+        double& entry = s.h(j, first + i);
+        entry = (sweep == 0 ? 0 : entry) + double(s.shares[i * s.item->capacity + j]);
+      }
+  }
+  for (int i = 0; i < s.b; ++i) s.size = std::fmax(s.size, std::fabs(s.h(first + i, first + i)));
+  double r[kMaxColumns][kMaxColumns] = {}, again[kMaxColumns][kMaxColumns] = {};
+  // P carries the rounding of |W|^2, whatever its own length.
+  const double scale = std::fmax(s.size, longest);
+  const double least = factorize(s, s.z, 16 * Range<C>::epsilon * scale, r);
+  if (least < 1e-2 * scale) {  // what rounding left of the basis has grown with the division
+    project_out(s, s.z, s.filled, s.b);
+    factorize(s, s.z, 0.0, again);
+  }
+  for (int i = 0; i < s.b; ++i)
+    for (int j = 0; j < s.b; ++j) s.h(s.filled + j, first + i) = r[j][i];
+  store_block(s, s.z);
+  if (--s.steps_left == 0)
+    s.done = true;
+  else
+    load_block(s);
+}
+
+template <class S>
+struct KrylovJob {
+  KrylovState<S>* states;
+
+  int64_t chunks(int64_t matrix) const { return states[matrix].done ? 0 : states[matrix].chunks; }
+  void run(int64_t matrix, int64_t chunk) {
+    KrylovState<S>& s = states[matrix];
+    if (s.chunks == 1) begin(s);
+    do {
+      const int64_t r0 = chunk * s.chunk_rows;
+      const int64_t r1 = r0 + s.chunk_rows < s.rows ? r0 + s.chunk_rows : s.rows;
+      RowPass<S>{s.w + r0 * s.ld,
+                 s.ld,
+                 r1 - r0,
+                 s.length,
+                 s.a,
+                 s.length_stride,
+                 s.t + r0,
+                 s.rows_stride,
+                 s.z + chunk * s.b * s.length_stride,
+                 typename Elem<S>::C(s.unit),
+                 s.b,
+                 kBoth,
+                 false}
+          .run();
+      double square = 0;
+      for (int i = 0; i < s.b; ++i) square += sum_of_squares(s.t + i * s.rows_stride + r0, r1 - r0);
+      s.squares[chunk] = square;
+      if (__atomic_sub_fetch(&s.pending, 1, __ATOMIC_ACQ_REL) != 0) return;
+      s.pending = s.chunks;
+      after_pass(s);
+    } while (s.chunks == 1 && !s.done);
+  }
+};
+
+template <class S>
+void lay_out(Arena& arena, KrylovState<S>& s) {
+  using C = typename Elem<S>::C;
+  s.a = arena.take<C>(s.b * s.length_stride);
+  s.t = arena.take<C>(s.b * s.rows_stride);
+  s.z = arena.take<C>(s.chunks * s.b * s.length_stride);
+  s.shadow = arena.take<C>(s.b * s.length_stride);
+  s.shares = arena.take<C>(s.b * s.item->capacity);
+  s.squares = arena.take<double>(s.chunks);
+}
+
+template <class S>
+Status run_krylov(const KrylovParams& p, const Parallel& pool) {
+  if (p.count == 0 || p.steps == 0) return kOk;
+  auto* states =
+      static_cast<KrylovState<S>*>(std::malloc(sizeof(KrylovState<S>) * size_t(p.count)));
+  if (states == nullptr) return kOutOfMemory;
+  Arena arena{};
+  int64_t work = 0;
+  for (int pass = 0; pass < 2; ++pass) {
+    for (int64_t i = 0; i < p.count; ++i) {
+      KrylovState<S>& s = states[i];
+      s = KrylovState<S>{stored_rows<S>(p.items[i].weight)};
+      s.item = &p.items[i];
+      s.b = int(p.columns);
+      s.length_stride = padded_length<typename Elem<S>::C>(s.length);
+      s.rows_stride = padded_length<typename Elem<S>::C>(s.rows);
+      s.pending = s.chunks;
+      s.steps_left = p.steps;
+      s.filled = s.item->filled;
+      lay_out(arena, s);
+      if (pass == 0)
+        work += s.rows * s.length * s.b;
+      else if (s.chunks > 1)
+        begin(s);  // the others: on the thread that runs them
+    }
+    if (pass == 0 && !arena.allocate()) {
+      std::free(states);
+      return kOutOfMemory;
+    }
+  }
+  KrylovJob<S> job{states};
+  const Status status = run_rounds(job, p.count, work * p.steps, pool);
+  arena.release();
+  std::free(states);
+  return status;
+}
+
+// ---- certified_matvec
+// ------------------------------------------------------------------------------------
+
+template <class S>
+struct MatvecState : StoredRows<S> {
+  const MatvecItem* item;
+  double* v;  // [n], a copy
+  bool done;
+  int64_t pending;
+};
+
+template <class S>
+struct MatvecJob {
+  MatvecState<S>* states;
+
+  int64_t chunks(int64_t matrix) const { return states[matrix].done ? 0 : states[matrix].chunks; }
+  void run(int64_t matrix, int64_t chunk) {
+    MatvecState<S>& s = states[matrix];
+    const int64_t n = s.item->weight.n, step = s.item->weight.col_stride;
+    const int64_t r0 = chunk * s.chunk_rows;
+    const int64_t r1 = r0 + s.chunk_rows < s.item->weight.m ? r0 + s.chunk_rows : s.item->weight.m;
+    for (int64_t r = r0; r < r1; ++r) {
+      const S* row = s.w + r * s.item->weight.row_stride;
+      double sum = 0, size = 0;  // vector lanes, by the compiler
+      if (step == 1) {
+        for (int64_t j = 0; j < n; ++j) {
+          const double term = double(Elem<S>::get(row[j])) * s.v[j];
+          sum += term;
+          size += std::fabs(term);
+        }
+      } else {
+        for (int64_t j = 0; j < n; ++j) {
+          const double term = double(Elem<S>::get(row[j * step])) * s.v[j];
+          sum += term;
+          size += std::fabs(term);
+        }
+      }
+      s.item->out[r] = sum;
+      s.item->out[s.item->weight.m + r] = size;
+    }
+    if (__atomic_sub_fetch(&s.pending, 1, __ATOMIC_ACQ_REL) == 0) s.done = true;
+  }
+};
+
+template <class S>
+Status run_matvec(const MatvecParams& p, const Parallel& pool) {
+  using C = typename Elem<S>::C;
+  if (p.count == 0) return kOk;
+  auto* states =
+      static_cast<MatvecState<S>*>(std::malloc(sizeof(MatvecState<S>) * size_t(p.count)));
+  if (states == nullptr) return kOutOfMemory;
+  Arena arena{};
+  int64_t work = 0;
+  for (int pass = 0; pass < 2; ++pass) {
+    for (int64_t i = 0; i < p.count; ++i) {
+      const MatvecItem& item = p.items[i];
+      MatvecState<S>& s = states[i];
+      s = MatvecState<S>{};
+      s.item = &item;
+      s.w = static_cast<const S*>(item.weight.data);
+      chunk_plan(item.weight.m, item.weight.n, &s.chunks, &s.chunk_rows);
+      s.pending = s.chunks;
+      s.v = arena.take<double>(item.weight.n);
+      if (pass == 0) {
+        work += item.weight.m * item.weight.n;
+        continue;
+      }
+      const auto* from = static_cast<const double*>(item.v.data);
+      for (int64_t j = 0; j < item.weight.n; ++j) s.v[j] = from[j * item.v.row_stride];
+    }
+    if (pass == 0 && !arena.allocate()) {
+      std::free(states);
+      return kOutOfMemory;
+    }
+  }
+  MatvecJob<S> job{states};
+  const Status status = run_rounds(job, p.count, work, pool);
+  arena.release();
+  std::free(states);
+  return status;
+}
+
+}  // namespace
+
+Status krylov_cpu(const KrylovParams& p, const Parallel& pool) {
+  return by_dtype(p.dtype, [&](auto s) { return run_krylov<decltype(s)>(p, pool); });
+}
+
+Status matvec_cpu(const MatvecParams& p, const Parallel& pool) {
+  return by_dtype(p.dtype, [&](auto s) { return run_matvec<decltype(s)>(p, pool); });
+}
+
+}  // namespace SPECNORM_ISA
+}  // namespace specnorm

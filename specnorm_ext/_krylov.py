@@ -1,0 +1,38 @@
+"""krylov_ and certified_matvec: what estimates rest on. Neither differentiates; on other devices their twins run."""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd.graph import increment_version
+
+from ._checks import check_certified_matvec, check_krylov, raise_typed
+from ._ops import _below_inplace, _impl, _ops, _without_kernels
+
+
+@torch.library.register_fake("specnorm_ext::krylov_")
+def _(weights, basis, projected, units, filled, columns, steps):
+    check_krylov(weights, basis, projected, units, filled, columns, steps)
+
+
+@torch.library.register_fake("specnorm_ext::certified_matvec")
+def _(weights, v):
+    check_certified_matvec(weights, v)
+    return [x.new_empty((2, w.shape[0])) for w, x in zip(weights, v, strict=True)]
+
+
+def _krylov_inplace(keyset, weights, basis, projected, units, *rest):
+    try:
+        _ops.krylov_.default.redispatch(
+            keyset & _below_inplace, weights, basis, projected, units, *rest
+        )
+    except RuntimeError as error:
+        raise_typed(error)
+    increment_version([*basis, *projected, units])
+
+
+_impl.impl("krylov_", torch.library.fallthrough_kernel, "Autograd")
+_impl.impl("krylov_", _krylov_inplace, "ADInplaceOrView", with_keyset=True)
+_impl.impl("certified_matvec", torch.library.fallthrough_kernel, "Autograd")
+for _name in ("krylov_", "certified_matvec"):
+    _impl.impl(_name, _without_kernels(_name), "CompositeExplicitAutograd")
+
