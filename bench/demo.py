@@ -30,7 +30,7 @@ from torch.optim import SGD
 
 import specnorm_ext
 from specnorm_ext.checkpoint import CheckpointError, read_checkpoint
-from specnorm_ext.estimate import collect_matrices
+from specnorm_ext.matrices import collect_matrices
 
 DISTRIBUTION, FILE = "silero-vad", "silero_vad_16k.safetensors"
 NORM_RTOL = 1e-3  # what the report asks for

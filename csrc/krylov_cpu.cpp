@@ -88,7 +88,9 @@ void draw(KrylovState<S>& s, typename Elem<S>::C* x, int i) {
         for (int64_t k = 0; k < s.length; ++k) xi[k] = C(double(xi[k]) - c * double(xj[k]));
       }
       const double length = std::sqrt(sum_of_squares(xi, s.length));
-      good = length > 64 * Range<C>::epsilon;  // the pattern's own length is about 1
+      // The pattern's own length is about 1, and may be in the basis but for a little; what is left
+      // of it and vanishes once more was rounding.
+      good = length > (sweep == 0 ? 64 * Range<C>::epsilon : 0.5);
       if (good) scale_into(xi, s.length, 1 / length, xi);
     }
     if (good) return;
@@ -237,7 +239,9 @@ void after_pass(KrylovState<S>& s) {
   const double least = factorize(s, s.z, 16 * Range<C>::epsilon * scale, r);
   if (least < 1e-2 * scale) {  // what rounding left of the basis has grown with the division
     project_out(s, s.z, s.filled, s.b);
-    factorize(s, s.z, 0.0, again);
+    factorize(s, s.z, 0.5, again);  // a column that was nothing else is drawn anew
+    for (int i = 0; i < s.b; ++i)
+      for (int j = 0; again[i][i] == 0 && j < s.b; ++j) r[i][j] = 0;
   }
   for (int i = 0; i < s.b; ++i)
     for (int j = 0; j < s.b; ++j) s.h(s.filled + j, first + i) = r[j][i];

@@ -25,7 +25,7 @@ from . import _ops as _ops
 from . import functional, reference
 from .blocks import Blocks
 from .convert import convert
-from .estimate import Estimate, spectral_norms
+from .estimate import Estimate, estimate, spectral_norms
 from .group import SpectralNormGroup
 from .layers import (
     SpectralConv1d,
@@ -74,6 +74,7 @@ __all__ = [
     "SpectralNormGroup",
     "build_info",
     "convert",
+    "estimate",
     "functional",
     "reference",
     "remove",

@@ -109,7 +109,8 @@ def run_report(options: ReportOptions) -> int:
 
     import torch
 
-    from .estimate import collect_matrices, estimate_matrices
+    from .estimate import estimate_matrices
+    from .matrices import collect_matrices
 
     matrices = collect_matrices(checkpoint.tensors)
     if not matrices:

@@ -1,20 +1,25 @@
-"""The spectral norms of a whole model: which tensors are matrices, and iterating until each has converged."""
+"""Spectral norms from a cold start: how large, at least, at most, and how well known."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import overload
+from dataclasses import dataclass, field
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from ._checks import DTYPES, state_dtype
+from . import certificates, functional, krylov, subspace
+from ._checks import DTYPES, MAX_COLUMNS, state_dtype
+from .matrices import Matrix, collect_matrices
 
-COLUMNS = 4  # one read of W an iteration whatever their number; beyond 4 the arithmetic shows, the gain does not
+METHODS = ("auto", "krylov", "lanczos", "power", "subspace", "gram")
+CERTIFICATES = ("cholesky", "gram", "probabilistic")
+Certified = bool | Literal["cholesky", "gram", "probabilistic"]
+
+_UNIT = 2.0**-53
+_COPIES = 1 << 30  # bytes of copies in a wider dtype that are held at a time
 
 
 @dataclass(frozen=True)
@@ -22,315 +27,383 @@ class Estimate:
     """A spectral norm and what is known of it.
 
     Attributes:
-        value: the estimate of :math:`\\sigma_1(W)`; nan for a matrix that holds NaN or Inf.
-        lower: a norm that some vector attains, less the rounding of its computation: never above the true norm.
-        upper: inf, as no upper bound was asked for.
-        n_reads: reads of W from memory.
-        converged: whether the estimated relative error of ``value`` is at most the tolerance asked for.
+        value: the estimate of :math:`\\sigma_1(W)`, attained by a vector in float64; nan for a matrix that holds NaN
+            or Inf. A float; of a weight that requires grad, in grad mode, a tensor [] with the gradient
+            :math:`u v^T`.
+        lower: ``value`` less the rounding of its computation, bounded for certain: never above the true norm. nan
+            beside a value of nan.
+        upper: an upper bound of the kind asked for, else inf.
+        u, v: the leading singular vectors as found, [m] and [n] (or [m, k] and [n, k]), in the weight's state dtype;
+            None where they were not asked for.
+        n_reads: applications of W or W^T W, each one read of W from memory; without those of the upper bound.
+        converged: whether the estimated relative error of ``value`` (of all of ``values``) is at most the ``rtol``
+            asked for.
         method: how it was found.
+        values: the k leading singular values, descending; the first is ``value``.
+        failure_probability: of ``upper``: 0 for a proof; else the chance, over the random start, that it is too low.
     """
 
-    value: float
+    value: float | Tensor
     lower: float
     upper: float
+    u: Tensor | None = field(compare=False, repr=False)
+    v: Tensor | None = field(compare=False, repr=False)
     n_reads: int
     converged: bool
     method: str
+    values: tuple[float, ...] = field(default=(), repr=False)
+    failure_probability: float = field(default=0.0, repr=False)
 
 
-@dataclass(frozen=True)
-class Matrix:
-    """A tensor of a model, seen as a matrix.
+@dataclass
+class _Options:
+    method: str = "auto"
+    rtol: float = 1e-3
+    k: int = 1
+    max_reads: int = 1000
+    certified: Certified = False
+    failure_probability: float = 0.01
+    generator: torch.Generator | None = None
+    vectors: bool = True
 
-    Attributes:
-        name: its key.
-        weight: [m, n], a view where strides allow one.
-        shape: the tensor's own shape.
-        dtype: the tensor's own dtype.
-        kind: linear, embedding, recurrent, conv, conv_transpose or other. conv and conv_transpose are flattened as
-            torch's spectral_norm does (out x in*kh*kw), which is not the operator's norm.
+
+@dataclass
+class _Found:
+    """What an iteration leaves: right vectors [n, k] of the matrix as iterated on, in float64."""
+
+    v: Tensor
+    reads: int
+    converged: bool
+    unit: float = 1.0  # a power of two that takes W into the middle of its range
+    krylov_steps: int = 0  # from a random start, without a restart: what a probabilistic bound rests on
+    values: tuple[float, ...] = ()
+
+
+class _Problem:
+    """One matrix, stored by rows or seen as its transposed, and its start."""
+
+    def __init__(self, index: int, weight: Tensor, start: tuple[Tensor, Tensor] | None) -> None:
+        self.index = index
+        self.original = weight
+        w = weight.detach()
+        m, n = w.shape
+        by_rows = n == 1 or w.stride(1) == 1
+        self.transposed = not by_rows and (m == 1 or w.stride(0) == 1)
+        if self.transposed:
+            w = w.mT
+        elif not by_rows:
+            w = w.contiguous()
+        self.weight = w
+        self.start = (start[::-1] if self.transposed else start) if start is not None else None
+
+    def draw(self, columns: int, generator: torch.Generator, which: int = 1) -> Tensor:
+        """[n, columns] (which = 1), or [m, columns] (0): the warm start first, the rest normal."""
+        rows = self.weight.shape[which]
+        device = generator.device
+        x = torch.randn(rows, columns, generator=generator, device=device, dtype=torch.float32)
+        x = x.to(self.weight.device, state_dtype(self.weight.dtype))
+        if self.start is not None:
+            given = self.start[which].detach().to(x)
+            given = given.unsqueeze(1) if given.dim() == 1 else given
+            x[:, : given.shape[1]] = given[:, :columns]
+        return x
+
+
+# ---- finding vectors --------------------------------------------------------------------------------------------
+
+
+def _krylov(
+    problems: list[_Problem],
+    dtype: torch.dtype,
+    columns: int,
+    options: _Options,
+    generator: torch.Generator,
+    found: Callable[[_Problem, _Found], None],
+) -> None:
+    """All of one dtype, device and block size."""
+    by_index = {p.index: p for p in problems}
+    weights = {p.index: p.weight.to(dtype) for p in problems}
+    runs = [
+        krylov.new_run(p.index, p.draw(columns, generator).to(state_dtype(dtype)), options.k)
+        for p in problems
+    ]
+
+    def expand(members: Sequence[krylov.Run], steps: int) -> None:
+        device = members[0].basis.device
+        units = torch.tensor([r.unit for r in members], dtype=torch.float64, device=device)
+        torch.ops.specnorm_ext.krylov_(
+            [weights[r.index] for r in members],
+            [r.basis for r in members],
+            [r.projected for r in members],
+            units,
+            [r.filled for r in members],
+            columns,
+            steps,
+        )
+        for run, unit in zip(members, units.tolist(), strict=True):
+            run.unit = unit
+
+    def done(run: krylov.Run, converged: bool) -> None:
+        problem = by_index[run.index]
+        if not math.isfinite(run.unit):
+            v = run.basis.new_full((run.basis.shape[1], options.k), math.nan, dtype=torch.float64)
+            return found(problem, _Found(v, run.reads, False))
+        steps = 0 if run.kept or problem.start is not None else run.reads
+        values = tuple(x / run.unit for x in run.values)
+        found(problem, _Found(run.right_vectors(), run.reads, converged, run.unit, steps, values))
+
+    krylov.leading(runs, expand, options.rtol, max(options.max_reads - 1, 1), done)
+
+
+def _iterations(
+    problems: list[_Problem],
+    dtype: torch.dtype,
+    columns: int,
+    options: _Options,
+    generator: torch.Generator,
+    found: Callable[[_Problem, _Found], None],
+) -> None:
+    """Power (one column) or subspace iteration."""
+    by_index = {p.index: p for p in problems}
+    runs = []
+    for p in problems:
+        v, u = (p.draw(columns, generator, which).to(state_dtype(dtype)) for which in (1, 0))
+        if columns == 1:
+            u, v = u[:, 0].contiguous(), v[:, 0].contiguous()
+        runs.append(subspace.Run(p.index, p.weight.to(dtype), u, v))
+
+    def done(run: subspace.Run, converged: bool) -> None:
+        v = (run.v.unsqueeze(1) if run.v.dim() == 1 else run.v[:, : options.k]).double()
+        if not math.isfinite(run.sigma):
+            v = torch.full_like(v, math.nan)
+        unit = 2.0 ** -math.frexp(run.sigma)[1] if run.sigma > 0 else 1.0
+        found(by_index[run.index], _Found(v, run.reads, converged, unit))
+
+    eps = torch.finfo(state_dtype(dtype)).eps
+    subspace.iterate(runs, options.rtol, max(options.max_reads - 1, 1), eps, done)
+
+
+def _gram(problem: _Problem, options: _Options) -> _Found:
+    """All of the spectrum at once: eigenvalues of W^T W in float64, of the smaller of the two Gram matrices."""
+    w = problem.weight.double()
+    top = w.abs().amax().item()
+    if not math.isfinite(top):
+        return _Found(w.new_full((w.shape[1], options.k), math.nan), 2, False)
+    unit = 2.0 ** -math.frexp(top)[1] if top > 0 else 1.0
+    w = w * unit
+    wide = w.shape[0] < w.shape[1]
+    _, vectors = torch.linalg.eigh(w @ w.mT if wide else w.mT @ w)
+    v = vectors.flip(1)[:, : options.k]
+    if wide:
+        v = w.mT @ v
+        length = torch.linalg.vector_norm(v, dim=0)
+        v = torch.where(length > 0, v / torch.where(length > 0, length, 1.0), 0.0)
+    return _Found(v, 2, True, unit)
+
+
+# ---- what they attain -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Attained:
+    values: list[float]  # |W v| / |v| of each vector
+    lower: float  # of the first, less its rounding
+    u: Tensor  # [m, k], float64
+    v: Tensor  # [n, k]
+
+
+def _attained(pairs: Sequence[tuple[_Problem, _Found]]) -> list[_Attained]:
+    r"""What the vectors found attain, of matrices of one dtype on one device.
+
+    t = W v and a = |W| |v| come in float64, each entry of t within (n + 2) 2^-53 times a's of the exact one. So
+    |W v| >= |t| - (n + 2) 2^-53 |a|, and the norms themselves are sums of squares: (m + 4) 2^-53, relatively.
     """
-
-    name: str
-    weight: Tensor
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    kind: str
-
-
-# ---- which tensors ----------------------------------------------------------------------------------------------
-
-_STATE_KEY = re.compile(r"(^|\.)parametrizations\..+\.\d+\._[uv]$")
-_RECURRENT = re.compile(r"weight_(ih|hh)|\brecurrent")
-_EMBEDDING = re.compile(r"embed|\bemb\b|\bwte\b|\bwpe\b", re.IGNORECASE)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-def _is_matrix(x: object) -> bool:
-    return isinstance(x, Tensor) and x.dtype in DTYPES and x.dim() >= 2 and not x.is_meta
-
-
-def _matrix(name: str, x: Tensor, kind: str) -> Matrix:
-    view = x.detach()
-    if kind == "conv_transpose":
-        view = view.movedim(1, 0)
-    view = view if view.dim() == 2 else view.flatten(1)
-    return Matrix(name, view, tuple(x.shape), x.dtype, kind)
-
-
-def _kind_by_name(name: str, x: Tensor) -> str:
-    if x.dim() in (3, 4, 5):
-        return "conv"
-    if x.dim() > 5:
-        return "other"
-    if _RECURRENT.search(name):
-        return "recurrent"
-    return "embedding" if _EMBEDDING.search(name) else "linear"
-
-
-def _kind_by_module(module: nn.Module, x: Tensor) -> str:
-    if isinstance(module, _TRANSPOSED):
-        return "conv_transpose"
-    if isinstance(module, _CONV):
-        return "conv"
-    if x.dim() > 2:
-        return "other"
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        return "embedding"
-    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
-        return "recurrent"
-    return "linear"
-
-
-def _tensors_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
-    seen: set[int] = set()
-    for prefix, module in model.named_modules():
-        if isinstance(module, parametrize.ParametrizationList):
-            continue
-        for name, x in module.named_parameters(recurse=False):
-            if id(x) not in seen:
-                seen.add(id(x))
-                yield f"{prefix}.{name}" if prefix else name, module, x
-        if not parametrize.is_parametrized(module):
-            continue
-        lists = module.parametrizations
-        assert isinstance(lists, nn.ModuleDict)
-        for name, plist in lists.items():
-            # What the layer really multiplies with, computed as in eval so that looking changes nothing.
-            modes = [(m, m.training) for m in plist.modules()]
-            plist.eval()
-            try:
-                with torch.no_grad():
-                    x = plist()
-            finally:
-                for m, mode in modes:
-                    m.training = mode
-            yield f"{prefix}.{name}" if prefix else name, module, x
-
-
-def collect_matrices(source: nn.Module | Mapping[str, Tensor] | Sequence[Tensor]) -> list[Matrix]:
-    """Every float32, float64, bfloat16 or float16 tensor of rank 2 and more, as a matrix [m, n].
-
-    Args:
-        source: a module (parametrized weights as the layers use them, in eval; shared parameters once), a state dict
-            or any mapping of names to tensors (u and v of spectral norm left out), or a sequence of tensors, named
-            "0", "1", ...
-
-    Raises:
-        TypeError: another kind of source.
-    """
-    if isinstance(source, nn.Module):
-        return [
-            _matrix(name, x, _kind_by_module(module, x))
-            for name, module, x in _tensors_of(source)
-            if _is_matrix(x)
+    weights, vectors = [], []
+    for problem, found in pairs:
+        for i in range(found.v.shape[1]):
+            weights.append(problem.weight)
+            vectors.append((found.v[:, i] * found.unit).contiguous())
+    products = iter(torch.ops.specnorm_ext.certified_matvec(weights, vectors))
+    numbers, us = [], []
+    for _, found in pairs:
+        k = found.v.shape[1]
+        each = [next(products) for _ in range(k)]
+        t = torch.stack([x[0] for x in each], 1)
+        norms = torch.linalg.vector_norm(t, dim=0)
+        slack = torch.linalg.vector_norm(each[0][1]).reshape(1)
+        numbers.append(torch.cat([norms, torch.linalg.vector_norm(found.v, dim=0), slack]))
+        us.append(t / torch.where(norms > 0, norms, torch.ones_like(norms)))
+    flat = iter(torch.cat(numbers).tolist() if numbers else [])
+    out = []
+    for (problem, found), u in zip(pairs, us, strict=True):
+        m, n = problem.weight.shape
+        k = found.v.shape[1]
+        norm, length, (slack,) = ([next(flat) for _ in range(c)] for c in (k, k, 1))
+        values = [
+            x / y / found.unit if y != 0 else 0.0 for x, y in zip(norm, length, strict=True)
         ]
-    if isinstance(source, Mapping):
-        return [
-            _matrix(name, x, _kind_by_name(name, x))
-            for name, x in source.items()
-            if _is_matrix(x) and not _STATE_KEY.search(name)
-        ]
-    if isinstance(source, Sequence) and not isinstance(source, str):
-        for i, x in enumerate(source):
-            if not _is_matrix(x):
-                what = (
-                    f"{x.dtype} of shape {list(x.shape)}"
-                    if isinstance(x, Tensor)
-                    else type(x).__name__
-                )
-                raise TypeError(
-                    f"spectral_norms: expected tensor {i} to be a floating-point matrix or of higher rank, got {what}"
-                )
-        return [
-            _matrix(str(i), x, "conv" if x.dim() > 2 else "linear") for i, x in enumerate(source)
-        ]
-    raise TypeError(
-        f"spectral_norms: expected a module, a mapping of names to tensors or a list of tensors, got "
-        f"{type(source).__name__}"
+        bound = norm[0] - (n + 4) * _UNIT * slack
+        lower = bound * (1 - (m + n + 16) * _UNIT) / (length[0] or 1.0) / found.unit
+        out.append(_Attained(values, max(lower, 0.0) if lower == lower else math.nan, u, found.v))
+    return out
+
+
+def _upper_bound(
+    problem: _Problem, found: _Found, value: float, options: _Options
+) -> tuple[float, float]:
+    """The bound asked for, and the chance that it is too low."""
+    if options.certified == "gram":
+        return certificates.gram_bounds([problem.weight])[0], 0.0
+    if options.certified != "probabilistic" or value == 0:
+        return certificates.cholesky_bound(problem.weight), 0.0
+    bound = certificates.probabilistic_bound(
+        value,
+        state_dtype(problem.weight.dtype),
+        problem.weight.shape[1],
+        found.krylov_steps,
+        options.failure_probability,
+    )
+    return bound, options.failure_probability if math.isfinite(bound) else 0.0
+
+
+def _conclude(
+    problem: _Problem, found: _Found, attained: _Attained, method: str, options: _Options
+) -> Estimate:
+    values, lower, u, v = attained.values, attained.lower, attained.u, attained.v
+    # of values that agree to rounding, any may have come first
+    order = sorted(range(len(values)), key=lambda i: -values[i])
+    if order != list(range(len(values))) and not math.isnan(values[0]):
+        values, u, v = [values[i] for i in order], u[:, order], v[:, order]
+    value: float | Tensor = values[0]
+    if problem.transposed:
+        u, v = v, u
+    state = state_dtype(problem.weight.dtype)
+    weight = problem.original
+    kept_u, kept_v = u.to(state), v.to(state)
+    if options.k == 1:
+        kept_u, kept_v = kept_u[:, 0], kept_v[:, 0]
+    reads = found.reads + 1
+    upper, probability = math.inf, 0.0
+    if math.isnan(values[0]):
+        upper = math.nan if options.certified else math.inf
+    elif options.certified:
+        upper, probability = _upper_bound(problem, found, values[0], options)
+    if weight.requires_grad and torch.is_grad_enabled() and not math.isnan(values[0]):
+        first_u, first_v = (x if x.dim() == 1 else x[:, 0] for x in (kept_u, kept_v))
+        value = functional.sigma(weight, first_u.contiguous(), first_v.contiguous())
+    return Estimate(
+        value=value,
+        lower=lower,
+        upper=upper,
+        u=kept_u if options.vectors else None,
+        v=kept_v if options.vectors else None,
+        n_reads=reads,
+        converged=found.converged,
+        method=method,
+        values=tuple(values),
+        failure_probability=probability,
     )
 
 
-# ---- iterating --------------------------------------------------------------------------------------------------
+def _empty(weight: Tensor, options: _Options) -> Estimate:
+    state = state_dtype(weight.dtype)
+    m, n = weight.shape
+    u, v = (weight.new_zeros(s, dtype=state) if options.vectors else None for s in (m, n))
+    value: float | Tensor = 0.0
+    if weight.requires_grad and torch.is_grad_enabled():
+        value = weight.sum().to(state) * 0
+    upper = 0.0 if options.certified else math.inf
+    return Estimate(value, 0.0, upper, u, v, 0, True, "empty", (0.0,))
 
 
-class _Run:
-    """One matrix on its way: its subspace, the last two sigmas, and what they say of the error."""
-
-    def __init__(self, index: int, weight: Tensor, generator: torch.Generator) -> None:
-        self.index = index
-        # Stored by columns, a view costs one read more a call; the transposed has the same norm.
-        by_columns = weight.stride(1) != 1 and weight.stride(0) == 1
-        self.weight = weight.mT if by_columns else weight
-        b = max(1, min(COLUMNS, *weight.shape))
-        columns = () if b == 1 else (b,)
-        self.u, self.v = (
-            torch.randn((n, *columns), generator=generator).to(
-                weight.device, state_dtype(weight.dtype)
-            )
-            for n in self.weight.shape
-        )
-        self.sigma = 0.0
-        self.residual = math.inf
-        self.reads = 0
-        self.next_look = 3
-
-    def update(self, sigma: float, eps: float) -> None:
-        """r = |W v - sigma u| / sigma of the last pair, from sigma alone: |W v|^2 - sigma_k^2 = r^2 sigma_k^2,
-        and |W v| lies between sigma_k and sigma_(k+1). The rounding of sigma is added, lest it pass for r = 0."""
-        self.reads += 1
-        if sigma > 0 and math.isfinite(sigma):
-            ratio = self.sigma / sigma
-            self.residual = math.sqrt(max(1 - ratio * ratio, 0.0) + 8 * eps)
-        self.sigma = sigma
-
-    def trusted(self, second: float, last: float, tol: float) -> bool:
-        """Whether sigma is within `tol`. A singular value lies within r of it; where the next one is `gap` away,
-        within r^2 / gap (Kato-Temple, as in Parlett, "The Symmetric Eigenvalue Problem", 11.7).
-
-        That it is the largest one shows when the subspace reaches down to smaller ones. Where all its Ritz values lie
-        together (orthogonal weights), a value larger by `tol` could still hide: it must have had the time to outgrow
-        the start, (1 + tol)^(2 k) >= sqrt(n).
-        """
-        error = self.residual
-        gap = 1 - second / self.sigma
-        if gap > 0:
-            error = min(error, self.residual**2 / gap)
-        if error > tol:
-            return False
-        whole_space = self.u.shape[1] == min(self.weight.shape)
-        spread = last < (1 - 10 * tol) * self.sigma
-        return whole_space or spread or self.reads >= math.log(max(self.weight.shape)) / (4 * tol)
-
-    def finished(self, converged: bool, eps: float) -> Estimate:
-        value = self.sigma
-        lower = value * (1 - 8 * eps) if math.isfinite(value) else 0.0
-        return Estimate(value, lower, math.inf, self.reads, converged, "subspace iteration")
+# ---- the list ---------------------------------------------------------------------------------------------------
 
 
-def _iterate_group(
-    runs: list[_Run],
-    tol: float,
-    max_reads: int,
-    eps: float,
-    done: Callable[[_Run, bool], None],
-) -> None:
-    ops = torch.ops.specnorm_ext
-    while runs:
-        sigmas = ops.power_iteration_(
-            [r.weight for r in runs], [r.u for r in runs], [r.v for r in runs]
-        ).tolist()
-        for run, sigma in zip(runs, sigmas, strict=True):
-            run.update(sigma, eps)
-        # The other Ritz values cost reads: asked for only where they can decide, and ever more rarely.
-        close = [
-            r for r in runs if r.u.dim() == 2 and r.reads >= r.next_look and r.residual**2 <= tol
-        ]
-        looked: dict[int, tuple[float, float]] = {}
-        for column in (1, -1) if close else ():
-            values = ops.sigma(
-                [r.weight for r in close],
-                [r.u[:, column] for r in close],
-                [r.v[:, column] for r in close],
-            ).tolist()
-            for run, value in zip(close, values, strict=True):
-                run.reads += 1
-                looked[run.index] = (looked.get(run.index, (value, value))[0], value)
-        for run in close:
-            run.next_look = run.reads + 2 + run.reads // 8
-        remaining = []
-        for run in runs:
-            exact = run.sigma == 0 or min(run.weight.shape) == 1
-            if not math.isfinite(run.sigma):
-                done(run, False)
-            elif exact or (run.index in looked and run.trusted(*looked[run.index], tol)):
-                done(run, True)
-            elif run.reads >= max_reads:
-                done(run, False)
-            else:
-                remaining.append(run)
-        runs = remaining
+def _columns(method: str, weight: Tensor, k: int) -> int:
+    if method in ("power", "lanczos"):
+        return 1
+    m, n = weight.shape
+    columns = krylov.block_size(m, n) if method == "krylov" else min(subspace.COLUMNS, m, n)
+    return max(columns, min(k, MAX_COLUMNS))
 
 
-def estimate_matrices(
-    matrices: Sequence[Matrix],
-    *,
-    tol: float = 1e-3,
-    max_reads: int = 1000,
+def _working_dtype(method: str, dtype: torch.dtype, rtol: float) -> torch.dtype:
+    """Krylov values in float32 are good to a few 1e-7; a residual taken from two sigmas only to about 1e-3."""
+    least = 1e-6 if method in ("krylov", "lanczos") else 2e-3 if method == "power" else 1e-3
+    narrow = state_dtype(dtype) == torch.float32 and rtol < least
+    return torch.float64 if narrow else dtype
+
+
+def _estimate_list(
+    weights: Sequence[Tensor],
+    starts: Sequence[tuple[Tensor, Tensor] | None],
+    options: _Options,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Estimate]:
-    """The spectral norm of every matrix, to the relative error `tol`: subspace iteration on all of them in one call
-    an iteration, each leaving the list once it has converged. Arguments and errors as :func:`spectral_norms`.
-    """
-    if not (0 < tol < 1):
-        raise ValueError(f"spectral_norms: expected tol between 0 and 1, got {tol}")
-    if max_reads < 1:
-        raise ValueError(f"spectral_norms: expected max_reads >= 1, got {max_reads}")
-    total = len(matrices)
+    total = len(weights)
     results: list[Estimate | None] = [None] * total
     finished = 0
-    generator = torch.Generator().manual_seed(0)
 
-    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, x in enumerate(matrices):
-        if 0 in x.weight.shape:
-            results[i] = Estimate(0.0, 0.0, math.inf, 0, True, "empty")
-            finished += 1
-        else:
-            # sigma in float32 is good to about 1e-7, so the residual taken from it to about 1e-3
-            narrow = state_dtype(x.dtype) == torch.float32 and tol < 1e-3
-            dtype = torch.float64 if narrow else x.dtype
-            groups.setdefault((x.weight.device, dtype), []).append(i)
-    for (_device, dtype), members in groups.items():
-        eps = torch.finfo(state_dtype(dtype)).eps
+    grad = torch.is_grad_enabled()
 
-        def done(run: _Run, converged: bool, eps: float = eps) -> None:
-            nonlocal finished
-            results[run.index] = run.finished(converged, eps)
-            finished += 1
-            if progress is not None:
-                progress(finished, total)
+    def count() -> None:
+        nonlocal finished
+        finished += 1
+        if progress is not None:
+            progress(finished, total)
 
-        for batch in _batches(matrices, members, dtype):
-            runs = [_Run(i, matrices[i].weight.to(dtype), generator) for i in batch]
-            with torch.no_grad():
-                _iterate_group(runs, tol, max_reads, eps, done)
+    generator = options.generator or torch.Generator().manual_seed(0)
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for i, w in enumerate(weights):
+        if 0 in w.shape:
+            results[i] = _empty(w, options)
+            count()
+            continue
+        method = options.method
+        if method == "auto":
+            # a basis of many vectors costs more than the whole spectrum
+            method = "gram" if options.k > max(8, min(w.shape) // 4) else "krylov"
+        dtype = _working_dtype(method, w.dtype, options.rtol)
+        columns = _columns(method, w, options.k)
+        groups.setdefault((method, w.device, dtype, columns), []).append(i)
+    with torch.no_grad():
+        for (method, _device, dtype, columns), members in groups.items():
+            name = {"krylov": "block Lanczos", "gram": "Gram matrix"}.get(method, method)
+            for batch in _batches(weights, members, dtype):
+                problems = [_Problem(i, weights[i], starts[i]) for i in batch]
+                ready: list[tuple[_Problem, _Found]] = []
+
+                def found(
+                    problem: _Problem, result: _Found, ready: list[Any] = ready
+                ) -> None:
+                    ready.append((problem, result))
+                    count()
+
+                if method == "gram":
+                    for problem in problems:
+                        found(problem, _gram(problem, options))
+                elif method in ("krylov", "lanczos"):
+                    _krylov(problems, dtype, columns, options, generator, found)
+                else:
+                    _iterations(problems, dtype, columns, options, generator, found)
+                for (problem, result), what in zip(ready, _attained(ready), strict=True):
+                    with torch.set_grad_enabled(grad):
+                        results[problem.index] = _conclude(problem, result, what, name, options)
     return [r for r in results if r is not None]
 
 
 def _batches(
-    matrices: Sequence[Matrix], members: list[int], dtype: torch.dtype, limit: int = 1 << 30
+    weights: Sequence[Tensor], members: list[int], dtype: torch.dtype
 ) -> Iterator[list[int]]:
     """All at once, unless they must be copied into a wider dtype: then a gigabyte of copies at a time."""
-    if all(matrices[i].dtype == dtype for i in members):
+    if all(weights[i].dtype == dtype for i in members):
         yield members
         return
     batch: list[int] = []
     size = 0
     for i in members:
-        n = matrices[i].weight.numel() * dtype.itemsize
-        if batch and size + n > limit:
+        n = weights[i].numel() * dtype.itemsize
+        if batch and size + n > _COPIES:
             yield batch
             batch, size = [], 0
         batch.append(i)
@@ -339,12 +412,206 @@ def _batches(
         yield batch
 
 
+# ---- the public functions ---------------------------------------------------------------------------------------
+
+
+def _check_number(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"estimate: expected {name} to be an integer, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"estimate: expected {name} >= {least}, got {value}")
+
+
+def _check(weights: Sequence[Tensor], options: _Options) -> None:
+    for i, w in enumerate(weights):
+        if not isinstance(w, Tensor):
+            raise TypeError(
+                f"estimate: expected a tensor or a list of tensors, got {type(w).__name__}"
+                f"{' in it' if len(weights) > 1 else ''}"
+            )
+        where = f"weight {i}" if len(weights) > 1 else "weight"
+        if w.dtype not in DTYPES:
+            raise TypeError(
+                f"estimate: expected {where} to be torch.float32, torch.float64, torch.bfloat16 or torch.float16, "
+                f"got {w.dtype}"
+            )
+        if w.dim() != 2:
+            raise ValueError(
+                f"estimate: expected {where} to be a matrix [m, n], got shape {list(w.shape)}; flatten(1) gives the "
+                "matrix that spectral normalization takes, conv_norm the norm of a convolution"
+            )
+        if w.is_meta:
+            raise ValueError(f"estimate: expected {where} to hold data, got a meta tensor")
+        if options.k > max(1, min(w.shape)):
+            raise ValueError(
+                f"estimate: expected k <= min(m, n) = {min(w.shape)} for {where}, got {options.k}"
+            )
+    if options.method not in METHODS:
+        raise ValueError(
+            f"estimate: expected method to be one of {', '.join(METHODS)}, got {options.method!r}"
+        )
+    if options.k > MAX_COLUMNS and options.method in ("power", "subspace"):
+        raise ValueError(
+            f"estimate: expected k <= {MAX_COLUMNS} with method={options.method!r}, got {options.k}; "
+            'method="auto" finds more'
+        )
+    if options.k > 1 and options.method == "power":
+        raise ValueError(
+            f'estimate: expected k = 1 with method="power", got {options.k}; method="subspace" finds more'
+        )
+    if not (isinstance(options.rtol, int | float) and 0 < options.rtol < 1):
+        raise ValueError(f"estimate: expected rtol between 0 and 1, got {options.rtol}")
+    if options.certified not in (False, True, *CERTIFICATES):
+        raise ValueError(
+            f"estimate: expected certified to be False, True or one of {', '.join(CERTIFICATES)}, "
+            f"got {options.certified!r}"
+        )
+    if not 0 < options.failure_probability < 1:
+        raise ValueError(
+            f"estimate: expected failure_probability between 0 and 1, got {options.failure_probability}"
+        )
+
+
+def _check_start(weight: Tensor, start: tuple[Tensor, Tensor]) -> None:
+    for name, x, n in zip(("u", "v"), start, weight.shape, strict=True):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"estimate: expected {name} to be a tensor, got {type(x).__name__}")
+        if x.dim() not in (1, 2) or x.shape[0] != n:
+            raise ValueError(
+                f"estimate: expected {name} to have shape [{n}] or [{n}, b], got {list(x.shape)}"
+            )
+
+
+def _starts(
+    weights: Sequence[Tensor], u: Any, v: Any, single: bool
+) -> list[tuple[Tensor, Tensor] | None]:
+    if u is None and v is None:
+        return [None] * len(weights)
+    if u is None or v is None:
+        raise ValueError("estimate: expected u and v together, got only one of them")
+    us, vs = ([u], [v]) if single else (list(u), list(v))
+    for name, x in (("u", us), ("v", vs)):
+        if len(x) != len(weights):
+            raise ValueError(
+                f"estimate: expected {len(weights)} tensors in {name}, as weights, got {len(x)}"
+            )
+    for w, a, b in zip(weights, us, vs, strict=True):
+        _check_start(w, (a, b))
+    return list(zip(us, vs, strict=True))
+
+
+@overload
+def estimate(weight: Tensor, method: str = ..., rtol: float = ..., certified: Certified = ..., *, k: int = ...,
+             u: Tensor | None = ..., v: Tensor | None = ..., max_reads: int = ...,
+             failure_probability: float = ..., generator: torch.Generator | None = ...) -> Estimate: ...  # fmt: skip
+@overload
+def estimate(weight: Sequence[Tensor], method: str = ..., rtol: float = ..., certified: Certified = ..., *,
+             k: int = ..., u: Sequence[Tensor] | None = ..., v: Sequence[Tensor] | None = ...,
+             max_reads: int = ..., failure_probability: float = ...,
+             generator: torch.Generator | None = ...) -> list[Estimate]: ...  # fmt: skip
+def estimate(
+    weight,
+    method="auto",
+    rtol=1e-3,
+    certified=False,
+    *,
+    k=1,
+    u=None,
+    v=None,
+    max_reads=1000,
+    failure_probability=0.01,
+    generator=None,
+):
+    r"""The spectral norm :math:`\sigma_1(W) = \max_{|x| = 1} |W x|`, from below and, where asked for, from above.
+
+    Block Lanczos on :math:`W^T W`, 4 vectors a block, one read of W a block: 10 to 20 reads for 1e-3 from a cold
+    start, where power iteration takes 80 (and stops early, in silence, where two singular values are close). A list
+    is worked on in one op call a step, each matrix leaving it once it has converged.
+
+    Args:
+        weight: a matrix [m, n], or a list of them: any mix of shapes, strides, dtypes (float32, float64, bfloat16,
+            float16) and devices.
+        method: "auto" or "krylov" (block Lanczos; "auto" takes "gram" for k of more than a quarter of the
+            spectrum), "lanczos" (one vector), "power" (power iteration), "subspace" (with 4 columns), "gram"
+            (eigenvalues of the smaller Gram matrix, in float64: min(m, n)^3 operations).
+        rtol: relative error to reach, in (0, 1), as estimated from residuals. Below 1e-6 (for "power" 2e-3, for
+            "subspace" 1e-3) 32- and 16-bit matrices are copied to float64.
+        certified: False; True or "cholesky": an upper bound proved by a float64 Cholesky factorization, which costs
+            min(m, n)^2 max(m, n) operations and lies within 1e-7 or ``rtol`` / 100 of the value, whichever is more, if the
+            value has converged; "gram": proved by Gram iteration, looser and independent of the value;
+            "probabilistic": from the number of Lanczos steps alone, wrong with ``failure_probability`` over the
+            random start, inf after a warm start.
+        k: leading singular values to find, at most min(m, n).
+        u, v: [m] and [n], or [m, b] and [n, b]: a warm start, or lists of them.
+        max_reads: reads of a matrix after which it is given up as not converged.
+        failure_probability: of the probabilistic bound.
+        generator: of the random start; by default the same in every call, so that results repeat.
+
+    Returns:
+        An :class:`Estimate`, or a list of them. ``value`` is a float; of a weight that requires grad, in grad mode,
+        a tensor [] with :math:`d\sigma / dW = u v^T` (functional.sigma). A matrix that holds NaN or Inf has value
+        nan and converged False; an empty one has value 0.
+
+    Raises:
+        TypeError: not tensors, or of another dtype.
+        ValueError: not matrices, rtol or failure_probability outside (0, 1), k < 1 or k > min(m, n), max_reads < 1,
+            an unknown method or certificate, u or v without the other or of another shape.
+
+    Source: Golub and Underwood, "The block Lanczos method", 1977; Wu and Simon, "Thick-restart Lanczos", SIMAX 2000.
+    The upper bounds: :mod:`specnorm_ext.certificates`.
+
+    Example:
+        >>> import torch, specnorm_ext
+        >>> w = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
+        >>> e = specnorm_ext.estimate(w, certified=True)
+        >>> round(e.value, 4), e.lower <= 3 <= e.upper < 3.001, e.converged
+        (3.0, True, True)
+    """
+    single = isinstance(weight, Tensor)
+    if not single and (not isinstance(weight, Sequence) or isinstance(weight, str)):
+        raise TypeError(
+            f"estimate: expected a tensor or a list of tensors, got {type(weight).__name__}"
+        )
+    weights = [weight] if single else list(weight)
+    _check_number("k", k, 1)
+    _check_number("max_reads", max_reads, 1)
+    options = _Options(method, rtol, k, max_reads, certified, failure_probability, generator)
+    _check(weights, options)
+    results = _estimate_list(weights, _starts(weights, u, v, single), options)
+    return results[0] if single else results
+
+
+def estimate_matrices(
+    matrices: Sequence[Matrix],
+    *,
+    tol: float = 1e-3,
+    max_reads: int = 1000,
+    certified: Certified = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Estimate]:
+    """:func:`estimate` of every matrix, without u and v. Arguments and errors as :func:`spectral_norms`."""
+    if not (0 < tol < 1):
+        raise ValueError(f"spectral_norms: expected tol between 0 and 1, got {tol}")
+    if max_reads < 1:
+        raise ValueError(f"spectral_norms: expected max_reads >= 1, got {max_reads}")
+    if certified not in (False, True, *CERTIFICATES):
+        raise ValueError(
+            f"spectral_norms: expected certified to be False, True or one of {', '.join(CERTIFICATES)}, "
+            f"got {certified!r}"
+        )
+    options = _Options(rtol=tol, max_reads=max_reads, certified=certified, vectors=False)
+    with torch.no_grad():
+        weights = [m.weight for m in matrices]
+        return _estimate_list(weights, [None] * len(weights), options, progress)
+
+
 @overload
 def spectral_norms(
     source: nn.Module | Mapping[str, Tensor],
     *,
     tol: float = ...,
     max_reads: int = ...,
+    certified: Certified = ...,
     progress: Callable[[int, int], None] | None = ...,
 ) -> dict[str, Estimate]: ...
 @overload
@@ -353,33 +620,32 @@ def spectral_norms(
     *,
     tol: float = ...,
     max_reads: int = ...,
+    certified: Certified = ...,
     progress: Callable[[int, int], None] | None = ...,
 ) -> list[Estimate]: ...
-def spectral_norms(source, *, tol=1e-3, max_reads=1000, progress=None):
+def spectral_norms(source, *, tol=1e-3, max_reads=1000, certified=False, progress=None):
     r"""The spectral norms :math:`\sigma_1(W)` of all matrices of a model, state dict or list.
 
-    Subspace iteration with 4 columns from a fixed pseudo-random start, all matrices in one op call an iteration. A
-    matrix is done when the estimated relative error of sigma is at most ``tol``: min(r, r^2 / gap) with the
-    residual :math:`r = |W v - \sigma u| / \sigma` and the gap to the second Ritz value, and the Ritz values spread
-    or the iterations were enough for a hidden larger value to show. Convolutions are flattened as
-    torch's spectral_norm does; that is not the norm of the operator.
+    :func:`estimate` of all of them at once, from a fixed pseudo-random start. Convolutions are flattened as torch's
+    spectral_norm does; that is not the norm of the operator.
 
     Args:
         source: a module, a state dict (any mapping of names to tensors), or a sequence of tensors. Tensors of rank 2
             and more in float32, float64, bfloat16 or float16 count; of a module, parametrized weights as used.
-        tol: relative error to reach, in (0, 1). Below 1e-3 the work is done in float64.
+        tol: relative error to reach, in (0, 1).
         max_reads: reads of a matrix after which it is given up as not converged.
+        certified: an upper bound, as in :func:`estimate`.
         progress: called with (matrices done, all matrices).
 
     Returns:
         dict of name to :class:`Estimate`, or a list of them for a sequence. A matrix that holds NaN or Inf has
-        value nan and ``converged`` False.
+        value nan and ``converged`` False. Values are floats; ``u`` and ``v`` are not kept.
 
     Raises:
         TypeError: a source of another kind, or a sequence with something that is no matrix.
-        ValueError: tol outside (0, 1), max_reads < 1.
+        ValueError: tol outside (0, 1), max_reads < 1, an unknown certificate.
 
-    Source: Saad, "Numerical Methods for Large Eigenvalue Problems", chapter 5.
+    Source: as :func:`estimate`.
 
     Example:
         >>> import torch, specnorm_ext
@@ -388,10 +654,12 @@ def spectral_norms(source, *, tol=1e-3, max_reads=1000, progress=None):
         (5.0, True)
     """
     matrices = collect_matrices(source)
-    estimates = estimate_matrices(matrices, tol=tol, max_reads=max_reads, progress=progress)
+    estimates = estimate_matrices(
+        matrices, tol=tol, max_reads=max_reads, certified=certified, progress=progress
+    )
     if isinstance(source, nn.Module | Mapping):
         return {m.name: e for m, e in zip(matrices, estimates, strict=True)}
     return estimates
 
 
-__all__ = ["Estimate", "Matrix", "collect_matrices", "estimate_matrices", "spectral_norms"]
+__all__ = ["Estimate", "estimate", "estimate_matrices", "spectral_norms"]

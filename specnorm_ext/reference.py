@@ -113,15 +113,18 @@ def power_iteration_(
 
 def _new_directions(basis: Tensor, x: Tensor, salt: int) -> Tensor:
     """For each row of x a pseudo-random direction orthogonal to the rows of `basis`, or zeros if there is none."""
+    eps = torch.finfo(x.dtype).eps
     y = _pattern(x.shape[1], salt + x.shape[0], x)[:, salt:].mT
-    for _ in range(2):
+    y = y / torch.linalg.vector_norm(y, dim=1, keepdim=True)
+    for least in (64 * eps, 0.5):  # what is left of it and vanishes once more was rounding
         y = y - (y @ basis.mT) @ basis
+        length = torch.linalg.vector_norm(y, dim=1, keepdim=True)
+        y = torch.where(length > least, y / torch.where(length > 0, length, 1.0), 0.0)
     return y
 
 
 def _factorize(x: Tensor, shortest: Tensor, fresh: Tensor) -> tuple[Tensor, Tensor]:
     """Rows x = R^T q, q orthonormal; rows shorter than `shortest` have R = 0 and go on as those of `fresh`."""
-    eps = torch.finfo(x.dtype).eps
     b = x.shape[0]
     r = torch.zeros(b, b, dtype=torch.float64, device=x.device)
     q: list[Tensor] = []
@@ -131,13 +134,16 @@ def _factorize(x: Tensor, shortest: Tensor, fresh: Tensor) -> tuple[Tensor, Tens
             for j, qj in enumerate(q):
                 c = torch.dot(qj, xi)
                 r[j, i] += c
-                xi, fi = xi - c * qj, fi - torch.dot(qj, fi) * qj
-        length, other = torch.linalg.vector_norm(xi), torch.linalg.vector_norm(fi)
+                xi = xi - c * qj
+        for least in (64 * torch.finfo(x.dtype).eps, 0.5):
+            for qj in q:
+                fi = fi - torch.dot(qj, fi) * qj
+            length = torch.linalg.vector_norm(fi)
+            fi = torch.where(length > least, fi / torch.where(length > 0, length, 1.0), 0.0)
+        length = torch.linalg.vector_norm(xi)
         good = length > shortest
         r[i, i] = torch.where(good, length, 0.0)
-        tiny = torch.finfo(x.dtype).tiny
-        fi = torch.where(other > 64 * eps, fi / other.clamp_min(tiny), torch.zeros_like(fi))
-        q.append(torch.where(good, xi / length.clamp_min(tiny), fi))
+        q.append(torch.where(good, xi / torch.where(good, length, 1.0), fi))
     return torch.stack(q), r
 
 
@@ -163,9 +169,9 @@ def krylov_block(
     size = torch.maximum(projected.diagonal()[:filled].abs().amax(), longest)
     fresh = _new_directions(known, p, 1 + filled)
     q, r = _factorize(p, 16 * eps * size, fresh)
-    for _ in range(2):  # what rounding left of the basis has grown with the division
-        q = q - (q @ known.mT) @ known
-    q, _ = _factorize(q, 0 * size, fresh)
+    # what rounding left of the basis has grown with the division; a row that was nothing else is drawn anew
+    q, again = _factorize(q - (q @ known.mT) @ known, 0 * size + 0.5, fresh)
+    r = torch.where(again.diagonal().unsqueeze(1) > 0, r, 0.0)
     projected[filled : filled + columns, first:filled] = r
     basis[filled : filled + columns] = q
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
-    from .estimate import Estimate, Matrix
+    from .estimate import Estimate
+    from .matrices import Matrix
 
 __all__ = [
     "COLUMNS",

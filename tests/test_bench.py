@@ -3,6 +3,7 @@ wrong result stops a benchmark before it is timed."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import socket
@@ -16,7 +17,7 @@ from torch import nn
 
 import specnorm_ext
 from specnorm_ext import functional
-from specnorm_ext.estimate import collect_matrices
+from specnorm_ext.matrices import collect_matrices
 
 pytest.importorskip("safetensors")
 from safetensors.torch import save_file
@@ -421,10 +422,7 @@ def wrong_norms(monkeypatch, factor):
     def wrong(*args, **kwargs):
         found = right(*args, **kwargs)
         return {
-            name: specnorm_ext.Estimate(
-                e.value * factor, e.lower, e.upper, e.n_reads, e.converged, e.method
-            )
-            for name, e in found.items()
+            name: dataclasses.replace(e, value=e.value * factor) for name, e in found.items()
         }
 
     monkeypatch.setattr(specnorm_ext, "spectral_norms", wrong)

@@ -77,9 +77,11 @@ def never_converging(monkeypatch) -> None:
     """Estimates that are honest lower bounds and did not converge."""
     module = importlib.import_module("specnorm_ext.estimate")
 
-    def estimate_matrices(matrices, *, tol=1e-3, max_reads=1000, progress=None):
+    def estimate_matrices(matrices, *, tol=1e-3, max_reads=1000, certified=False, progress=None):
         values = [0.9 * true_sigma(matrix.weight) for matrix in matrices]
-        return [module.Estimate(v, v, math.inf, max_reads, False, "test") for v in values]
+        return [
+            module.Estimate(v, v, math.inf, None, None, max_reads, False, "test") for v in values
+        ]
 
     monkeypatch.setattr(module, "estimate_matrices", estimate_matrices)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import specnorm_ext
-from specnorm_ext import estimate
+from specnorm_ext.matrices import collect_matrices
 
 
 def svd_norm(w: torch.Tensor) -> float:
@@ -139,7 +139,7 @@ def test_a_module() -> None:
     torch.manual_seed(0)
     model = Model()
     before = {k: x.clone() for k, x in model.state_dict().items()}
-    matrices = {m.name: m for m in estimate.collect_matrices(model)}
+    matrices = {m.name: m for m in collect_matrices(model)}
     kinds = {name: m.kind for name, m in matrices.items()}
     assert kinds == {
         "embedding.weight": "embedding",
@@ -163,7 +163,7 @@ def test_a_module() -> None:
 
 def test_a_state_dict_leaves_out_u_and_v() -> None:
     model = nn.Sequential(specnorm_ext.spectral_norm(nn.Linear(8, 8), n_vectors=3))
-    names = [m.name for m in estimate.collect_matrices(model.state_dict())]
+    names = [m.name for m in collect_matrices(model.state_dict())]
     assert names == ["0.parametrizations.weight.original"]
 
 

@@ -1,0 +1,231 @@
+"""Upper bounds of spectral norms that are proofs, rounding included, and one that is a probability.
+
+Notation: u = 2^-53, gamma_k = k u / (1 - k u); r = min(m, n) and l = max(m, n) for W [m, n]. Scaling is by powers of
+two, which is exact; what falls out of float64's range by it is below 2^-1000 of max |W|.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import krylov
+
+_U = 2.0**-53
+_ROWS = 512  # of a block of the Gram matrix
+GRAM_ITERATIONS = 8
+
+
+def _gamma(k: int) -> float:
+    return k * _U / (1 - k * _U)
+
+
+def _wide(weight: Tensor) -> tuple[Tensor, float]:
+    """unit W in float64, the transposed if that is wide, with max |.| in [1/2, 1), and the unit; zeros as they are."""
+    w = weight.detach()
+    w = (w if w.shape[0] <= w.shape[1] else w.mT).double()
+    top = w.abs().amax().item()
+    if not 0 < top < math.inf:
+        return w, 1.0
+    # in two steps: a power of two may be out of range where W's entries are not
+    shift = -math.frexp(top)[1]
+    half = shift // 2
+    return (w * 2.0**half) * 2.0 ** (shift - half), shift
+
+
+def _lower_gram(w: Tensor) -> Tensor:
+    """W W^T, the lower triangle of blocks: half the operations."""
+    r = w.shape[0]
+    g = w.new_zeros(r, r)
+    for i in range(0, r, _ROWS):
+        j = min(i + _ROWS, r)
+        torch.mm(w[i:], w[i:j].mT, out=g[i:, i:j])
+    return g
+
+
+def _up(x: float, ulps: int = 4) -> float:
+    return x * (1 + ulps * 2 * _U) if math.isfinite(x) else x
+
+
+def _scaled_back(x: float, shift: int) -> float:
+    """x / 2^shift, inf where that is past the largest number."""
+    try:
+        return math.ldexp(x, -shift)
+    except OverflowError:
+        return math.inf
+
+
+def _largest_eigenvalue(g: Tensor) -> float:
+    """Of the symmetric matrix whose lower triangle g is, to about 1e-12; from below."""
+    r = g.shape[0]
+    full = torch.tril(g) + torch.tril(g, -1).mT
+    if r <= 128:
+        return float(torch.linalg.eigvalsh(full)[-1])
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(r, krylov.block_size(r, r), generator=generator, dtype=torch.float64).to(g.device)
+    run = krylov.new_run(0, start)
+
+    def expand(runs: Sequence[krylov.Run], steps: int) -> None:
+        units = torch.tensor([runs[0].unit], dtype=torch.float64, device=g.device)
+        torch.ops.specnorm_ext.krylov_(
+            [full],
+            [run.basis],
+            [run.projected],
+            units,
+            [run.filled],
+            run.columns,
+            steps,
+        )
+        run.unit = units.item()
+
+    krylov.leading([run], expand, 1e-10, 200, lambda *_: None)
+    return run.values[0] / run.unit if run.values else math.inf
+
+
+def cholesky_bound(weight: Tensor) -> float:
+    r"""An upper bound of :math:`\sigma_1(W)`, proved by a Cholesky factorization in float64.
+
+    G = W W^T (or W^T W, the smaller) is computed with an error of at most gamma_l |W|_F^2 in norm. If the
+    factorization of s I - G runs to its end, then s I - G plus a matrix of norm at most gamma_(r+1) / (1 -
+    gamma_(r+1)) tr(s I - G) is positive semidefinite. Hence
+
+    .. math:: \sigma_1^2 \le s + 2u s + \frac{\gamma_{r+1}}{1 - \gamma_{r+1}} r s + \gamma_l |W|_F^2
+
+    s begins 1e-9 above the largest eigenvalue of G, as Lanczos finds it, and grows fourfold until it is accepted;
+    the bound exceeds the norm by about 1e-9 and the terms above, 1e-8 at r = l = 10,000.
+
+    Args:
+        weight: [m, n], float32, float64, bfloat16 or float16.
+
+    Returns:
+        the bound, a float; nan for a matrix that holds NaN or Inf. r^2 l + r^3 / 3 operations, and r^2 numbers of memory.
+
+    Source: Rump, "Verification of positive definiteness", BIT 2006; Higham, "Accuracy and Stability of Numerical
+    Algorithms", theorem 10.5.
+    """
+    w, shift = _wide(weight)
+    r, l = w.shape
+    if r == 0:
+        return 0.0
+    g = _lower_gram(w)
+    square = _up(torch.linalg.vector_norm(w).item() ** 2, r + l + 8)
+    if not math.isfinite(square):
+        return math.nan
+    if square == 0:
+        return 0.0
+    value = _largest_eigenvalue(g)
+    error = _gamma(l + 1) * square
+    growth = _gamma(r + 1) / (1 - _gamma(r + 1)) * r + 8 * _U
+    excess = 1e-9
+    eye = torch.eye(r, dtype=torch.float64, device=w.device)
+    while excess < 4:
+        s = value * (1 + excess)
+        factor, info = torch.linalg.cholesky_ex(s * eye - g)
+        if info.item() == 0 and bool(torch.isfinite(factor.diagonal()).all()):
+            return _up(_scaled_back(math.sqrt(_up(s * (1 + growth) + error)), shift))
+        excess *= 4
+    return _up(_scaled_back(math.sqrt(square), shift))
+
+
+def gram_bounds(
+    weights: Sequence[Tensor], n_iterations: int = GRAM_ITERATIONS
+) -> list[float]:
+    r"""Upper bounds of :math:`\sigma_1(W_i)` by Gram iteration, matrices of one shape in one batch.
+
+    .. math:: A_0 = W W^T,\quad A_{t+1} = (A_t / |A_t|_F)^2,\quad \sigma_1^2 \le |A_0|_F \prod_t |A_t|_F^{1 / 2^t}
+
+    at every t, and with equality in the limit: the excess is at most r^(1 / 2^(t + 2)) - 1. In float64, each product
+    is off by at most gamma_r times the squared Frobenius norm of its factor. The error e of A_t, in the Frobenius norm,
+    is carried along: for a factor A of Frobenius norm 1, and 2-norm at most s = min(1, its largest row sum, |A^2|_F^(1/2)),
+    e' = 2 s e + 3 e^2 + gamma_r + 4u. |A_t|_F + e_t stands in place of |A_t|_F.
+
+    Args:
+        weights: matrices [m, n] on one device.
+        n_iterations: t.
+
+    Returns:
+        the bounds, floats; nan for a matrix that holds NaN or Inf. 2 r^2 l + 2 t r^3 operations each.
+
+    Source: Delattre, Barthelemy, Araujo, Allauzen, "Efficient bound of Lipschitz constant for convolutional layers by
+    Gram iteration", ICML 2023.
+    """
+    if n_iterations < 1:
+        raise ValueError(f"gram_bounds: expected n_iterations >= 1, got {n_iterations}")
+    results = [0.0] * len(weights)
+    shapes: dict[tuple[int, int], list[int]] = {}
+    for i, w in enumerate(weights):
+        if 0 not in w.shape:
+            shapes.setdefault((min(w.shape), max(w.shape)), []).append(i)
+    for (r, l), members in shapes.items():
+        scaled = [_wide(weights[i]) for i in members]
+        w = torch.stack([x for x, _ in scaled])
+        a = w @ w.mT
+        squares = torch.linalg.vector_norm(w, dim=(1, 2)) ** 2
+        # log2 of the bound of sigma^2 so far, for the factor that has been taken out
+        log = torch.zeros(len(members), dtype=torch.float64, device=w.device)
+        error = _gamma(l + 1) * squares
+        power = 1.0
+        for t in range(n_iterations + 1):
+            norm = torch.linalg.vector_norm(a, dim=(1, 2))
+            safe = torch.where(norm > 0, norm, torch.ones_like(norm))
+            log = log + power * torch.log2(safe)
+            if t == n_iterations:
+                break
+            e = error / safe + 4 * _U
+            a = a / safe.view(-1, 1, 1)
+            rows = a.abs().sum(2).amax(1)
+            a = a @ a
+            spread = torch.linalg.vector_norm(a, dim=(1, 2)).sqrt()
+            two_norm = torch.minimum(rows, spread).clamp_max(1) * (1 + (r + 8) * _U) + 2 * e.sqrt()
+            two_norm = torch.minimum(two_norm, torch.ones_like(two_norm))
+            error = 2 * two_norm * e + 3 * e * e + _gamma(r + 2) + 4 * _U
+            power /= 2
+        # the last |A_t|_F + e_t in place of |A_t|_F, and the rounding of norms and logarithms
+        slack = power * torch.log2(1 + error / safe) + 64 * (n_iterations + r * r * _U + 2) * _U
+        bounds = torch.where(squares > 0, (log + slack) / 2, torch.full_like(log, -math.inf))
+        for i, (_, shift), x in zip(members, scaled, bounds.tolist(), strict=True):
+            if math.isfinite(x):
+                whole = math.floor(x)
+                results[i] = _scaled_back(_up(2.0 ** (x - whole), 64), shift - whole)
+            else:
+                results[i] = 0.0 if x == -math.inf else math.nan
+    return results
+
+
+def probabilistic_bound(
+    value: float, dtype: torch.dtype, n: int, steps: int, failure_probability: float
+) -> float:
+    r"""An upper bound that holds with probability 1 - `failure_probability` over a random start.
+
+    After k steps of Lanczos on :math:`A = W^T W` (n x n) from a uniformly random direction,
+
+    .. math:: P[\sigma_1^2 > \theta / (1 - \epsilon)] \le 1.648 \sqrt n\, e^{-\sqrt\epsilon (2 k - 1)}
+
+    for the largest Ritz value theta. A block's Krylov space contains that of its first column. The value is raised by
+    64 eps sqrt(n) of the dtype that Lanczos ran in, many times what its rounding comes to, though no proof of that.
+
+    Args:
+        value: sqrt(theta). dtype: of the iteration. n: its dimension. steps: k, without restart or warm start.
+
+    Returns:
+        the bound; inf where k is too small for any.
+
+    Source: Kuczynski and Wozniakowski, "Estimating the largest eigenvalue by the power and Lanczos algorithms with a
+    random start", SIMAX 1992, theorem 4.2.
+    """
+    if steps < 1:
+        return math.inf
+    root = math.log(1.648 * math.sqrt(n) / failure_probability) / (2 * steps - 1)
+    if steps >= n:
+        root = 0.0
+    epsilon = root * root
+    if epsilon >= 1:
+        return math.inf
+    rounding = 64 * torch.finfo(dtype).eps * math.sqrt(n)
+    return value * (1 + rounding) / math.sqrt(1 - epsilon)
+
+
+__all__ = ["GRAM_ITERATIONS", "cholesky_bound", "gram_bounds", "probabilistic_bound"]

@@ -1,0 +1,150 @@
+"""Which tensors of a model are matrices, and how each is seen as one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ._checks import DTYPES
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A tensor of a model, seen as a matrix.
+
+    Attributes:
+        name: its key.
+        weight: [m, n], a view where strides allow one.
+        shape: the tensor's own shape.
+        dtype: the tensor's own dtype.
+        kind: linear, embedding, recurrent, conv, conv_transpose or other. conv and conv_transpose are flattened as
+            torch's spectral_norm does (out x in*kh*kw), which is not the operator's norm.
+    """
+
+    name: str
+    weight: Tensor
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    kind: str
+
+
+# ---- which tensors ----------------------------------------------------------------------------------------------
+
+_STATE_KEY = re.compile(r"(^|\.)parametrizations\..+\.\d+\._[uv]$")
+_RECURRENT = re.compile(r"weight_(ih|hh)|\brecurrent")
+_EMBEDDING = re.compile(r"embed|\bemb\b|\bwte\b|\bwpe\b", re.IGNORECASE)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def _is_matrix(x: object) -> bool:
+    return isinstance(x, Tensor) and x.dtype in DTYPES and x.dim() >= 2 and not x.is_meta
+
+
+def _matrix(name: str, x: Tensor, kind: str) -> Matrix:
+    view = x.detach()
+    if kind == "conv_transpose":
+        view = view.movedim(1, 0)
+    view = view if view.dim() == 2 else view.flatten(1)
+    return Matrix(name, view, tuple(x.shape), x.dtype, kind)
+
+
+def _kind_by_name(name: str, x: Tensor) -> str:
+    if x.dim() in (3, 4, 5):
+        return "conv"
+    if x.dim() > 5:
+        return "other"
+    if _RECURRENT.search(name):
+        return "recurrent"
+    return "embedding" if _EMBEDDING.search(name) else "linear"
+
+
+def _kind_by_module(module: nn.Module, x: Tensor) -> str:
+    if isinstance(module, _TRANSPOSED):
+        return "conv_transpose"
+    if isinstance(module, _CONV):
+        return "conv"
+    if x.dim() > 2:
+        return "other"
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return "embedding"
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return "recurrent"
+    return "linear"
+
+
+def _tensors_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        if isinstance(module, parametrize.ParametrizationList):
+            continue
+        for name, x in module.named_parameters(recurse=False):
+            if id(x) not in seen:
+                seen.add(id(x))
+                yield f"{prefix}.{name}" if prefix else name, module, x
+        if not parametrize.is_parametrized(module):
+            continue
+        lists = module.parametrizations
+        assert isinstance(lists, nn.ModuleDict)
+        for name, plist in lists.items():
+            # What the layer really multiplies with, computed as in eval so that looking changes nothing.
+            modes = [(m, m.training) for m in plist.modules()]
+            plist.eval()
+            try:
+                with torch.no_grad():
+                    x = plist()
+            finally:
+                for m, mode in modes:
+                    m.training = mode
+            yield f"{prefix}.{name}" if prefix else name, module, x
+
+
+def collect_matrices(source: nn.Module | Mapping[str, Tensor] | Sequence[Tensor]) -> list[Matrix]:
+    """Every float32, float64, bfloat16 or float16 tensor of rank 2 and more, as a matrix [m, n].
+
+    Args:
+        source: a module (parametrized weights as the layers use them, in eval; shared parameters once), a state dict
+            or any mapping of names to tensors (u and v of spectral norm left out), or a sequence of tensors, named
+            "0", "1", ...
+
+    Raises:
+        TypeError: another kind of source.
+    """
+    if isinstance(source, nn.Module):
+        return [
+            _matrix(name, x, _kind_by_module(module, x))
+            for name, module, x in _tensors_of(source)
+            if _is_matrix(x)
+        ]
+    if isinstance(source, Mapping):
+        return [
+            _matrix(name, x, _kind_by_name(name, x))
+            for name, x in source.items()
+            if _is_matrix(x) and not _STATE_KEY.search(name)
+        ]
+    if isinstance(source, Sequence) and not isinstance(source, str):
+        for i, x in enumerate(source):
+            if not _is_matrix(x):
+                what = (
+                    f"{x.dtype} of shape {list(x.shape)}"
+                    if isinstance(x, Tensor)
+                    else type(x).__name__
+                )
+                raise TypeError(
+                    f"spectral_norms: expected tensor {i} to be a floating-point matrix or of higher rank, got {what}"
+                )
+        return [
+            _matrix(str(i), x, "conv" if x.dim() > 2 else "linear") for i, x in enumerate(source)
+        ]
+    raise TypeError(
+        f"spectral_norms: expected a module, a mapping of names to tensors or a list of tensors, got "
+        f"{type(source).__name__}"
+    )
+
+
+__all__ = ["Matrix", "collect_matrices"]

@@ -1,0 +1,234 @@
+"""Upper bounds above the norm and lower bounds below it, whatever the matrix; and how near they come."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import matrix_with_spectrum
+
+import specnorm_ext
+from specnorm_ext.certificates import cholesky_bound, gram_bounds, probabilistic_bound
+
+# float64 SVDs by LAPACK are backward stable: an error of a small multiple of eps |W| (Golub and Van Loan, 5.4.1);
+# matrices here have at most 64 rows, p(m, n) is taken as 64.
+SVD_ERROR = 64 * torch.finfo(torch.float64).eps
+
+
+def svd_norm(w: torch.Tensor) -> float:
+    return float(torch.linalg.matrix_norm(w.detach().double(), 2))
+
+
+def kahan(n: int, theta: float = 1.2) -> torch.Tensor:
+    s, c = math.sin(theta), math.cos(theta)
+    upper = torch.eye(n, dtype=torch.float64) - c * torch.triu(
+        torch.ones(n, n, dtype=torch.float64), 1
+    )
+    return torch.diag(s ** torch.arange(n, dtype=torch.float64)) @ upper
+
+
+def wilkinson(n: int) -> torch.Tensor:
+    half = (n - 1) / 2
+    d = (torch.arange(n, dtype=torch.float64) - half).abs()
+    return torch.diag(d) + torch.diag(torch.ones(n - 1).double(), 1) + torch.diag(torch.ones(n - 1).double(), -1)  # fmt: skip
+
+
+def hilbert(n: int) -> torch.Tensor:
+    i = torch.arange(1, n + 1, dtype=torch.float64)
+    return 1 / (i[:, None] + i[None, :] - 1)
+
+
+def spectrum(values: list[float], m: int = 60, n: int = 50, seed: int = 0) -> torch.Tensor:
+    padded = torch.zeros(min(m, n), dtype=torch.float64)
+    padded[: len(values)] = torch.tensor(values, dtype=torch.float64)
+    return matrix_with_spectrum(m, n, padded, torch.float64, seed)
+
+
+def hidden_from(w: torch.Tensor, seed: int) -> torch.Tensor:
+    """w with its leading right vector orthogonal to every column of the start that `estimate` draws by default."""
+    n = w.shape[1]
+    start = torch.randn(n, 4, generator=torch.Generator().manual_seed(0))
+    g = torch.Generator().manual_seed(seed)
+    v = torch.randn(n, generator=g, dtype=torch.float64)
+    q = torch.linalg.qr(start.double()).Q
+    for _ in range(2):
+        v = v - q @ (q.T @ v)
+    v = v / v.norm()
+    u = torch.randn(w.shape[0], generator=g, dtype=torch.float64)
+    rest = w - (w @ v)[:, None] * v
+    u = u - rest @ torch.linalg.lstsq(rest, u[:, None]).solution[:, 0]
+    return rest / svd_norm(rest) + 1.5 * torch.outer(u / u.norm(), v)
+
+
+ADVERSARIAL = {
+    "clustered": spectrum([1 - 1e-9 * i for i in range(10)] + [0.5] * 40),
+    "repeated": spectrum([1.0] * 12 + [0.9] * 10),
+    "all equal": torch.eye(50, dtype=torch.float64) * 3,
+    "graded": spectrum([10.0 ** (-i) for i in range(50)]),
+    "nearly rank 1": spectrum([1.0] + [1e-12] * 49),
+    "rank 1": torch.outer(torch.arange(1.0, 41.0), torch.arange(1.0, 31.0)).double(),
+    "hidden from the start": hidden_from(spectrum([0.5] * 30, 90, 80), 3),
+    "spike in a flat spectrum": torch.diag(torch.tensor([1.0] * 40 + [1 + 1e-6])).double(),
+    "integers": torch.tensor([[3.0, 4.0], [4.0, -3.0]]).double(),  # exactly 5
+    "ones": torch.ones(9, 16).double(),  # exactly 12
+    "hilbert": hilbert(40),
+    "kahan": kahan(40),
+    "wilkinson": wilkinson(21),
+    "one entry": torch.zeros(20, 30, dtype=torch.float64).index_put((torch.tensor(3), torch.tensor(4)), torch.tensor(-2.0).double()),  # fmt: skip
+    "a row": torch.arange(1.0, 301.0).double()[None],
+    "a column": torch.arange(1.0, 301.0).double()[:, None],
+}
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30, 1e-160, 1e160])
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_bounds_hold_on_adversarial_matrices(name: str, scale: float) -> None:
+    base = ADVERSARIAL[name]
+    w = base * scale
+    true = svd_norm(base) * scale  # LAPACK's own scaling is not what is tested
+    if abs(scale) in (1.0, 1e-30, 1e30):
+        dtypes = (torch.float64, torch.float32)
+    else:
+        dtypes = (torch.float64,)
+    for dtype in dtypes:
+        x = w.to(dtype)
+        exact = svd_norm(x.double() / scale) * scale if dtype != torch.float64 else true
+        for certified in (True, "gram"):
+            e = specnorm_ext.estimate(x, certified=certified, rtol=1e-4)
+            assert e.lower <= exact * (1 + SVD_ERROR)
+            assert e.upper >= exact * (1 - SVD_ERROR)
+            assert e.failure_probability == 0
+            # whatever it is called, a value within the bracket is what the bracket says
+            assert e.lower <= e.upper
+            if certified is True:
+                assert e.upper <= exact * (1 + 1e-7)
+            else:  # the excess is at most r^(1 / 2^(t + 2)) - 1 in sigma
+                assert e.upper <= exact * (min(x.shape) ** (0.5**10) + 1e-9)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_not_one_bound_fails_in_ten_thousand(seed: int) -> None:
+    """1000 matrices a seed, of all small shapes; entries uniform, normal, sparse, integer or of wild scales."""
+    g = torch.Generator().manual_seed(seed)
+    weights = []
+    for i in range(1000):
+        m, n = (int(torch.randint(1, 13, (), generator=g)) for _ in range(2))
+        x = torch.randn(m, n, generator=g, dtype=torch.float64)
+        kind = i % 5
+        if kind == 1:
+            x = torch.rand(m, n, generator=g, dtype=torch.float64)
+        elif kind == 2:
+            x = x * (torch.rand(m, n, generator=g) < 0.2)
+        elif kind == 3:
+            x = (3 * x).round()
+        elif kind == 4:
+            x = x * 10 ** (8 * torch.rand(m, 1, generator=g, dtype=torch.float64) - 4)
+        weights.append(x if i % 2 else x.float())
+    # each shape's in one SVD call
+    true = [0.0] * len(weights)
+    shapes: dict[torch.Size, list[int]] = {}
+    for i, w in enumerate(weights):
+        shapes.setdefault(w.shape, []).append(i)
+    for members in shapes.values():
+        norms = torch.linalg.matrix_norm(torch.stack([weights[i].double() for i in members]), 2)
+        for i, x in zip(members, norms.tolist(), strict=True):
+            true[i] = x
+    estimates = specnorm_ext.estimate(weights, rtol=1e-3, certified=True)
+    grams = gram_bounds(weights)
+    for t, e, g_bound in zip(true, estimates, grams, strict=True):
+        assert e.lower <= t * (1 + SVD_ERROR)
+        assert e.upper >= t * (1 - SVD_ERROR)
+        assert g_bound >= t * (1 - SVD_ERROR)
+        assert e.converged
+        assert abs(e.value - t) <= 1e-3 * t
+
+
+def test_gram_bounds_close_in_as_stated() -> None:
+    w = torch.randn(64, 100, generator=torch.Generator().manual_seed(0))
+    true = svd_norm(w)
+    before = math.inf
+    for t in range(1, 14):
+        (bound,) = gram_bounds([w], t)
+        assert true * (1 - SVD_ERROR) <= bound <= true * 64 ** (0.5 ** (t + 2)) * (1 + 1e-9)
+        assert bound <= before * (1 + 1e-12)  # the margins for rounding grow
+        before = bound
+    assert bound / true - 1 < 64 ** (0.5**15) - 1 + 1e-9
+
+
+def test_batches_of_gram_bounds_are_each_ones_own() -> None:
+    g = torch.Generator().manual_seed(1)
+    weights = [torch.randn(s, generator=g) for s in [(5, 9), (9, 5), (5, 9), (1, 3), (0, 4)]]
+    together = gram_bounds(weights)
+    for w, x in zip(weights, together, strict=True):
+        assert gram_bounds([w])[0] == pytest.approx(x, rel=1e-14)
+    assert together[-1] == 0
+    with pytest.raises(ValueError, match="n_iterations >= 1, got 0"):
+        gram_bounds(weights, 0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("certified", [True, "gram", "probabilistic"])
+def test_a_matrix_that_is_not_finite(bad: float, certified: bool | str) -> None:
+    w = torch.randn(7, 5)
+    w[3, 2] = bad
+    e = specnorm_ext.estimate(w, certified=certified)
+    assert math.isnan(e.value)
+    assert not e.lower >= 0
+    assert not e.upper < math.inf
+    assert not e.converged
+
+
+@pytest.mark.parametrize("certified", [True, "gram", "probabilistic"])
+def test_zero_and_empty(certified: bool | str) -> None:
+    for w in (torch.zeros(4, 6), torch.zeros(0, 6), torch.zeros(4, 0)):
+        e = specnorm_ext.estimate(w, certified=certified)
+        assert (e.value, e.lower, e.upper, e.converged) == (0, 0, 0, True)
+
+
+def test_an_upper_bound_needs_no_convergence() -> None:
+    w = torch.randn(80, 90, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    e = specnorm_ext.estimate(w, rtol=1e-9, max_reads=4, certified=True)
+    assert not e.converged
+    assert e.lower <= svd_norm(w) <= e.upper <= svd_norm(w) * (1 + 1e-7)
+
+
+def test_the_probabilistic_bound() -> None:
+    # over 200 random starts none fails: the bound's 1% is a worst case
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(60, 80, generator=g)
+    true = svd_norm(w)
+    for _ in range(200):
+        e = specnorm_ext.estimate(w, rtol=0.1, certified="probabilistic", generator=g)
+        assert e.upper >= true
+        assert e.failure_probability == (0.01 if math.isfinite(e.upper) else 0)
+    tighter = [
+        specnorm_ext.estimate(
+            torch.randn(600, 800, generator=g), rtol=r, certified="probabilistic"
+        )
+        for r in (1e-1, 1e-3, 1e-6)
+    ]
+    excess = [e.upper / e.value for e in tighter]
+    assert excess == sorted(excess, reverse=True)
+    # the formula, at 20 steps in 4096 dimensions: 2.4% at 99%
+    assert probabilistic_bound(1.0, torch.float64, 4096, 20, 0.01) == pytest.approx(1.0286, abs=1e-3)
+
+
+def test_no_probability_after_a_warm_start() -> None:
+    w = torch.randn(60, 80, generator=torch.Generator().manual_seed(0))
+    cold = specnorm_ext.estimate(w, rtol=1e-4, certified="probabilistic")
+    warm = specnorm_ext.estimate(w, rtol=1e-4, certified="probabilistic", u=cold.u, v=cold.v)
+    assert math.isfinite(cold.upper)
+    assert math.isinf(warm.upper)
+    assert warm.failure_probability == 0
+    for method in ("power", "subspace", "gram"):
+        e = specnorm_ext.estimate(w, method, certified="probabilistic")
+        assert math.isinf(e.upper)
+
+
+def test_the_rounding_margin_is_needed() -> None:
+    """Cholesky of s I - G runs to its end a little below the norm too: without the margin there is no proof."""
+    w = torch.randn(200, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    true = svd_norm(w)
+    assert cholesky_bound(w) > true
+    assert cholesky_bound(w) < true * (1 + 1e-8)
