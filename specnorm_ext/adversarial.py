@@ -32,6 +32,8 @@ def _gradient(op: str, loss: Any, x: Tensor, name: str) -> Tensor:
     return g.to_dense() if g.layout != torch.strided else g
 
 
+# torch.compile cannot trace autograd.grad: it is to leave this to Python, and says so by a warning otherwise
+@torch.compiler.disable
 def _input_gradient(op: str, loss_fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     with recording():
         leaf = x.detach().clone().requires_grad_()
@@ -132,23 +134,34 @@ def noise_penalty(
         raise ValueError(
             f"{op}: expected x to require grad, got one that does not; x.requires_grad_() first"
         )
+    return _trace_in_input(op, loss, x, outputs, samples, generator) * (0.5 * s * s)
+
+
+@torch.compiler.disable
+def _trace_in_input(
+    op: str,
+    loss: Tensor,
+    x: Tensor,
+    outputs: Tensor | None,
+    samples: int | None,
+    generator: torch.Generator | None,
+) -> Tensor:
     with recording():
-        product = _curvature_of_input(op, loss, x, outputs)
+        product = _curvature_in_input(op, loss, x, outputs)
         total = loss.new_zeros(())
         n = x.numel() if samples is None else samples
         for i in range(n if x.numel() else 0):
             if samples is None:
-                v = torch.zeros_like(x, requires_grad=False).reshape(-1)
+                v = torch.zeros(x.numel(), dtype=x.dtype, device=x.device)
                 v[i] = 1
-                v = v.reshape(x.shape)
             else:
-                signs = torch.randint(0, 2, x.shape, device=x.device, generator=generator)
+                signs = torch.randint(0, 2, (x.numel(),), device=x.device, generator=generator)
                 v = signs.to(x.dtype) * 2 - 1
-            total = total + product(v)
-        return total * (0.5 * s * s / (1 if samples is None else samples))
+            total = total + product(v.reshape(x.shape))
+        return total if samples is None else total / samples
 
 
-def _curvature_of_input(
+def _curvature_in_input(
     op: str, loss: Tensor, x: Tensor, outputs: Tensor | None
 ) -> Callable[[Tensor], Tensor]:
     """v -> v^T H v, or v^T J^T (d2 l) J v where outputs are given, with its graph."""
@@ -329,10 +342,7 @@ def pgd(
             delta = (2 * torch.rand(x.shape, **how) - 1) * eps
         else:
             lengths = torch.rand(len(x) if has_samples(x, per_sample) else 1, **how)
-            if per_sample:
-                lengths = (
-                    lengths.reshape(-1, *(1,) * (x.dim() - 1)) if x.dim() else lengths.reshape(())
-                )
+            lengths = lengths.reshape(-1, *(1,) * (x.dim() - 1)) if x.dim() else lengths.reshape(())
             delta = unit(torch.randn(x.shape, **how), norm, per_sample) * (eps * lengths)
     for step in range(steps + 1):
         if bounds is not None:

@@ -60,7 +60,7 @@ def _divergence(kind: str, clean: Tensor, moved: Tensor, dim: int) -> Tensor:
         return 0.5 * (moved - clean).square().sum() / max(len(clean), 1)
     log_p, log_q = clean.log_softmax(dim), moved.log_softmax(dim)
     # classes that are masked out, of logit -inf in both
-    terms = torch.where(log_p > -math.inf, log_p.exp() * (log_p - log_q), 0)
+    terms = torch.where(log_p == -math.inf, 0, log_p.exp() * (log_p - log_q))
     return terms.sum() / max(clean.numel() // clean.shape[dim], 1)
 
 
@@ -170,6 +170,7 @@ def _outputs(op: str, z: Any, x: Tensor, kind: str, dim: int) -> Tensor:
     return z
 
 
+@torch.compiler.disable  # autograd.grad, which torch.compile does not trace
 def _virtual(
     op: str,
     model: Callable[[Tensor], Tensor],
