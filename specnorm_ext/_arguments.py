@@ -109,7 +109,8 @@ def loss_of(op: str, loss: Any) -> Tensor:
         raise ValueError(
             f"{op}: expected loss to be one number, got shape {shape_of(loss)}; take its mean() or sum()"
         )
-    return loss
+    with recording():
+        return loss.reshape(())
 
 
 def function(op: str, name: str, f: Any) -> None:

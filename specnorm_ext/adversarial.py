@@ -20,11 +20,7 @@ _EMBED = "; perturb the embeddings of it"
 
 def _gradient(op: str, loss: Any, x: Tensor, name: str) -> Tensor:
     loss = loss_of(op, loss)
-    g = (
-        torch.autograd.grad(loss.reshape(()), x, allow_unused=True)[0]
-        if loss.requires_grad
-        else None
-    )
+    g = torch.autograd.grad(loss, x, allow_unused=True)[0] if loss.requires_grad else None
     if g is None:
         raise ValueError(
             f"{op}: expected the loss to depend on {name}, got one without a gradient to it"
@@ -129,7 +125,7 @@ def noise_penalty(
     samples = None if n_samples is None else count(op, "n_samples", n_samples)
     if not isinstance(loss, Tensor):
         raise TypeError(f"{op}: expected loss to be a tensor, got {type(loss).__name__}")
-    loss = loss_of(op, loss).reshape(())
+    loss = loss_of(op, loss)
     if not x.requires_grad:
         raise ValueError(
             f"{op}: expected x to require grad, got one that does not; x.requires_grad_() first"
