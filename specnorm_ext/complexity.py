@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ._arguments import floating, number, shape_of
 from .estimate import Estimate, Matrix, collect_matrices, estimate_matrices
+from .layers import SpectralLayer
 
 Norms = str | Mapping[str, Any] | Callable[[Mapping[str, Tensor]], Mapping[str, Any]]
 
@@ -82,6 +83,28 @@ def _norms(op: str, matrices: Sequence[Matrix], norms: Any) -> dict[str, float]:
     return {m.name: _number_of(op, m.name, given[m.name]) for m in matrices}
 
 
+def _layers(source: nn.Module | Mapping[str, Tensor]) -> list[Matrix]:
+    """The weights as the layers apply them: those of SpectralLinear and its kind are stored undivided by sigma."""
+    matrices = collect_matrices(source)
+    if not isinstance(source, nn.Module):
+        return matrices
+    ours = {
+        f"{prefix}.weight" if prefix else "weight": module
+        for prefix, module in source.named_modules()
+        if isinstance(module, SpectralLayer)
+    }
+    return [
+        replace(m, weight=_as_matrix(ours[m.name].normalized_weight, m.kind == "conv_transpose"))
+        if m.name in ours
+        else m
+        for m in matrices
+    ]
+
+
+def _as_matrix(x: Tensor, transposed: bool) -> Tensor:
+    return (x.movedim(1, 0) if transposed else x).flatten(1)
+
+
 def _two_one(matrix: Matrix, reference: Tensor | None) -> float:
     """Sum of the lengths of the rows of A - M, A as it acts: x -> A x. In float64."""
     w = matrix.weight
@@ -99,7 +122,7 @@ def _references(op: str, matrices: Sequence[Matrix], reference: Any) -> dict[str
         raise TypeError(
             f"{op}: expected reference to be a module or a mapping of names to tensors, got {type(reference).__name__}"
         )
-    given = {m.name: m for m in collect_matrices(reference)}
+    given = {m.name: m for m in _layers(reference)}
     found: dict[str, Tensor | None] = {}
     for m in matrices:
         other = given.get(m.name)
@@ -114,10 +137,9 @@ def _references(op: str, matrices: Sequence[Matrix], reference: Any) -> dict[str
         transposed = (
             m.kind == "conv_transpose" and other.kind != m.kind
         )  # of a mapping, kinds go by names
-        view = other.weight
-        if transposed:
-            view = view.reshape(other.shape).movedim(1, 0).flatten(1)
-        found[m.name] = view
+        found[m.name] = (
+            _as_matrix(other.weight.reshape(other.shape), True) if transposed else other.weight
+        )
     return found
 
 
@@ -138,7 +160,7 @@ def spectral_complexity(
     give an upper bound, estimates from below one from below.
 
     Args:
-        model: a module (parametrized weights as the layers use them), or a mapping of names to weights. Every tensor
+        model: a module (weights as its layers apply them), or a mapping of names to weights. Every tensor
             of rank 2 and more counts as a layer, in a chain; biases and normalization layers are outside the theorem
             and left out. Convolutions count as their kernels, flattened: for the operator pass its norms.
         norms: "estimate" (:func:`specnorm_ext.spectral_norms`, from below); a mapping of every name to a number or an
@@ -170,7 +192,7 @@ def spectral_complexity(
         raise TypeError(
             f"{op}: expected model to be a module or a mapping of names to tensors, got {type(model).__name__}"
         )
-    matrices = collect_matrices(model)
+    matrices = _layers(model)
     if not matrices:
         raise ValueError(f"{op}: expected a model with a weight of rank 2 or more, got none")
     if isinstance(lipschitz, Sequence) and not isinstance(lipschitz, str):
