@@ -143,7 +143,8 @@ def hessian_vector_product(
     Args:
         loss: one number with its graph, or a function that returns one. The graph is kept and serves every product:
             dropout has one mask throughout, and the parameters must not be written to meanwhile.
-        parameters: a tensor or several that require grad, of one device; any mix of floating-point dtypes.
+        parameters: a tensor or several that require grad, of one device; any mix of floating-point dtypes
+            (16-bit ones round every product: go to float32 for figures that matter).
         vectors: one for each parameter, of its shape.
         outputs: what the model gave and the loss was computed from; then the generalized Gauss-Newton matrix is
             multiplied with, which is positive semidefinite where the loss is convex in the outputs.

@@ -378,7 +378,8 @@ class PerturbedOptimizer:
 
     sigma are the :func:`perturbation_levels` of a running mean of the Hessian's diagonal, which :meth:`update` feeds
     (once in many steps; each costs a few Hessian-vector products). Before the first update steps are plain ones.
-    A learning rate schedule goes on the inner optimizer.
+    A learning rate schedule goes on the inner optimizer. A gradient scaler's step takes no closure: with one, write the
+    loop yourself around :func:`weight_noise`.
 
     Args:
         optimizer: any of torch's, over the parameters to be perturbed; frozen ones stay as they are.
@@ -468,9 +469,10 @@ class PerturbedOptimizer:
         with torch.no_grad():
             fresh = product.split(diagonal_of(product, samples, self.generator))
             for p, h in zip(parameters, fresh, strict=True):
-                old = self._mean.get(p)
-                share = (1 - self.decay) * h
-                self._mean[p] = share if old is None else self.decay * old + share
+                old = self._mean.get(p, torch.zeros_like(h))
+                # one bad batch is left out: it would stay in the mean for good
+                h = torch.where(h.isfinite(), h, old / self._weight if self._weight else 0)
+                self._mean[p] = self.decay * old + (1 - self.decay) * h
         self._weight = self.decay * self._weight + 1 - self.decay
 
     def levels(self) -> dict[Tensor, Tensor]:

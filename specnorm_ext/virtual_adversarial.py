@@ -195,16 +195,21 @@ def _virtual(
             True,
         )
         seed = torch.zeros_like(z, requires_grad=True)
-        back = grad(z, leaf, seed, create_graph=xi is None, allow_unused=True)[0]
-        if back is None:
-            raise ValueError(absent)
+        exact = xi is None and iterations > 0
+        if exact or iterations == 0:
+            back = grad(z, leaf, seed, create_graph=exact, allow_unused=True)[0]
+            if back is None:
+                raise ValueError(absent)
         for _ in range(iterations):
             if xi is None:
                 (jd,) = grad(back, seed, d.to(back.dtype), retain_graph=True)
                 (h,) = grad(z, leaf, _fisher(kind, clean, jd, dim), retain_graph=True)
             else:
                 r = (xi * d).requires_grad_()
-                (h,) = grad(_divergence(kind, clean, model(moved_by(leaf.detach(), r)), dim), r)
+                near = model(moved_by(leaf.detach(), r))
+                h = grad(_divergence(kind, clean, near, dim), r, allow_unused=True)[0]
+                if h is None:
+                    raise ValueError(absent)
             h = unit(h, 2, True)
             lost = (rows_of(h, True) == 0).all(1).reshape(-1, *(1,) * (x.dim() - 1))
             d = torch.where(lost, d, h)

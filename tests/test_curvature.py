@@ -10,6 +10,7 @@ from helpers import BF16, F16, F32, F64, eps_of, same_bits
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import specnorm_ext
 from specnorm_ext.curvature import (
     hessian_diagonal,
     hessian_eigenvalues,
@@ -186,6 +187,35 @@ def test_other_dtypes_are_summed_in_float32(dtype: torch.dtype) -> None:
     assert [x.dtype for x in mixed] == [F64, F64]
 
 
+def test_spectral_layers_are_differentiated_twice_with_u_and_v_held() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        specnorm_ext.SpectralLinear(3, 4), nn.Tanh(), specnorm_ext.spectral_norm(nn.Linear(4, 2))
+    ).double()
+    for _ in range(20):
+        net(torch.randn(1, 3, dtype=F64))
+    net.eval()
+    x = torch.randn(6, 3, dtype=F64)
+    params = list(net.parameters())
+
+    def gradient() -> Tensor:
+        return flat(list(torch.autograd.grad(net(x).square().mean(), params)))
+
+    v = torch.randn(sum(p.numel() for p in params), dtype=F64)
+    got = flat(hessian_vector_product(net(x).square().mean(), params, split(v, params)))
+    step, ends = 1e-4, []
+    for sign in (1, -1):
+        moved = [sign * step * part for part in split(v, params)]
+        with torch.no_grad():
+            torch._foreach_add_(params, moved)
+        ends.append(gradient())
+        with torch.no_grad():
+            torch._foreach_sub_(params, moved)
+    difference = (ends[0] - ends[1]) / (2 * step)
+    # central differences: step^2 of the third derivative, and rounding / step
+    assert (got - difference).norm() <= 1e-6 * got.norm()
+
+
 def test_autocast() -> None:
     case = Case(F32)
     exact = hessian_norm(case.loss(), case.params).value
@@ -274,10 +304,10 @@ def test_repeated_zero_and_extreme_eigenvalues(d: list[float], dtype: torch.dtyp
 
 
 def test_not_converged_says_so_and_its_residual_holds() -> None:
-    d = torch.cat([torch.linspace(1, 0.9, 300), torch.linspace(0.9, -0.5, 700)]).double()
+    d = torch.cat([torch.linspace(1, 0.9, 120), torch.linspace(0.9, -0.5, 280)]).double()
     loss, w = diagonal_loss(d)
     seen = []
-    for steps in (3, 10, 40, 300):
+    for steps in (3, 10, 40, 200):
         got = hessian_norm(loss, w, max_steps=steps, tol=1e-6)
         assert got.n_products <= steps
         value, residual = got.value, got.residuals[0].item()
@@ -371,7 +401,7 @@ def test_the_exact_diagonal(case: Case, matrices) -> None:
 
 def test_hutchinson_is_within_its_standard_error(case: Case, matrices) -> None:
     exact = matrices[0]
-    n = 400
+    n = 200
     got = flat(
         hessian_diagonal(
             case.loss(), case.params, n_samples=n, generator=torch.Generator().manual_seed(4)
@@ -470,7 +500,7 @@ def test_what_cannot_be_differentiated_twice_says_so() -> None:
     case = Case(F32)
     compiled = torch.compile(case.net, backend="aot_eager")
     loss = nn.functional.cross_entropy(compiled(case.x), case.y)
-    with pytest.raises(RuntimeError, match="double backward"):
+    with pytest.raises(RuntimeError, match="double backward|create_graph=False"):
         hessian_norm(loss, case.params)
     spent = case.loss()
     spent.backward()

@@ -304,6 +304,22 @@ def test_the_running_mean_of_the_diagonal() -> None:
     torch.testing.assert_close(ours.levels()[w], torch.full((2,), (1.75 / 0.75) ** -0.5, dtype=F64))
 
 
+def test_a_bad_batch_is_left_out_of_the_running_mean() -> None:
+    w = torch.ones(2, dtype=F64, requires_grad=True)
+    ours = PerturbedOptimizer(
+        torch.optim.SGD([w], lr=0.1), decay=0.5, eta=1.0, gamma=0.0, epsilon=1e6
+    )
+    ours.update(
+        (torch.tensor([math.nan, 2.0]) * w * w).sum()
+    )  # 0 in place of nan: no curvature is known
+    torch.testing.assert_close(ours.levels()[w], torch.tensor([1e6, 0.5], dtype=F64))
+    ours.update(2 * (w * w).sum())
+    ours.update((torch.tensor([math.inf, 2.0]) * w * w).sum())
+    # of 0, 4 and their mean, with weights 1, 2 and 4 of 7
+    first = (0 * 1 + 4 * 2 + 4 * (8 / 3)) / 7
+    torch.testing.assert_close(ours.levels()[w], torch.tensor([first**-0.5, 0.5], dtype=F64))
+
+
 def test_a_closure_that_raises_leaves_everything_as_it_was() -> None:
     net, x, y = small_net()
     ours = PerturbedOptimizer(torch.optim.SGD(net.parameters(), lr=0.1))
