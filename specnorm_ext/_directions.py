@@ -64,4 +64,5 @@ def project(delta: Tensor, epsilon: float, norm: float, per_sample: bool) -> Ten
 
 
 def moved_by(x: Tensor, delta: Tensor) -> Tensor:
-    return (x.to(delta.dtype) + delta).to(x.dtype)
+    """x + delta in the wider dtype of the two, rounded once to that of x."""
+    return (x.to(torch.promote_types(x.dtype, delta.dtype)) + delta).to(x.dtype)

@@ -4,6 +4,7 @@ adversarial training. Thin functions around a loss or a model of yours; nothing 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -354,11 +355,31 @@ def pgd(
 # ---- adversarial weights ----------------------------------------------------------------------------------------
 
 
+class _OpenBlocks(threading.local):
+    """Of :func:`perturbed` in this thread: tensors, and the versions that they should still have at the end."""
+
+    def __init__(self) -> None:
+        self.blocks: list[tuple[Sequence[Tensor], list[int]]] = []
+
+
+_open = _OpenBlocks()
+
+
+def _expect(t: Tensor, writes: int) -> None:
+    for tensors, versions in reversed(_open.blocks):
+        for i, other in enumerate(tensors):
+            if other is t:
+                versions[i] += writes
+                return
+
+
 @contextmanager
 def perturbed(
     tensors: Sequence[Tensor], change: Callable[[], object], op: str = "perturbed"
 ) -> Iterator[None]:
     """A block in which weights are changed, and after which they have their old bits again, whatever happens in it.
+
+    Blocks may be nested, on the same weights too.
 
     Args:
         tensors: leaves that ``change`` writes to; a copy of each is kept.
@@ -385,18 +406,26 @@ def perturbed(
                 f"{op}: expected an ordinary tensor, got tensor {i} made under inference_mode; clone() it outside"
             )
     touched: list[int] = []
+    entered = [t._version for t in tensors]
     with torch.inference_mode(False), torch.no_grad():
         kept = [t.detach().clone() for t in tensors]
     try:
         with torch.inference_mode(False), torch.no_grad():
             change()
         versions = [t._version for t in tensors]
-        yield
-        touched = [i for i, t in enumerate(tensors) if t._version != versions[i]]
+        _open.blocks.append((tensors, versions))
+        try:
+            yield
+            touched = [i for i, t in enumerate(tensors) if t._version != versions[i]]
+        finally:
+            _open.blocks.pop()
     finally:
         with torch.inference_mode(False), torch.no_grad():
             for t, old in zip(tensors, kept, strict=True):
                 t.copy_(old)
+        # What this block wrote is no foreign write to the one around it, nor, at its end, to those around that.
+        for t, first in zip(tensors, entered, strict=True):
+            _expect(t, t._version - first)
     if touched:
         raise RuntimeError(
             f"{op}: expected the block to leave tensor {touched[0]} alone, got a write to it, which is lost now that "

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import Loss, Parameters, choice, count, floating, number, parameters_of, shape_of
+from ._directions import moved_by
 from .adversarial import perturbed
 from .curvature import Curvature, diagonal_of, lanczos
 
@@ -122,7 +123,7 @@ def hessian_lipschitz(
 
         def move(shifts: list[Tensor] = shifts) -> None:
             for p, u in zip(tensors, shifts, strict=True):
-                p.copy_(p.to(u.dtype) + u)
+                p.copy_(moved_by(p, u))
 
         def difference(v: Tensor, move: Callable[[], None] = move) -> Tensor:
             # graphs of two places cannot live side by side: they would share the parameters
@@ -364,8 +365,7 @@ def weight_noise(
 
     def move() -> None:
         for p, s in zip(tensors, sigmas, strict=True):
-            noise = _noise(s, distribution, generator)
-            p.copy_(p.to(torch.promote_types(p.dtype, noise.dtype)) + noise)
+            p.copy_(moved_by(p, _noise(s, distribution, generator)))
 
     with perturbed(tensors, move, op):
         yield
