@@ -387,6 +387,7 @@ def perturbed(
         op: the name that messages begin with.
 
     Raises:
+        ValueError: a tensor made under inference_mode, which has no version to look at.
         RuntimeError: the block wrote to one of them itself (an optimizer's step, say), which would be lost. They have
             been restored. Backward belongs into the block, too: behind it torch finds the weights modified in place.
 
