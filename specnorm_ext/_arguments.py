@@ -1,0 +1,118 @@
+"""What adversarial.py, curvature.py, pacgen.py and complexity.py ask of their arguments, in one wording."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, SupportsFloat, SupportsIndex, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+Loss: TypeAlias = Tensor | Callable[[], Tensor]
+Parameters: TypeAlias = Tensor | Iterable[Tensor]
+
+
+def shape_of(x: Tensor) -> str:
+    return "[" + ", ".join(str(s) for s in x.shape) + "]"
+
+
+def number(
+    op: str, name: str, value: Any, low: float = 0.0, *, above: bool = False, finite: bool = True
+) -> float:
+    """`value` as a float, at least `low` (or above it)."""
+    if isinstance(value, bool | Tensor) or not isinstance(value, SupportsFloat | SupportsIndex):
+        raise TypeError(f"{op}: expected {name} to be a number, got {type(value).__name__}")
+    x = float(value)
+    if not (x > low if above else x >= low) or (finite and math.isinf(x)):
+        wanted = f"{'finite and ' if finite else ''}{'>' if above else '>='} {low:g}"
+        raise ValueError(f"{op}: expected {name} to be {wanted}, got {x:g}")
+    return x
+
+
+def count(op: str, name: str, value: Any, low: int = 1) -> int:
+    if isinstance(value, bool | Tensor) or not isinstance(value, SupportsIndex):
+        raise TypeError(f"{op}: expected {name} to be an int, got {type(value).__name__}")
+    x = value.__index__()
+    if x < low:
+        raise ValueError(f"{op}: expected {name} >= {low}, got {x}")
+    return x
+
+
+def choice(op: str, name: str, value: Any, choices: Collection[Any]) -> Any:
+    if isinstance(value, Tensor) or value not in choices:
+        wanted = " or ".join(repr(x) for x in choices)
+        raise ValueError(f"{op}: expected {name} to be {wanted}, got {value!r}")
+    return value
+
+
+def floating(op: str, name: str, x: Any, fix: str = "") -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: expected {name} to be a tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{op}: expected {name} to be floating point, got {x.dtype}{fix}")
+    return x
+
+
+def parameters_of(op: str, parameters: Any) -> list[Tensor]:
+    """The tensors to differentiate in: each once, all trainable, on one device."""
+    if isinstance(parameters, nn.Module):
+        raise TypeError(
+            f"{op}: expected parameters to be tensors, got {type(parameters).__name__}; pass its parameters()"
+        )
+    if isinstance(parameters, Tensor):
+        tensors = [parameters]
+    elif isinstance(parameters, Iterable):
+        tensors = list(parameters)
+    else:
+        raise TypeError(f"{op}: expected parameters to be tensors, got {type(parameters).__name__}")
+    if not tensors:
+        raise ValueError(f"{op}: expected at least one parameter, got an empty list")
+    seen: set[int] = set()
+    for i, p in enumerate(tensors):
+        floating(op, f"parameters[{i}]", p)
+        if not p.requires_grad:
+            raise ValueError(
+                f"{op}: expected parameters[{i}] to require grad, got a frozen one; leave it out: "
+                "[p for p in model.parameters() if p.requires_grad]"
+            )
+        if p.device != tensors[0].device:
+            raise TypeError(
+                f"{op}: expected parameters on one device, parameters[0] is on {tensors[0].device}, "
+                f"got {p.device} for parameters[{i}]"
+            )
+        if id(p) in seen:
+            raise ValueError(
+                f"{op}: expected every parameter once, got parameters[{i}] twice; a shared one counts once"
+            )
+        seen.add(id(p))
+    if not sum(p.numel() for p in tensors):
+        raise ValueError(f"{op}: expected parameters with elements, got {len(tensors)} empty ones")
+    return tensors
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Gradients are recorded, whatever the caller has switched off."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def loss_of(op: str, loss: Any) -> Tensor:
+    """The scalar loss: given, or computed now with its graph."""
+    if callable(loss) and not isinstance(loss, Tensor):
+        with recording():
+            loss = loss()
+    floating(op, "loss", loss)
+    if loss.numel() != 1:
+        raise ValueError(
+            f"{op}: expected loss to be one number, got shape {shape_of(loss)}; take its mean() or sum()"
+        )
+    with recording():
+        return loss.reshape(())
+
+
+def function(op: str, name: str, f: Any) -> None:
+    if not callable(f) or isinstance(f, Tensor):
+        raise TypeError(f"{op}: expected {name} to be a function, got {type(f).__name__}")
