@@ -207,9 +207,7 @@ def check_certified_matvec(weights: Sequence[Tensor], v: Sequence[Tensor]) -> No
         if x.device != w.device:
             raise TypeError(f"{op}: expected v[{i}] on the device of weights[{i}]")
         if x.dim() != 1 or x.shape[0] != w.shape[1]:
-            raise ValueError(
-                f"{op}: expected v[{i}] to have shape [{w.shape[1]}], got {_shape(x)}"
-            )
+            raise ValueError(f"{op}: expected v[{i}] to have shape [{w.shape[1]}], got {_shape(x)}")
 
 
 def check_krylov(

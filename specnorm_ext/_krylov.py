@@ -6,7 +6,7 @@ import torch
 from torch.autograd.graph import increment_version
 
 from ._checks import check_certified_matvec, check_krylov, raise_typed
-from ._ops import _below_inplace, _impl, _ops, _without_kernels
+from ._ops import _below_autograd, _below_inplace, _impl, _ops, _without_kernels
 
 
 @torch.library.register_fake("specnorm_ext::krylov_")
@@ -32,7 +32,15 @@ def _krylov_inplace(keyset, weights, basis, projected, units, *rest):
 
 _impl.impl("krylov_", torch.library.fallthrough_kernel, "Autograd")
 _impl.impl("krylov_", _krylov_inplace, "ADInplaceOrView", with_keyset=True)
-_impl.impl("certified_matvec", torch.library.fallthrough_kernel, "Autograd")
+
+
+def _certified_matvec_typed(keyset, weights, v):
+    try:
+        return _ops.certified_matvec.default.redispatch(keyset & _below_autograd, weights, v)
+    except RuntimeError as error:
+        raise_typed(error)
+
+
+_impl.impl("certified_matvec", _certified_matvec_typed, "Autograd", with_keyset=True)
 for _name in ("krylov_", "certified_matvec"):
     _impl.impl(_name, _without_kernels(_name), "CompositeExplicitAutograd")
-

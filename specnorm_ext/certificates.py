@@ -23,13 +23,14 @@ def _gamma(k: int) -> float:
     return k * _U / (1 - k * _U)
 
 
-def _wide(weight: Tensor) -> tuple[Tensor, float]:
-    """unit W in float64, the transposed if that is wide, with max |.| in [1/2, 1), and the unit; zeros as they are."""
+def _wide(weight: Tensor) -> tuple[Tensor, int]:
+    """unit W in float64, the transposed if that is wide, with max |.| in [1/2, 1), and the unit's logarithm; zeros as
+    they are."""
     w = weight.detach()
     w = (w if w.shape[0] <= w.shape[1] else w.mT).double()
     top = w.abs().amax().item()
     if not 0 < top < math.inf:
-        return w, 1.0
+        return w, 0
     # in two steps: a power of two may be out of range where W's entries are not
     shift = -math.frexp(top)[1]
     half = shift // 2
@@ -65,23 +66,12 @@ def _largest_eigenvalue(g: Tensor) -> float:
     if r <= 128:
         return float(torch.linalg.eigvalsh(full)[-1])
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(r, krylov.block_size(r, r), generator=generator, dtype=torch.float64).to(g.device)
+    start = torch.randn(r, krylov.block_size(r, r), generator=generator, dtype=torch.float64).to(
+        g.device
+    )
     run = krylov.new_run(0, start)
 
-    def expand(runs: Sequence[krylov.Run], steps: int) -> None:
-        units = torch.tensor([runs[0].unit], dtype=torch.float64, device=g.device)
-        torch.ops.specnorm_ext.krylov_(
-            [full],
-            [run.basis],
-            [run.projected],
-            units,
-            [run.filled],
-            run.columns,
-            steps,
-        )
-        run.unit = units.item()
-
-    krylov.leading([run], expand, 1e-10, 200, lambda *_: None)
+    krylov.leading([run], krylov.expand_matrices({0: full}), 1e-10, 200, lambda *_: None)
     return run.values[0] / run.unit if run.values else math.inf
 
 
@@ -101,7 +91,7 @@ def cholesky_bound(weight: Tensor) -> float:
         weight: [m, n], float32, float64, bfloat16 or float16.
 
     Returns:
-        the bound, a float; nan for a matrix that holds NaN or Inf. r^2 l + r^3 / 3 operations, and r^2 numbers of memory.
+        the bound, a float; nan for a matrix that holds NaN or Inf. r^2 l + r^3 / 3 operations, r^2 numbers of memory.
 
     Source: Rump, "Verification of positive definiteness", BIT 2006; Higham, "Accuracy and Stability of Numerical
     Algorithms", theorem 10.5.
@@ -130,17 +120,15 @@ def cholesky_bound(weight: Tensor) -> float:
     return _up(_scaled_back(math.sqrt(square), shift))
 
 
-def gram_bounds(
-    weights: Sequence[Tensor], n_iterations: int = GRAM_ITERATIONS
-) -> list[float]:
+def gram_bounds(weights: Sequence[Tensor], n_iterations: int = GRAM_ITERATIONS) -> list[float]:
     r"""Upper bounds of :math:`\sigma_1(W_i)` by Gram iteration, matrices of one shape in one batch.
 
     .. math:: A_0 = W W^T,\quad A_{t+1} = (A_t / |A_t|_F)^2,\quad \sigma_1^2 \le |A_0|_F \prod_t |A_t|_F^{1 / 2^t}
 
     at every t, and with equality in the limit: the excess is at most r^(1 / 2^(t + 2)) - 1. In float64, each product
     is off by at most gamma_r times the squared Frobenius norm of its factor. The error e of A_t, in the Frobenius norm,
-    is carried along: for a factor A of Frobenius norm 1, and 2-norm at most s = min(1, its largest row sum, |A^2|_F^(1/2)),
-    e' = 2 s e + 3 e^2 + gamma_r + 4u. |A_t|_F + e_t stands in place of |A_t|_F.
+    is carried along: for a factor A of Frobenius norm 1, and 2-norm at most s, the least of 1, its largest row sum and
+    |A^2|_F^(1/2), e' = 2 s e + 3 e^2 + gamma_r + 4u. |A_t|_F + e_t stands in place of |A_t|_F.
 
     Args:
         weights: matrices [m, n] on one device.

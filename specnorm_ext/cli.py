@@ -55,6 +55,9 @@ Only the data goes to standard output; notes, the progress bar and errors go to 
 
 Exit codes: 0 every matrix converged to --tol; 1 some did not, or hold NaN or Inf (their value is \
 printed as a lower bound, or nan); 2 the file cannot be read, or a wrong option.
+
+With --certified each norm comes between two bounds that are proofs, rounding included (Rump 2006): \
+columns lower and upper, which in JSON and CSV are always there; upper is null, or inf, without it.
 """
 
 
@@ -72,6 +75,7 @@ class ReportOptions:
     exclude: tuple[str, ...] = ()
     json: bool = False
     csv: bool = False
+    certified: bool = False
     plot: Path | None = None
     threads: int | None = None
     progress: bool = True
@@ -134,7 +138,11 @@ def run_report(options: ReportOptions) -> int:
             torch.set_num_threads(options.threads)
         with _ProgressBar(options.progress) as bar:
             estimates = estimate_matrices(
-                matrices, tol=options.tol, max_reads=options.max_reads, progress=bar.update
+                matrices,
+                tol=options.tol,
+                max_reads=options.max_reads,
+                certified=options.certified,
+                progress=bar.update,
             )
             rows = _report.make_rows(matrices, estimates)
     finally:
@@ -442,6 +450,14 @@ def build_app() -> "typer.Typer":
         ] = None,
         as_json: Annotated[bool, typer.Option("--json", help="print a JSON list")] = False,
         as_csv: Annotated[bool, typer.Option("--csv", help="print CSV")] = False,
+        certified: Annotated[
+            bool,
+            typer.Option(
+                "--certified",
+                help="a lower and a proved upper bound for each norm, rounding included; a few seconds for "
+                "each 4096 x 4096 matrix",
+            ),
+        ] = False,
         plot: Annotated[
             Path | None,
             typer.Option(help="draw sigma by layer to this .png, .pdf or .svg", metavar="PATH"),
@@ -464,6 +480,7 @@ def build_app() -> "typer.Typer":
             exclude=tuple(exclude or ()),
             json=as_json,
             csv=as_csv,
+            certified=certified,
             plot=plot,
             threads=threads,
             progress=not no_progress,

@@ -5,27 +5,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ._arguments import floating, number, shape_of
-from .estimate import Estimate, Matrix, collect_matrices, estimate_matrices
-from .layers import SpectralLayer
+from .estimate import Estimate, estimate_matrices
+from .matrices import Matrix, collect_matrices
 
 Norms = str | Mapping[str, Any] | Callable[[Mapping[str, Tensor]], Mapping[str, Any]]
 
 
-def _estimated(matrices: Sequence[Matrix]) -> dict[str, Any]:
-    estimates = estimate_matrices(matrices)
-    return {m.name: e for m, e in zip(matrices, estimates, strict=True)}
+def _estimated(matrices: Sequence[Matrix]) -> dict[str, Estimate]:
+    """The norms from below."""
+    return {m.name: e for m, e in zip(matrices, estimate_matrices(matrices), strict=True)}
 
 
-# What `norms` may be called. A way to certified norms is added here: a function of the matrices, giving for each name
-# a number or an Estimate, whose upper bound is used where it is finite.
-NORMS: dict[str, Callable[[Sequence[Matrix]], Mapping[str, Any]]] = {"estimate": _estimated}
+def _certified(matrices: Sequence[Matrix]) -> dict[str, Estimate]:
+    """The norms from above."""
+    found = estimate_matrices(matrices, certified=True)
+    return {m.name: e for m, e in zip(matrices, found, strict=True)}
+
+
+# What `norms` may be called: functions of the matrices that give for each name a number or an Estimate, whose upper
+# bound is used where it is finite.
+NORMS: dict[str, Callable[[Sequence[Matrix]], Mapping[str, Any]]] = {
+    "estimate": _estimated,
+    "certified": _certified,
+}
 
 
 @dataclass(frozen=True)
@@ -83,24 +92,6 @@ def _norms(op: str, matrices: Sequence[Matrix], norms: Any) -> dict[str, float]:
     return {m.name: _number_of(op, m.name, given[m.name]) for m in matrices}
 
 
-def _layers(source: nn.Module | Mapping[str, Tensor]) -> list[Matrix]:
-    """The weights as the layers apply them: those of SpectralLinear and its kind are stored undivided by sigma."""
-    matrices = collect_matrices(source)
-    if not isinstance(source, nn.Module):
-        return matrices
-    ours = {
-        f"{prefix}.weight" if prefix else "weight": module
-        for prefix, module in source.named_modules()
-        if isinstance(module, SpectralLayer)
-    }
-    return [
-        replace(m, weight=_as_matrix(ours[m.name].normalized_weight, m.kind == "conv_transpose"))
-        if m.name in ours
-        else m
-        for m in matrices
-    ]
-
-
 def _as_matrix(x: Tensor, transposed: bool) -> Tensor:
     return (x.movedim(1, 0) if transposed else x).flatten(1)
 
@@ -122,7 +113,7 @@ def _references(op: str, matrices: Sequence[Matrix], reference: Any) -> dict[str
         raise TypeError(
             f"{op}: expected reference to be a module or a mapping of names to tensors, got {type(reference).__name__}"
         )
-    given = {m.name: m for m in _layers(reference)}
+    given = {m.name: m for m in collect_matrices(reference)}
     found: dict[str, Tensor | None] = {}
     for m in matrices:
         other = given.get(m.name)
@@ -163,7 +154,8 @@ def spectral_complexity(
         model: a module (weights as its layers apply them), or a mapping of names to weights. Every tensor
             of rank 2 and more counts as a layer, in a chain; biases and normalization layers are outside the theorem
             and left out. Convolutions count as their kernels, flattened: for the operator pass its norms.
-        norms: "estimate" (:func:`specnorm_ext.spectral_norms`, from below); a mapping of every name to a number or an
+        norms: "estimate" (:func:`specnorm_ext.spectral_norms`, from below); "certified" (upper bounds that are proofs);
+            a mapping of every name to a number or an
             :class:`specnorm_ext.Estimate`, whose upper bound is used where it is finite; or a function from the mapping
             of names to matrices [m, n] to such a mapping.
         reference: M, with the same names and shapes (a copy of the model at initialization, its state dict); 0 where
@@ -192,7 +184,7 @@ def spectral_complexity(
         raise TypeError(
             f"{op}: expected model to be a module or a mapping of names to tensors, got {type(model).__name__}"
         )
-    matrices = _layers(model)
+    matrices = collect_matrices(model)
     if not matrices:
         raise ValueError(f"{op}: expected a model with a weight of rank 2 or more, got none")
     if isinstance(lipschitz, Sequence) and not isinstance(lipschitz, str):

@@ -9,11 +9,13 @@ its best Ritz vectors (Wu and Simon, "Thick-restart Lanczos", SIMAX 2000).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from . import reference
 
 CAPACITY = 96  # vectors of a basis before it is restarted
 
@@ -183,9 +185,56 @@ def _steps_to(rtol: float, before: list[float], now: list[float], steps: int) ->
     return max(1, min(4, math.ceil(0.75 * wanted / decay))) if 4 * decay > wanted else 4
 
 
+Expand = Callable[[Sequence[Run], int], None]
+
+
+def expand_operator(apply: Callable[[Tensor], Tensor]) -> Expand:
+    """For the runs of one symmetric operator A: `apply` takes rows X [b, n] to X A. Finite A only; unit 1."""
+
+    def expand(runs: Sequence[Run], steps: int) -> None:
+        for run in runs:
+            filled = run.filled
+            if filled == 0:
+                reference.krylov_start(run.basis, run.columns)
+                filled = run.columns
+            for _ in range(steps):
+                reference.krylov_block(apply, run.basis, run.projected, filled, run.columns)
+                filled += run.columns
+            run.unit = 1.0
+
+    return expand
+
+
+def expander(op: Callable[..., None]) -> Callable[[Mapping[int, Tensor]], Expand]:
+    """`op`, krylov_ or its twin, for runs whose matrices are found under their indices."""
+
+    def expand_matrices(weights: Mapping[int, Tensor]) -> Expand:
+        def expand(runs: Sequence[Run], steps: int) -> None:
+            device = runs[0].basis.device
+            units = torch.tensor([r.unit for r in runs], dtype=torch.float64, device=device)
+            op(
+                [weights[r.index] for r in runs],
+                [r.basis for r in runs],
+                [r.projected for r in runs],
+                units,
+                [r.filled for r in runs],
+                runs[0].columns,
+                steps,
+            )
+            for run, unit in zip(runs, units.tolist(), strict=True):
+                run.unit = unit
+
+        return expand
+
+    return expand_matrices
+
+
+expand_matrices = expander(torch.ops.specnorm_ext.krylov_)
+
+
 def leading(
     runs: Sequence[Run],
-    expand: Callable[[Sequence[Run], int], None],
+    expand: Expand,
     rtol: float,
     max_reads: int,
     done: Callable[[Run, bool], None],
@@ -242,4 +291,13 @@ def _look(
     return remaining
 
 
-__all__ = ["CAPACITY", "Run", "block_size", "leading", "new_run"]
+__all__ = [
+    "CAPACITY",
+    "Expand",
+    "Run",
+    "block_size",
+    "expand_matrices",
+    "expand_operator",
+    "leading",
+    "new_run",
+]

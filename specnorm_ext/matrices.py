@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ._checks import DTYPES
+from .layers import SpectralLayer
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ def _tensors_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
         for name, x in module.named_parameters(recurse=False):
             if id(x) not in seen:
                 seen.add(id(x))
+                if name == "weight" and isinstance(module, SpectralLayer):
+                    x = module.normalized_weight  # what the layer multiplies with
                 yield f"{prefix}.{name}" if prefix else name, module, x
         if not parametrize.is_parametrized(module):
             continue
@@ -108,9 +111,9 @@ def collect_matrices(source: nn.Module | Mapping[str, Tensor] | Sequence[Tensor]
     """Every float32, float64, bfloat16 or float16 tensor of rank 2 and more, as a matrix [m, n].
 
     Args:
-        source: a module (parametrized weights as the layers use them, in eval; shared parameters once), a state dict
-            or any mapping of names to tensors (u and v of spectral norm left out), or a sequence of tensors, named
-            "0", "1", ...
+        source: a module (normalized and parametrized weights as the layers use them, in eval; shared parameters
+            once), a state dict or any mapping of names to tensors (u and v of spectral norm left out), or a sequence
+            of tensors, named "0", "1", ...
 
     Raises:
         TypeError: another kind of source.

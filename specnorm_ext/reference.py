@@ -224,8 +224,12 @@ def krylov_(
         if rows == 0:
             krylov_start(q, columns)
             rows = columns
+
+        def apply(y: Tensor, x: Tensor = x) -> Tensor:
+            return (y @ x.mT) @ x
+
         for _ in range(steps):
-            krylov_block(lambda y, x=x: (y @ x.mT) @ x, q, h, rows, columns)
+            krylov_block(apply, q, h, rows, columns)
             rows += columns
         units[i] = torch.where(finite, unit, torch.nan)
 

@@ -50,6 +50,8 @@ COLUMNS = (
     "stable_rank",
     "reads",
     "converged",
+    "lower",
+    "upper",
 )
 
 # Their spectral norm is that of the kernel laid out as one matrix, as torch's spectral_norm does:
@@ -70,6 +72,7 @@ _BAD = "#B00020"
 _INK = "#333333"
 
 _CHUNK = 1 << 20  # elements taken to float64 at a time: 8 MiB, about a second-level cache
+_BRACKET_DIGITS = 6  # of bounds
 _NAMED_ROWS = 64  # up to here the picture has room for every name
 
 
@@ -77,7 +80,8 @@ _NAMED_ROWS = 64  # up to here the picture has room for every name
 class Row:
     """One matrix of the report.
 
-    ``sigma`` is the estimate and ``lower`` a norm that some vector attains; ``stable_rank`` is
+    ``sigma`` is the estimate, ``lower`` a norm that some vector attains and ``upper`` a proved bound, or
+    inf where none was asked for; ``stable_rank`` is
     ``(frobenius / sigma)^2``, 0 for a zero matrix. ``converged`` is False for an estimate that
     missed the tolerance, and always where ``sigma`` is not finite.
     """
@@ -92,6 +96,7 @@ class Row:
     reads: int
     converged: bool
     lower: float
+    upper: float = math.inf
 
     @property
     def flattened(self) -> bool:
@@ -138,7 +143,7 @@ def make_rows(matrices: Sequence[Matrix], estimates: Sequence[Estimate]) -> list
     rows = []
     for matrix, estimate in zip(matrices, estimates, strict=True):
         frobenius = frobenius_norm(matrix.weight)
-        sigma = estimate.value
+        sigma = float(estimate.value)
         rows.append(
             Row(
                 name=matrix.name,
@@ -151,6 +156,7 @@ def make_rows(matrices: Sequence[Matrix], estimates: Sequence[Estimate]) -> list
                 reads=estimate.n_reads,
                 converged=estimate.converged and math.isfinite(sigma),
                 lower=estimate.lower,
+                upper=estimate.upper,
             )
         )
     return rows
@@ -191,7 +197,7 @@ def to_json(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
         record = {column: getattr(row, column) for column in COLUMNS}
-        for column in ("sigma", "frobenius", "stable_rank"):
+        for column in ("sigma", "frobenius", "stable_rank", "lower", "upper"):
             if not math.isfinite(record[column]):
                 record[column] = None
         lines.append("  " + json.dumps(record, allow_nan=False))
@@ -213,11 +219,14 @@ def to_csv(rows: Sequence[Row]) -> str:
 
 
 def to_table(rows: Sequence[Row], digits: int = 4) -> Table:
-    """A rich table; an unconverged value is shown only as the bound that it is."""
+    """A rich table; an unconverged value is shown only as the bound that it is. Where upper bounds were asked for,
+    the bracket has two columns of its own, rounded outwards."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
+    certified = any(math.isfinite(row.upper) for row in rows)
+    bracket = (("lower", "right"), ("upper", "right")) if certified else ()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("name", overflow="fold", min_width=20)
     for heading, justify in (
@@ -225,6 +234,7 @@ def to_table(rows: Sequence[Row], digits: int = 4) -> Table:
         ("dtype", "left"),
         ("kind", "left"),
         ("sigma", "right"),
+        *bracket,
         ("Frobenius", "right"),
         ("stable rank", "right"),
         ("reads", "right"),
@@ -240,6 +250,11 @@ def to_table(rows: Sequence[Row], digits: int = 4) -> Table:
             Text(row.dtype),
             Text(_kind_text(row.kind)),
             Text(_sigma_text(row, digits), style=style),
+            *(
+                Text(_bound_text(bound, max(digits, _BRACKET_DIGITS), upwards))
+                for bound, upwards in ((row.lower, False), (row.upper, True))
+                if certified
+            ),
             Text(_number_text(row.frobenius, digits)),
             Text(_stable_rank_text(row, digits)),
             Text(str(row.reads)),

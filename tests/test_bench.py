@@ -421,9 +421,7 @@ def wrong_norms(monkeypatch, factor):
 
     def wrong(*args, **kwargs):
         found = right(*args, **kwargs)
-        return {
-            name: dataclasses.replace(e, value=e.value * factor) for name, e in found.items()
-        }
+        return {name: dataclasses.replace(e, value=e.value * factor) for name, e in found.items()}
 
     monkeypatch.setattr(specnorm_ext, "spectral_norms", wrong)
 

@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import math
+import re
 import os
 import subprocess
 import sys
@@ -580,3 +581,22 @@ def test_stable_rank_of_a_hopeless_estimate():
     assert math.isnan(report._stable_rank(1.0, 0.0))
     text = report._stable_rank_text(row(converged=False, lower=0.0), 4)
     assert text == "unknown"
+
+
+def test_certified_gives_brackets(file, weights) -> None:
+    result = run("report", file, "--json", "--certified")
+    assert result.exit_code == 0
+    plain = json.loads(run("report", file, "--json").stdout)
+    del weights["bias"]
+    for record, without, weight in zip(
+        json.loads(result.stdout), plain, weights.values(), strict=True
+    ):
+        sigma = true_sigma(weight)
+        # float64 SVDs themselves are good to a few eps
+        assert record["lower"] <= sigma * (1 + 1e-14)
+        assert sigma * (1 - 1e-14) <= record["upper"] <= sigma * (1 + 1e-7)
+        assert without["upper"] is None
+        assert without["lower"] == pytest.approx(record["lower"])
+    text = run("report", file, "--certified").stdout
+    assert re.search(r"sigma\s+lower\s+upper\s+Frobenius", text)
+    assert "upper" not in run("report", file).stdout

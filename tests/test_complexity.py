@@ -11,7 +11,6 @@ from helpers import BF16, DTYPES, F32, F64, eps_of, norm
 from torch import Tensor, nn
 
 import specnorm_ext
-from specnorm_ext import complexity
 from specnorm_ext.complexity import (
     margin_distribution,
     margins,
@@ -77,7 +76,7 @@ def test_certified_norms_are_taken_by_their_upper_bound() -> None:
 
     def bounds(weights) -> dict[str, specnorm_ext.Estimate]:
         return {
-            k: specnorm_ext.Estimate(norm(w), norm(w), 1.5 * norm(w), 1, True, "test")
+            k: specnorm_ext.Estimate(norm(w), norm(w), 1.5 * norm(w), None, None, 1, True, "test")
             for k, w in weights.items()
         }
 
@@ -85,23 +84,25 @@ def test_certified_norms_are_taken_by_their_upper_bound() -> None:
     assert got.norms == {k: 1.5 * v for k, v in exact.items()}
     assert got.value > spectral_complexity(net, norms=exact).value
     open_ended = {
-        k: specnorm_ext.Estimate(v, v, math.inf, 1, True, "test") for k, v in exact.items()
+        k: specnorm_ext.Estimate(v, v, math.inf, None, None, 1, True, "test")
+        for k, v in exact.items()
     }
     assert spectral_complexity(net, norms=open_ended).norms == exact
     tensors = {k: torch.tensor(v, dtype=F64) for k, v in exact.items()}
     assert spectral_complexity(net, norms=tensors).norms == exact
 
 
-def test_the_hook_for_ways_to_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_certified_norms_bound_the_complexity_from_above() -> None:
     net = relu_net()
     with pytest.raises(
-        ValueError, match="spectral_complexity: expected norms to be 'estimate', a mapping"
+        ValueError,
+        match="spectral_complexity: expected norms to be 'estimate' or 'certified', a mapping",
     ):
-        spectral_complexity(net, norms="certified")
-    monkeypatch.setitem(
-        complexity.NORMS, "certified", lambda ms: {m.name: norm(m.weight) for m in ms}
-    )
-    assert spectral_complexity(net, norms="certified").norms == norms_of(net)
+        spectral_complexity(net, norms="certain")
+    below, above = (spectral_complexity(net, norms=kind) for kind in ("estimate", "certified"))
+    exact = spectral_complexity(net, norms=norms_of(net))
+    assert below.value <= exact.value * (1 + 1e-12)
+    assert exact.value * (1 - 1e-12) <= above.value <= exact.value * (1 + 1e-6)
 
 
 def test_the_product_of_the_norms_bounds_the_slope_of_a_relu_network() -> None:
