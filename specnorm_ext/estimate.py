@@ -19,6 +19,7 @@ CERTIFICATES = ("cholesky", "gram", "probabilistic")
 Certified = bool | Literal["cholesky", "gram", "probabilistic"]
 
 _UNIT = 2.0**-53
+_SMALL = 32  # min(m, n) up to which method="auto" computes the whole spectrum
 _COPIES = 1 << 30  # bytes of copies in a wider dtype that are held at a time
 
 
@@ -347,8 +348,9 @@ def _estimate_list(
             continue
         method = options.method
         if method == "auto":
-            # a basis of many vectors costs more than the whole spectrum
-            method = "gram" if options.k > max(8, min(w.shape) // 4) else "krylov"
+            # the whole spectrum costs less than a basis of as many vectors, or than a few looks at one
+            whole = min(w.shape) <= _SMALL or options.k > max(8, min(w.shape) // 4)
+            method = "gram" if whole and options.certified != "probabilistic" else "krylov"
         dtype = _working_dtype(method, w.dtype, options.rtol)
         columns = _columns(method, w, options.k)
         groups.setdefault((method, w.device, dtype, columns), []).append(i)
@@ -518,8 +520,8 @@ def estimate(
     Args:
         weight: a matrix [m, n], or a list of them: any mix of shapes, strides, dtypes (float32, float64, bfloat16,
             float16) and devices.
-        method: "auto" or "krylov" (block Lanczos; "auto" takes "gram" for k of more than a quarter of the
-            spectrum), "lanczos" (one vector), "power" (power iteration), "subspace" (with 4 columns), "gram"
+        method: "auto" or "krylov" (block Lanczos; "auto" takes "gram" for matrices of rank 32 and less, and for k of
+            more than a quarter of the spectrum), "lanczos" (one vector), "power" (power iteration), "subspace" (with 4 columns), "gram"
             (eigenvalues of the smaller Gram matrix, in float64: min(m, n)^3 operations).
         rtol: relative error to reach, in (0, 1), as estimated from residuals. Below 1e-6 (for "power" 2e-3, for
             "subspace" 1e-3) 32- and 16-bit matrices are copied to float64.

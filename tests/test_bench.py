@@ -299,12 +299,14 @@ def test_wrong_options(harness, tmp_path, capsys):
         ("bench_power_iteration", "power_iteration", "b = 4"),
         ("bench_power_iteration", "power_iteration", "bfloat16"),
         ("bench_power_iteration", "power_iteration", "SN-GAN"),
+        ("bench_estimate", "estimate", "512 x 4608"),
+        ("bench_estimate", "estimate", "all-MiniLM"),
         ("bench_layers", "layers", "32 x 32"),
         ("bench_layers", "layers", "backward"),
     ],
 )
 def test_quick_run_writes_json_and_picture(name, file, only, tmp_path, capsys):
-    if name == "bench_power_iteration":
+    if name != "bench_layers":
         pytest.importorskip("scipy")
     assert run_quick(name, tmp_path, "--only", only) == 0
     saved = json.loads((tmp_path / f"{file}.json").read_text())

@@ -7,8 +7,8 @@ import importlib
 import io
 import json
 import math
-import re
 import os
+import re
 import subprocess
 import sys
 import time
