@@ -8,6 +8,10 @@ or eval. Our layers iterate once more for this forward in training, as for every
 Under autocast the forward and backward of the critic run as autocast has it; interpolation, norms and the mean are
 taken in float32 (float64 for float64 inputs). Gradients of float16 products may underflow inside the critic, where no
 GradScaler helps: run these in float32, inside ``torch.autocast(device, enabled=False)``, or use bfloat16.
+
+torch.compile cannot differentiate twice what it has compiled. So in a compiled step the penalties on inputs are left to
+Python, and the critic with them, while the rest stays compiled; around a critic that is compiled itself they give the
+value, and torch's error in backward.
 """
 
 from __future__ import annotations
@@ -108,6 +112,7 @@ def _conditions(given: Any) -> Sequence[Any]:
     return given if isinstance(given, (tuple, list)) else (given,)
 
 
+@torch.compiler.disable
 def gradient_penalty(
     critic: Callable[..., Tensor],
     real: Tensor | None,
@@ -152,8 +157,7 @@ def gradient_penalty(
         ValueError: real and fake of different shapes, no sample, an output that is not one number for each sample or
             does not depend on x, a negative target or coefficient, an unknown sampling.
 
-    A graph of the gradient asks for a critic that can be differentiated twice: of recurrent layers on CUDA, that is
-    without cuDNN. Under torch.compile this is a graph break; compile the critic instead.
+    The critic must allow differentiation twice: recurrent layers on CUDA do so without cuDNN.
 
     Source: Gulrajani et al., "Improved Training of Wasserstein GANs", NIPS 2017, equation 3; one-sided: Petzka, Fischer
     and Lukovnicov, "On the Regularization of Wasserstein GANs", ICLR 2018; zero-centered: Thanh-Tung, Tran
@@ -271,6 +275,7 @@ def r2_penalty(
     return _centered("r2_penalty", "fake", critic, fake, conditions, coefficient)
 
 
+@torch.compiler.disable
 def _centered(
     op: str,
     name: str,
@@ -286,6 +291,7 @@ def _centered(
         return _squared_norms(g).mean() * (coefficient / 2)
 
 
+@torch.compiler.disable
 def input_gradient_penalty(
     model: Callable[[Tensor], Any],
     inputs: Tensor,
