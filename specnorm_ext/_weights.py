@@ -90,35 +90,30 @@ def as_matrix(x: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class Found:
-    """One weight of a model, or a tensor that was given."""
+    """One weight of a model."""
 
     name: str
     kind: str
-    module: nn.Module | None  # that holds the weight, by the name `key`
+    module: nn.Module  # that holds the weight, by the name `key`
     key: str
-    given: Tensor | None = None
+    is_computed: bool  # by a parametrization, anew at each access
     state: SpectralState | None = None
 
     @property
     def dim(self) -> int:
         return 1 if self.kind == "conv_transpose" else 0
 
-    @property
-    def is_computed(self) -> bool:
-        """Whether a parametrization makes the weight anew at each access."""
-        return self.module is not None and parametrize.is_parametrized(self.module, self.key)
-
     def now(self) -> Tensor | None:
-        if self.module is None:
-            return self.given
-        x = getattr(self.module, self.key, None)
+        module = self.module
+        x = module._parameters.get(self.key)
+        if x is None:
+            x = getattr(module, self.key, None)
         return x if isinstance(x, Tensor) else None
 
     def trains(self, weight: Tensor) -> bool:
         """Whether a gradient of the weight would move anything, also while none is recorded."""
         if not self.is_computed:
             return weight.requires_grad
-        assert self.module is not None
         lists: Any = self.module.parametrizations
         return any(p.requires_grad for p in lists[self.key].parameters())
 
@@ -168,7 +163,7 @@ def find(op: str, model: nn.Module, select: Select) -> list[Found]:
             continue
         kind = _kind_by_module(module, x)
         if takes(_matrix(name, x, kind)):
-            found.append(Found(name, kind, module, key))
+            found.append(Found(name, kind, module, key, parametrize.is_parametrized(module, key)))
     return found
 
 
@@ -358,28 +353,30 @@ class Tracked(nn.Module):
 
 
 def _fits(state: SpectralState, matrix: Tensor) -> bool:
-    return (state._u.shape[0], state._v.shape[0]) == tuple(matrix.shape)
+    # by _buffers, here and below: an attribute of a module is slow to read, and each call reads those of every weight
+    u, v = state._buffers["_u"], state._buffers["_v"]
+    assert u is not None
+    assert v is not None
+    return (u.shape[0], v.shape[0]) == matrix.shape
 
 
 def _pair(
     state: SpectralState, weight: Tensor, matrix: Tensor, computed: bool
 ) -> tuple[Tensor, Tensor]:
     """u and v beside this weight: on its device, and looked at after loading; in eval after every change."""
-    u = state._u
+    u, v = state._buffers["_u"], state._buffers["_v"]
+    assert u is not None
+    assert v is not None
     if u.dtype != state_dtype(weight.dtype) or u.device != weight.device:
-        state.place(weight)
-    if is_plain(weight):
-        book = state._book
-        # what a parametrization computes is another tensor each time
-        looks = not state.training and not computed
-        if (
-            book.unseeded
-            or book.unverified
-            or (looks and book.seen != state._eye(weight, state._u, state._v))
-        ):
-            state.verify([matrix.detach()])
-            book.seen = state._eye(weight, state._u, state._v)
-    return state._u, state._v
+        u, v = state.place(weight)
+    book = state._book
+    new = book.unseeded or book.unverified
+    # what a parametrization computes is another tensor each time
+    looks = not (new or state.training or computed)
+    if (new or looks) and is_plain(weight) and (new or book.seen != state._eye(weight, u, v)):
+        state.verify([matrix.detach()])
+        book.seen = state._eye(weight, u, v)
+    return u, v
 
 
 def _insert(root: nn.Module, name: str, state: SpectralState) -> None:
