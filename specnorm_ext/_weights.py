@@ -113,7 +113,8 @@ class Found:
     def trains(self, weight: Tensor) -> bool:
         """Whether a gradient of the weight would move anything, also while none is recorded."""
         if not self.is_computed:
-            return weight.requires_grad
+            # what functional_call and torch.func put in a parameter's place is there to be used
+            return weight.requires_grad or not isinstance(weight, nn.Parameter)
         lists: Any = self.module.parametrizations
         return any(p.requires_grad for p in lists[self.key].parameters())
 

@@ -11,13 +11,14 @@ GradScaler helps: run these in float32, inside ``torch.autocast(device, enabled=
 
 torch.compile cannot differentiate twice what it has compiled. So in a compiled step the penalties on inputs are left to
 Python, and the critic with them, while the rest stays compiled; around a critic that is compiled itself they give the
-value, and torch's error in backward.
+value, and torch's error in backward. They run inside torch.func transforms (where an output that does not depend on
+the input is not noticed), but for :func:`parameter_gradient_penalty`, whose loss is made outside of it.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -56,14 +57,7 @@ def _samples(op: str, name: str, x: Any) -> Tensor:
     return x
 
 
-def _leaf(x: Tensor) -> Tensor:
-    """The values of x, for a gradient of their own."""
-    # what was made under inference_mode cannot be saved for a backward
-    x = x.clone() if x.is_inference() else x.detach()
-    return x.requires_grad_()
-
-
-def _one_number_each(op: str, what: str, y: Any, batch: int, fix: str) -> Tensor:
+def _check_output(op: str, what: str, y: Any, batch: int, fix: str) -> None:
     if not isinstance(y, Tensor):
         raise TypeError(f"{op}: expected {what} to be a tensor, got {type(y).__name__}")
     if y.dim() < 1 or y.shape[0] != batch or y.numel() != batch:
@@ -71,14 +65,25 @@ def _one_number_each(op: str, what: str, y: Any, batch: int, fix: str) -> Tensor
             f"{op}: expected {what} to hold one number for each sample, shape [{batch}] or [{batch}, 1], got "
             f"{list(y.shape)}; {fix}"
         )
-    return y
 
 
-def _gradient(op: str, what: str, y: Tensor, x: Tensor, graph: bool) -> Tensor:
-    """d sum(y) / dx, [batch, elements], float32 or wider."""
-    found = None
-    if y.requires_grad:
-        (found,) = torch.autograd.grad(y.sum(), x, create_graph=graph, allow_unused=True)
+def _gradient(
+    op: str, what: str, function: Callable[[Tensor], Tensor], x: Tensor, fix: str, graph: bool
+) -> Tensor:
+    """Of sum(function(x)) for x: [batch, elements], float32 or wider. `what` and `fix`: for messages, its output."""
+    if torch._C._are_functorch_transforms_active():
+        # no leaf can be made there
+        y, pull = torch.func.vjp(function, x.detach())[:2]
+        _check_output(op, what, y, x.shape[0], fix)
+        (found,) = pull(torch.ones_like(y))
+    else:
+        # what was made under inference_mode cannot be saved for a backward
+        leaf = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
+        y = function(leaf)
+        _check_output(op, what, y, x.shape[0], fix)
+        found = None
+        if y.requires_grad:
+            (found,) = torch.autograd.grad(y.sum(), leaf, create_graph=graph, allow_unused=True)
     if found is None:
         raise ValueError(
             f"{op}: expected {what} to depend on its input, got one without a gradient path to it; look for detach(), "
@@ -100,16 +105,11 @@ def _distances(g: Tensor, target: float, one_sided: bool) -> Tensor:
 
 
 def _critic_gradient(
-    op: str, critic: Callable[..., Tensor], x: Tensor, conditions: Sequence[Any], graph: bool
+    op: str, critic: Callable[..., Tensor], x: Tensor, conditions: Any, graph: bool
 ) -> Tensor:
-    y = critic(x, *conditions)
+    given = conditions if isinstance(conditions, (tuple, list)) else (conditions,)
     fix = "average over patches or heads, and leave the mean over the batch to the loss"
-    _one_number_each(op, "the critic's output", y, x.shape[0], fix)
-    return _gradient(op, "the critic's output", y, x, graph)
-
-
-def _conditions(given: Any) -> Sequence[Any]:
-    return given if isinstance(given, (tuple, list)) else (given,)
+    return _gradient(op, "the critic's output", lambda x: critic(x, *given), x, fix, graph)
 
 
 @torch.compiler.disable
@@ -192,7 +192,7 @@ def gradient_penalty(
             given = [_between(given[0], given[1], generator)]
         values = [
             _distances(
-                _critic_gradient(op, critic, _leaf(x), _conditions(conditions), graph),
+                _critic_gradient(op, critic, x, conditions, graph),
                 target,
                 one_sided,
             )
@@ -287,7 +287,7 @@ def _centered(
     coefficient = check_number(op, "coefficient", coefficient)
     x = _samples(op, name, x)
     with _recording() as graph:
-        g = _critic_gradient(op, critic, _leaf(x), _conditions(conditions), graph)
+        g = _critic_gradient(op, critic, x, conditions, graph)
         return _squared_norms(g).mean() * (coefficient / 2)
 
 
@@ -339,10 +339,8 @@ def input_gradient_penalty(
     coefficient = check_number(op, "coefficient", coefficient)
     x = _samples(op, "inputs", inputs)
     with _recording() as graph:
-        x = _leaf(x)
-        values = loss(model(x))
-        _one_number_each(op, "the loss", values, x.shape[0], 'pass one with reduction="none"')
-        g = _gradient(op, "the loss", values, x, graph)
+        fix = 'pass one with reduction="none"'
+        g = _gradient(op, "the loss", lambda x: loss(model(x)), x, fix, graph)
         return _squared_norms(g).mean() * coefficient
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -95,7 +96,10 @@ def clip_weights_(weights: Tensor | Iterable[Tensor], limit: float = 0.01) -> No
     _writable(op, found)
     with torch.no_grad():
         for x in found:
-            x.clamp_(-limit, limit)
+            c = min(
+                limit, torch.finfo(x.dtype).max
+            )  # torch takes no limit that the dtype cannot hold
+            x.clamp_(-c, c)
 
 
 def _frobenius(x: Tensor) -> Tensor:
@@ -167,8 +171,9 @@ def project_spectral_norm_(
     sigma is a lower bound of the norm, so that a norm *above* c by the error of sigma may remain:
 
     - without u and v: subspace iteration from a fixed start until the estimated error of every sigma is at most
-      ``rtol``, as :func:`specnorm_ext.spectral_norms` does: 10 to 50 reads of W. The norm that remains is at most
-      c (1 + rtol), to the reliability of that estimate, plus the rounding of W's entries (16 bits: about eps).
+      ``rtol``, as :func:`specnorm_ext.spectral_norms` does: 10 to 50 reads of W for the default, at most 1000; a
+      warning tells where those were not enough. The norm that remains is at most c (1 + rtol), to the reliability of
+      that estimate, plus the rounding of W's entries (16 bits: about eps).
     - with u and v: ``n_power_iterations`` from there, one read of W each, and no promise: while a model trains the norm
       that remains is some 5% above c with one column and under 0.1% with four (u [m, 4] and v [n, 4]); right
       after a random start it can be several times c.
@@ -179,7 +184,7 @@ def project_spectral_norm_(
         bound: c, positive.
         u, v: from the last call, updated in place: see :func:`specnorm_ext.functional.power_iteration`. Both or none.
         n_power_iterations: with u and v.
-        rtol: without them.
+        rtol: without them; in (0, 1). Below 1e-3 the work is done in float64.
 
     Returns:
         sigma before, [len(weights)] or a scalar for a single weight, float64. A weight that holds NaN or Inf keeps its
@@ -221,19 +226,29 @@ def project_spectral_norm_(
             matrices = [as_matrix(x) for x in found]
             sigma = functional.power_iteration(matrices, us, vs, n_power_iterations).double()
         else:
-            sigma = _cold(found, check_number(op, "rtol", rtol, positive=True))
+            if not check_number(op, "rtol", rtol, positive=True) < 1:
+                raise ValueError(f"{op}: expected rtol below 1, got {rtol:g}")
+            sigma = _cold(op, found, rtol)
         for i, first in enumerate(_distinct(found)):
             if first == i:
                 _shrink(found[i], sigma[i], bound)
     return sigma[0] if isinstance(weights, Tensor) else sigma
 
 
-def _cold(weights: list[Tensor], rtol: float) -> Tensor:
+def _cold(op: str, weights: list[Tensor], rtol: float) -> Tensor:
     matrices = [
         Matrix(str(i), as_matrix(x.detach()), tuple(x.shape), x.dtype, "other")
         for i, x in enumerate(weights)
     ]
-    values = [e.value for e in estimate_matrices(matrices, tol=rtol)]
+    found = estimate_matrices(matrices, tol=rtol)
+    values = [e.value for e in found]
+    slow = [i for i, e in enumerate(found) if not e.converged and math.isfinite(e.value)]
+    if slow:
+        warnings.warn(
+            f"{op}: sigma of weights{slow} has not reached rtol={rtol:g} in {found[slow[0]].n_reads} reads; the norm "
+            "that remains may be above the bound by more",
+            stacklevel=3,
+        )
     device = weights[0].device if weights else None
     return torch.tensor(values, dtype=torch.float64, device=device)
 

@@ -401,17 +401,30 @@ def test_in_a_compiled_step():
 
 
 def test_under_torch_func():
-    """torch.func.grad over parameters, of a penalty that takes a gradient inside."""
-    critic = nn.Linear(3, 1, dtype=F64)
-    w = critic.weight.detach().clone()
-    x = torch.randn(4, 3, dtype=F64)
+    critic = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    x = torch.randn(6, 4, dtype=F64)
+    parameters = {k: p.detach() for k, p in critic.named_parameters()}
 
-    def value(w):
-        return torch.func.grad(lambda x: (x @ w.mT).sum())(x).square().sum(1).mean() / 2
+    def value(parameters):
+        def run(x):
+            return torch.func.functional_call(critic, parameters, (x,))
 
-    expected = torch.func.grad(value)(w)
-    r1_penalty(critic, x).backward()
-    assert torch.allclose(critic.weight.grad, expected)
+        gp = gradient_penalty(run, x, None, 0.5, sampling="real")
+        return gp + r1_penalty(run, x) + input_gradient_penalty(run, x, lambda z: z.square())
+
+    total = value(dict(critic.named_parameters()))
+    total.backward()
+    got = torch.func.grad(value)(parameters)
+    for k, p in critic.named_parameters():
+        want = torch.zeros_like(p) if p.grad is None else p.grad
+        assert torch.allclose(got[k], want, rtol=1e-10, atol=1e-14), k
+    twice = {k: torch.stack([p, 2 * p]) for k, p in parameters.items()}
+    each = torch.stack([value(parameters), value({k: 2 * p for k, p in parameters.items()})])
+    assert torch.allclose(torch.vmap(value)(twice), each)
+    _, slope = torch.func.jvp(value, (parameters,), (parameters,))
+    assert torch.allclose(slope, sum((got[k] * p).sum() for k, p in parameters.items()))
+    with pytest.raises(ValueError, match="one number for each sample"):
+        torch.func.grad(lambda a: r1_penalty(lambda x: (a * x).mean(), x))(torch.ones((), dtype=F64))  # fmt: skip
 
 
 # ---- bad input ----------------------------------------------------------------------------------------------------

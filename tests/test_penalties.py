@@ -227,6 +227,32 @@ def test_derivatives_to_second_order():
     assert torch.allclose(gradient, torch.autograd.grad(value(*weights), weights[0])[0])
 
 
+def test_under_torch_func():
+    """What functional_call puts in the place of parameters counts, whether or not it requires grad."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).double()
+    penalty = SpectralNormPenalty(model, LAMBDA).eval()
+    both = _Call(nn.ModuleDict({"model": model, "penalty": penalty}))
+    weights = {f"both.model.{k}": p.detach() for k, p in model.named_parameters()}
+
+    def value(weights):
+        return torch.func.functional_call(both, weights, ())
+
+    expected = penalty()
+    expected.backward()
+    assert value(weights) == expected
+    gradient = torch.func.grad(value)(weights)
+    assert torch.allclose(gradient["both.model.0.weight"], model[0].weight.grad)
+    scaled = {k: torch.stack([w, 2 * w]) for k, w in weights.items()}
+    assert torch.allclose(torch.vmap(value)(scaled), torch.stack([expected, 4 * expected]))
+    _, slope = torch.func.jvp(value, (weights,), (weights,))
+    assert torch.allclose(slope, 2 * expected)
+    penalty.train()
+    assert torch.func.grad(value)(weights)["both.model.0.weight"].any()
+    with pytest.raises(ValueError, match=r"expected u\[0\] to be batched under vmap"):
+        torch.vmap(value)(scaled)
+
+
 class _Call(nn.Module):
     def __init__(self, both: nn.ModuleDict) -> None:
         super().__init__()

@@ -68,6 +68,16 @@ def test_clip_weights(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_limits_that_the_dtype_does_not_hold(dtype):
+    w = torch.tensor([1.0, -2.0, torch.inf], dtype=dtype)
+    clip_weights_(w, 1e305)
+    assert w[:2].tolist() == [1.0, -2.0]
+    assert w[2] == min(torch.finfo(dtype).max, 1e305)
+    clip_weights_(w, 1e-323)
+    assert w.double().abs().max() <= 1e-323
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_clip_frobenius(dtype):
     weights = [random_weight(5, 7, dtype, seed=1), 0.01 * random_weight(3, 4, dtype, seed=2)]
     before = [w.double().clone() for w in weights]
@@ -126,6 +136,15 @@ def test_tighter_rtol():
     w = random_weight(30, 30, F32)
     project_spectral_norm_(w, 1.0, rtol=1e-6)
     assert true_norm(w) <= 1 + 1e-6 + rounded(F32, (30, 30))
+
+
+def test_what_has_not_converged_is_said():
+    weights = [torch.ones(1, 3), random_weight(40, 40), torch.full((2, 2), torch.nan)]
+    message = r"^project_spectral_norm_: sigma of weights\[1\] has not reached rtol=1e-18 in 1000"
+    with pytest.warns(UserWarning, match=message) as caught:
+        project_spectral_norm_(weights, 0.5, rtol=1e-18)
+    assert caught[0].filename == __file__
+    assert true_norm(weights[1]) == pytest.approx(0.5, rel=rounded(F32, (40, 40)))
 
 
 def test_warm_u_and_v_do_one_iteration():
@@ -303,8 +322,9 @@ def test_bad_u_and_v():
             project_spectral_norm_(w, 0.1, *args)
     with pytest.raises(ValueError, match="expected n_iterations >= 1, got 0"):
         project_spectral_norm_(w, 0.1, u, v, n_power_iterations=0)
-    with pytest.raises(ValueError, match="expected rtol to be positive"):
-        project_spectral_norm_(w, 0.1, rtol=-1)
+    for rtol in (-1, 0, math.nan, 1.0):
+        with pytest.raises(ValueError, match=r"^project_spectral_norm_: expected rtol "):
+            project_spectral_norm_(w, 0.1, rtol=rtol)
     with pytest.raises(ValueError, match="matrix or of higher rank"):
         project_spectral_norm_(torch.ones(3))
     assert same_bits(w, before)
