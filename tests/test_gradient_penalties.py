@@ -103,6 +103,16 @@ def test_zero_gradients_are_no_nan():
         assert torch.allclose(got, torch.autograd.grad(want, w)[0])
 
 
+def test_zero_centered_is_smooth_at_zero():
+    """D(x) = <w, x> has |grad|^2 = |w|^2, whose second derivative is 2 I at w = 0 as well."""
+    x = torch.randn(3, 2, dtype=F64)
+    hessian = torch.autograd.functional.hessian(
+        lambda w: gradient_penalty(lambda x: x @ w, x, None, 0.0, sampling="real"),
+        torch.zeros(2, dtype=F64),
+    )
+    assert torch.equal(hessian, 2 * torch.eye(2, dtype=F64))
+
+
 def test_interpolation_is_one_number_for_each_sample():
     seen = []
 

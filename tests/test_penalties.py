@@ -432,6 +432,30 @@ def test_weights_that_changed_in_eval_are_looked_at():
     assert penalty().item() == value
 
 
+def test_refresh_after_weights_were_loaded():
+    model, other = network(), network()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.copy_(torch.randn(p.shape))
+    penalty = SpectralNormPenalty(model, LAMBDA)
+    model.load_state_dict(other.state_dict())
+    penalty.refresh()
+    expected = LAMBDA / 2 * sum(true_norm(w) ** 2 for w in matrices(model))
+    with pytest.warns(UserWarning, match="do not belong to it"):
+        assert penalty().item() > 0.8 * expected
+
+
+def test_a_weight_of_the_other_sign_has_the_same_norm():
+    model = network(F64)
+    penalty = SpectralNormPenalty(model, LAMBDA, bound=0.1).eval()
+    before = penalty().item()
+    with torch.no_grad():
+        for w in weights_of(model):
+            w.neg_()
+    check(penalty, model, 0.1)
+    assert penalty().item() == pytest.approx(before, rel=1e-12)
+
+
 def test_copies():
     model = network()
     penalty = SpectralNormPenalty(model, LAMBDA)

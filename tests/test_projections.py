@@ -19,6 +19,7 @@ from helpers import (
     same_bits,
     smallest,
     start,
+    state_dtype,
     tolerance,
     true_norm,
 )
@@ -41,6 +42,12 @@ by_function = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__n
 @pytest.fixture(autouse=True)
 def _one_thread(_repeatable):
     torch.set_num_threads(1)  # nothing here is large
+
+
+def once(dtype: torch.dtype) -> float:
+    """Of an entry times a factor, relatively: the factor's roundings and the product's in the state dtype, and the one
+    when it is stored in 16 bits."""
+    return eps_of(dtype) / 2 + 2 * eps_of(state_dtype(dtype))
 
 
 def rounded(dtype: torch.dtype, shape: tuple[int, int]) -> float:
@@ -87,7 +94,7 @@ def test_clip_frobenius(dtype):
         exact = torch.linalg.vector_norm(x)
         assert norm.item() == pytest.approx(exact.item(), rel=tolerance("dot", F64, 35))
         target = x / max(1.0, exact.item() / 2.0)
-        assert ((w.double() - target).abs() <= 2 * eps_of(dtype) * target.abs() + smallest(dtype)).all()  # fmt: skip
+        assert ((w.double() - target).abs() <= once(dtype) * target.abs() + smallest(dtype)).all()  # fmt: skip
     assert torch.equal(weights[1].double(), before[1])  # was within
     assert clip_frobenius_(weights[0], 1.0).shape == ()
     assert torch.linalg.vector_norm(weights[0].double()) <= 1 + 2 * eps_of(dtype)
@@ -128,7 +135,7 @@ def test_cold_start_meets_the_bound_to_rtol(dtype):
         assert true_norm(w.flatten(1)) <= 1.5 * (1 + 1e-3 + rounding)
         target = x / max(1.0, s.item() / 1.5)
         error = (w.flatten(1).double() - target).abs()
-        assert (error <= 2 * eps_of(dtype) * target.abs() + smallest(dtype)).all()
+        assert (error <= once(dtype) * target.abs() + smallest(dtype)).all()
     assert torch.equal(weights[3].double(), before[3])
 
 
@@ -406,6 +413,7 @@ def test_hook_of_a_copied_model_follows_nobody():
     assert max(true_norm(w) for w in matrices(other_model)) > 0.51
     other.project()
     assert max(true_norm(w) for w in matrices(other_model)) < 0.51
+    assert other._handle is None
     other.remove()  # of nothing
     train(model, optimizer, 1)
     assert max(true_norm(w) for w in matrices(model)) < 0.51
@@ -454,6 +462,11 @@ def test_compiled():
     run(x, a, b)
     assert torch.allclose(w, x, rtol=8 * eps_of(F32))
     assert torch.allclose(u, a, atol=8 * eps_of(F32))
+    small = 0.01 * random_weight(5, 4)
+    kept = small.clone()
+    torch.compile(run, backend="aot_eager")(small, *start(small))
+    torch._dynamo.reset()
+    assert torch.equal(small, kept)  # within the bound, whether or not it is written
 
 
 def test_public_names():
