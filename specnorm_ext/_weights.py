@@ -321,12 +321,16 @@ class Tracked(nn.Module):
             raise RuntimeError(
                 f"{op}: expected the model's modules and parameters as they were found, got others; call refresh()"
             )
+        met = set()
         for x in self._found:
             weight = x.now()
             if weight is None:
                 raise RuntimeError(
                     f"{op}: expected {x.name} to be a tensor, as it was found, got none; call refresh()"
                 )
+            if id(weight) in met:
+                continue  # tied since it was found
+            met.add(id(weight))
             if frozen or x.trains(weight):
                 yield x, weight
 

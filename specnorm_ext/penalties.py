@@ -1,7 +1,8 @@
 """Penalties on the norms of weights: terms to add to a loss.
 
 All take what they penalize as tensors (``weights_of(model)``, or any list) except :class:`SpectralNormPenalty`, which
-keeps u and v of a model's weights from step to step.
+keeps u and v of a model's weights from step to step. What projections.py, gradient_penalties.py and losses.py have is
+here as well, by the same names.
 """
 
 from __future__ import annotations
@@ -24,6 +25,23 @@ from ._weights import (
     tensor_list,
     weights_of,
 )
+from .gradient_penalties import (
+    gradient_penalty,
+    input_gradient_penalty,
+    parameter_gradient_penalty,
+    r1_penalty,
+    r2_penalty,
+)
+from .losses import (
+    flooding,
+    hinge_critic_loss,
+    hinge_generator_loss,
+    nonsaturating_critic_loss,
+    nonsaturating_generator_loss,
+    wgan_critic_loss,
+    wgan_generator_loss,
+)
+from .projections import ProjectionHook, clip_frobenius_, clip_weights_, project_spectral_norm_
 from .reference import _rescaled
 
 
@@ -62,8 +80,9 @@ class SpectralNormPenalty(Tracked):
     Loaded u and v are checked against the weights before they are used. Where weights are loaded into the model without
     them, sigma is too small for a few steps, unless ``refresh()`` is called, which looks at everything again.
 
-    Call it once a step and outside of activation checkpointing, whose second run would iterate again. It works inside
-    a function under torch.compile, and under autocast (which leaves it as it is).
+    Training or eval is the penalty's own mode: ``penalty.eval()``, unless it is kept inside the model. Call it once a
+    step and outside of activation checkpointing, whose second run would iterate again. It works inside a function under
+    torch.compile, under torch.func (vmap: in eval), and under autocast (which leaves it as it is).
 
     Raises:
         TypeError: a model that is no module, arguments of another kind.
@@ -128,7 +147,7 @@ class SpectralNormPenalty(Tracked):
         for call in self._calls(frozen=True):
             values = functional.sigma(call.matrices, *call.leading()).abs()
             found.update(zip((x.name for x in call.found), values.unbind(), strict=True))
-        return {x.name: found[x.name] for x in self._found}
+        return {x.name: found[x.name] for x in self._found if x.name in found}
 
 
 def _squares(norms: Tensor, bound: float | None) -> Tensor:
@@ -314,9 +333,25 @@ def _unit(x: Tensor) -> Tensor:
 
 
 __all__ = [
+    "ProjectionHook",
     "SpectralNormPenalty",
+    "clip_frobenius_",
+    "clip_weights_",
+    "flooding",
     "frobenius_penalty",
+    "gradient_penalty",
+    "hinge_critic_loss",
+    "hinge_generator_loss",
+    "input_gradient_penalty",
+    "nonsaturating_critic_loss",
+    "nonsaturating_generator_loss",
     "orthogonality_penalty",
+    "parameter_gradient_penalty",
     "power_iteration",
+    "project_spectral_norm_",
+    "r1_penalty",
+    "r2_penalty",
     "weights_of",
+    "wgan_critic_loss",
+    "wgan_generator_loss",
 ]

@@ -11,7 +11,7 @@ from helpers import BF16, DTYPES, F16, F32, F64, eps_of, state_dtype, tolerance
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from specnorm_ext import SpectralConv2d, SpectralLinear, SpectralNormGroup, gradient_penalties
+from specnorm_ext import SpectralConv2d, SpectralLinear, SpectralNormGroup
 from specnorm_ext.gradient_penalties import (
     gradient_penalty,
     input_gradient_penalty,
@@ -606,7 +606,3 @@ def test_bad_losses_and_parameters():
             parameter_gradient_penalty(loss, parameters)
     with pytest.raises(ValueError, match=op + "expected coefficient to be finite"):
         parameter_gradient_penalty(w.sum(), w, coefficient=-1)
-
-
-def test_public_names():
-    assert set(gradient_penalties.__all__) <= set(dir(gradient_penalties))

@@ -9,7 +9,6 @@ import torch
 from helpers import DTYPES, F16, F32, F64, eps_of, state_dtype, tolerance
 from torch import nn
 
-from specnorm_ext import losses
 from specnorm_ext.gradient_penalties import parameter_gradient_penalty
 from specnorm_ext.losses import (
     flooding,
@@ -243,7 +242,3 @@ def test_compiled():
     got = torch.compile(total, backend="aot_eager", fullgraph=True)(x, y)
     torch._dynamo.reset()
     assert torch.allclose(got, total(x, y), rtol=8 * eps_of(F32))
-
-
-def test_public_names():
-    assert set(losses.__all__) <= set(dir(losses))

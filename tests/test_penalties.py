@@ -307,6 +307,13 @@ def test_shared_parameters_count_once():
     model[1].weight = model[0].weight
     penalty = SpectralNormPenalty(model, 1.0)
     assert list(penalty.sigmas()) == ["0.weight"]
+    model[1].weight = nn.Parameter(torch.randn(4, 4))
+    later = SpectralNormPenalty(model, 1.0)
+    later.load_state_dict(penalty.state_dict(), strict=False)
+    model[1].weight = model[0].weight  # tied behind its back
+    assert list(later.sigmas()) == ["0.weight"]
+    assert later.eval()() == penalty.eval()()
+    penalty.train()
     other = nn.Linear(4, 4)
     other.weight = model[0].weight
     alone = SpectralNormPenalty(other, 1.0)

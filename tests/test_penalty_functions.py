@@ -19,7 +19,7 @@ from helpers import (
 )
 from torch import Tensor, nn
 
-from specnorm_ext import penalties
+from specnorm_ext import gradient_penalties, losses, penalties, projections
 from specnorm_ext.penalties import (
     frobenius_penalty,
     orthogonality_penalty,
@@ -303,5 +303,11 @@ def test_bad_arguments_of_power_iteration(args, error, message):
         power_iteration(*args)
 
 
-def test_public_names():
-    assert set(penalties.__all__) <= set(dir(penalties))
+def test_one_name_for_all():
+    """penalties has what the other files have, and nothing is left out."""
+    parts = (losses.__all__, projections.__all__, gradient_penalties.__all__)
+    own = ["SpectralNormPenalty", "frobenius_penalty", "orthogonality_penalty"]
+    own += ["power_iteration", "weights_of"]
+    assert sorted([*own, *(name for part in parts for name in part)]) == penalties.__all__
+    for name in penalties.__all__:
+        assert getattr(penalties, name).__doc__, name

@@ -26,7 +26,7 @@ from helpers import (
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from specnorm_ext import functional, projections
+from specnorm_ext import functional
 from specnorm_ext.penalties import weights_of
 from specnorm_ext.projections import (
     ProjectionHook,
@@ -467,7 +467,3 @@ def test_compiled():
     torch.compile(run, backend="aot_eager")(small, *start(small))
     torch._dynamo.reset()
     assert torch.equal(small, kept)  # within the bound, whether or not it is written
-
-
-def test_public_names():
-    assert set(projections.__all__) <= set(dir(projections))
