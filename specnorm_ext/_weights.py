@@ -262,11 +262,6 @@ class Tracked(nn.Module):
         self._found: list[Found] = []
         self._seen: list[Any] = []
         self.refresh()
-        if not self._found:
-            raise ValueError(
-                f"{op}: expected a model with weights to act on, got {type(model).__name__} without any that "
-                "select takes and that is not spectrally normalized already"
-            )
 
     def refresh(self) -> None:
         """Look at the model again: after layers were added, removed or replaced, or other weights loaded.
@@ -275,6 +270,11 @@ class Tracked(nn.Module):
         """
         op, model = type(self).__name__, self._model[0]
         found = find(op, model, self._select)
+        if not found:
+            raise ValueError(
+                f"{op}: expected a model with weights to act on, got {type(model).__name__} without any that "
+                "select takes and that is not spectrally normalized already"
+            )
         for x in found:
             if self.in_place and x.is_computed:
                 raise ValueError(
@@ -328,9 +328,10 @@ class Tracked(nn.Module):
                 raise RuntimeError(
                     f"{op}: expected {x.name} to be a tensor, as it was found, got none; call refresh()"
                 )
-            if id(weight) in met:
-                continue  # tied since it was found
-            met.add(id(weight))
+            if not x.is_computed:
+                if id(weight) in met:
+                    continue  # tied since it was found
+                met.add(id(weight))
             if frozen or x.trains(weight):
                 yield x, weight
 

@@ -256,6 +256,21 @@ def test_double_backward_through_spectral_layers(training, grouped):
     del group
 
 
+def test_a_group_that_follows_the_optimizer_does_not_iterate_for_a_penalty():
+    critic = spectral_critic()
+    optimizer = torch.optim.SGD(critic.parameters(), lr=0.01)
+    group = SpectralNormGroup(critic, optimizer=optimizer)
+    x = torch.randn(3, 2, 4, 4, dtype=F64)
+    for _ in range(2):
+        before = [b.clone() for b in critic.buffers()]
+        optimizer.zero_grad()
+        (critic(x).mean() + r1_penalty(critic, x)).backward()
+        assert all(torch.equal(a, b) for a, b in zip(critic.buffers(), before, strict=True))
+        optimizer.step()
+        assert not all(torch.equal(a, b) for a, b in zip(critic.buffers(), before, strict=True))
+    assert len(group) == 3
+
+
 def test_second_derivatives_of_a_spectral_critic():
     critic = spectral_critic().eval()
     x = torch.randn(2, 2, 4, 4, dtype=F64)

@@ -370,6 +370,8 @@ def test_a_parametrized_weight_counts_as_computed():
     value = penalty()
     assert value.item() == pytest.approx(true_norm(layer.weight) ** 2 / 2, rel=1e-9)
     value.backward()
+    layer.requires_grad_(False)
+    assert penalty() == 0
     # P is homogeneous of degree 2 in the lengths: <g, dP/dg> = 2 P
     g = layer.parametrizations.weight.original0
     assert (g * g.grad).sum().item() == pytest.approx(2 * value.item(), rel=1e-9)
@@ -547,6 +549,12 @@ def test_modules_that_come_and_go():
 def test_what_has_become_no_tensor():
     model = nn.Sequential(nn.Linear(3, 3))
     penalty = SpectralNormPenalty(model, LAMBDA)
+    layer = model[0]
+    model[0] = nn.ReLU()
+    with pytest.raises(ValueError, match="with weights to act on, got Sequential without any"):
+        penalty.refresh()
+    model[0] = layer
+    assert penalty() > 0  # as it was
     model[0].weight = None
     with pytest.raises(
         RuntimeError, match=r"expected 0.weight to be a tensor, as it was found, got none"
