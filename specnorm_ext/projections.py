@@ -170,10 +170,10 @@ def project_spectral_norm_(
 
     sigma is a lower bound of the norm, so that a norm *above* c by the error of sigma may remain:
 
-    - without u and v: subspace iteration from a fixed start until the estimated error of every sigma is at most
-      ``rtol``, as :func:`specnorm_ext.spectral_norms` does: 10 to 50 reads of W for the default, at most 1000; a
-      warning tells where those were not enough. The norm that remains is at most c (1 + rtol), to the reliability of
-      that estimate, plus the rounding of W's entries (16 bits: about eps).
+    - without u and v: sigma from a cold start, until the estimated error of each is at most ``rtol``, as
+      :func:`specnorm_ext.spectral_norms` finds it: tens of reads of W; a warning tells where 1000 were not enough. The
+      norm that remains is at most c (1 + rtol), to the reliability of that estimate, plus the rounding of W's entries
+      (16 bits: about eps).
     - with u and v: ``n_power_iterations`` from there, one read of W each, and no promise: while a model trains the norm
       that remains is some 5% above c with one column and under 0.1% with four (u [m, 4] and v [n, 4]); right
       after a random start it can be several times c.
@@ -184,7 +184,7 @@ def project_spectral_norm_(
         bound: c, positive.
         u, v: from the last call, updated in place: see :func:`specnorm_ext.functional.power_iteration`. Both or none.
         n_power_iterations: with u and v.
-        rtol: without them; in (0, 1). Below 1e-3 the work is done in float64.
+        rtol: without them; in (0, 1).
 
     Returns:
         sigma before, [len(weights)] or a scalar for a single weight, float64. A weight that holds NaN or Inf keeps its
