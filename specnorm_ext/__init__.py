@@ -22,7 +22,7 @@ from . import _embedding as _embedding  # these four register fake kernels, auto
 from . import _krylov as _krylov
 from . import _linear_blocks as _linear_blocks
 from . import _ops as _ops
-from . import functional, reference
+from . import adversarial, complexity, curvature, functional, pacgen, penalties, reference
 from .blocks import Blocks
 from .convert import convert
 from .estimate import Estimate, estimate, spectral_norms
@@ -72,10 +72,15 @@ __all__ = [
     "SpectralEmbedding",
     "SpectralLinear",
     "SpectralNormGroup",
+    "adversarial",
     "build_info",
+    "complexity",
     "convert",
+    "curvature",
     "estimate",
     "functional",
+    "pacgen",
+    "penalties",
     "reference",
     "remove",
     "spectral_norm",

@@ -17,8 +17,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm as OldSpectralNorm
 
 from ._checks import DTYPES, state_dtype
 from ._ops import is_plain
-from .estimate import Matrix, _kind_by_module, _matrix, _tensors_of
 from .layers import SpectralLayer
+from .matrices import Matrix, _kind_by_module, _matrix, _tensors_of
 from .state import SpectralState
 
 KINDS = ("linear", "conv", "conv_transpose", "embedding", "recurrent", "other")

@@ -521,8 +521,8 @@ def estimate(
         weight: a matrix [m, n], or a list of them: any mix of shapes, strides, dtypes (float32, float64, bfloat16,
             float16) and devices.
         method: "auto" or "krylov" (block Lanczos; "auto" takes "gram" for matrices of rank 32 and less, and for k of
-            more than a quarter of the spectrum), "lanczos" (one vector), "power" (power iteration), "subspace" (with 4 columns), "gram"
-            (eigenvalues of the smaller Gram matrix, in float64: min(m, n)^3 operations).
+            more than a quarter of the spectrum), "lanczos" (one vector), "power" (power iteration), "subspace" (with
+            4 columns), "gram" (eigenvalues of the smaller Gram matrix, in float64: min(m, n)^3 operations).
         rtol: relative error to reach, in (0, 1), as estimated from residuals. Below 1e-6 (for "power" 2e-3, for
             "subspace" 1e-3) 32- and 16-bit matrices are copied to float64.
         certified: False; True or "cholesky": an upper bound proved by a float64 Cholesky factorization, which costs

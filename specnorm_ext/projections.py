@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from . import functional
 from ._ops import is_plain
 from ._weights import DEFAULT_KINDS, KINDS, Select, Tracked, as_matrix, check_number, tensor_list
-from .estimate import Matrix, estimate_matrices
+from .estimate import estimate_matrices
+from .matrices import Matrix
 
 
 def _writable(op: str, weights: Sequence[Tensor]) -> None:
