@@ -17,6 +17,7 @@
 #include <thread>
 #include <vector>
 
+#include "krylov.h"
 #include "normalize.h"
 #include "power_iteration.h"
 #include "sigma.h"
@@ -308,6 +309,74 @@ void normalize(int64_t m, int64_t n, const Layout& w_layout, const Layout& g_lay
   std::free(sigma);
 }
 
+// ---- krylov_ and certified_matvec
+// -------------------------------------------------------------------------------
+
+template <class S>
+void krylov(int64_t m, int64_t n, const Layout& layout, int b, Content content, int steps) {
+  using C = typename isa::Elem<S>::C;
+  Buffer<S> w(m, n, layout.rs(m, n), layout.cs(m, n), 1);
+  fill(w, content);
+  const int64_t capacity = b * (steps + 1) + 1;  // one row that nobody asked for
+  std::string first;
+  for (const int pattern : {0xff, 0x00}) {
+    scratch_fill = pattern;
+    std::mt19937 own(7);
+    Buffer<C> basis(capacity, n, n, 1);
+    Buffer<double> projected(capacity, capacity, capacity, 1);
+    for (int64_t i = 0; i < capacity; ++i) {
+      for (int64_t j = 0; j < capacity; ++j) projected.put(i, j, 0);
+      for (int64_t j = 0; j < n; ++j)
+        basis.put(i, j, i < b ? std::normal_distribution<double>()(own) : 3.0);
+    }
+    double unit = 0;
+    // in two calls: the second goes on where the first has stopped
+    for (const bool more : {false, true}) {
+      const KrylovItem item{w.matrix(), basis.data(),     n,    projected.data(),
+                            capacity,   more ? 2 * b : 0, &unit};
+      const KrylovParams params{Kind<S>::dtype, 1, &item, b, more ? steps - 1 : 1};
+      REQUIRE(isa::krylov_cpu(params, pool) == kOk);
+      if (std::isnan(unit)) break;
+    }
+    const std::string after = basis.bits() + projected.bits() + std::to_string(unit);
+    if (first.empty()) first = after;
+    REQUIRE(first == after);
+    const bool bad = (content == kNaN || content == kInf) && m > 0 && n > 0;
+    REQUIRE(std::isnan(unit) == bad);
+    for (int64_t j = 0; j < n; ++j) REQUIRE(basis.get(capacity - 1, j) == 3.0);
+    if (bad) continue;
+    for (int64_t i = 0; i + 1 < capacity; ++i)
+      for (int64_t j = 0; j <= i; ++j) {
+        double c = 0;
+        for (int64_t k = 0; k < n; ++k) c += basis.get(i, k) * basis.get(j, k);
+        // unit, or zero where no direction is left
+        const double off = i == j && c > 0.5 ? c - 1 : c;
+        REQUIRE(std::fabs(off) <= 64 * double(n + 4) * Kind<C>::epsilon);
+      }
+  }
+}
+
+template <class S>
+void certified_matvec(int64_t m, int64_t n, const Layout& layout) {
+  Buffer<S> w(m, n, layout.rs(m, n), layout.cs(m, n), 1);
+  Buffer<double> v(n, 1, 3, 1, 1), out(2 * m, 1, 1, 1);
+  fill(w, kPlain);
+  for (int64_t j = 0; j < n; ++j) v.put(j, 0, gauss());
+  const MatvecItem item{w.matrix(), v.vector(), out.data()};
+  const MatvecParams params{Kind<S>::dtype, 1, &item};
+  REQUIRE(isa::matvec_cpu(params, pool) == kOk);
+  for (int64_t r = 0; r < m; ++r) {
+    long double exact = 0, size = 0;
+    for (int64_t j = 0; j < n; ++j) {
+      exact += (long double)w.get(r, j) * (long double)v.get(j, 0);
+      size += std::fabs((long double)w.get(r, j) * (long double)v.get(j, 0));
+    }
+    REQUIRE(std::fabs(out.get(r, 0) - double(exact)) <= double(n + 2) * DBL_EPSILON * double(size));
+    REQUIRE(std::fabs(out.get(m + r, 0) - double(size)) <=
+            double(n + 2) * DBL_EPSILON * double(size));
+  }
+}
+
 // ---- a ragged list on several threads
 // ---------------------------------------------------------------------------
 
@@ -378,6 +447,8 @@ void all(const char* name, bool quick) {
   };
   context = std::string(name) + " ragged";
   ragged<S>();
+  krylov<S>(320, 400, layouts[0], 4, kPlain, 2);
+  certified_matvec<S>(320, 400, layouts[0]);
   if (quick) return;
   for (const auto& shape : shapes) {
     const int64_t m = shape[0], n = shape[1];
@@ -399,6 +470,17 @@ void all(const char* name, bool quick) {
         say("sigma", m, n, layout.name, 1, content);
         bilinear<S>(m, n, layout, Content(content));
       }
+      say("certified_matvec", m, n, layout.name, 1, 0);
+      certified_matvec<S>(m, n, layout);
+      for (const int b : {1, 3, 4, 8}) {
+        const bool rows = layout.cs(m, n) == 1 || n <= 1;
+        if (!rows || b > n || b > m) continue;
+        for (int content = 0; content < kContents; ++content) {
+          say("krylov", m, n, layout.name, b, content);
+          if (!dense && (content == kNaN || content == kInf)) continue;
+          krylov<S>(m, n, layout, b, Content(content), 3);
+        }
+      }
       say("normalize", m, n, layout.name, 1, 0);
       normalize<S>(m, n, layout, layouts[0], layouts[0], 0);  // sigma = 0
       if (dense) normalize<S>(m, n, layout, layout, layout, 2.5);
@@ -410,6 +492,8 @@ void all(const char* name, bool quick) {
   for (const Layout& layout : layouts)
     for (const int b : {1, 4}) power_iteration<S>(320, 400, layout, b, kPlain, 2, false);
   for (const Layout& layout : layouts) bilinear<S>(320, 400, layout, kPlain);
+  for (const int b : {1, 6}) krylov<S>(320, 400, layouts[1], b, kPlain, 3);
+  certified_matvec<S>(320, 400, layouts[4]);
   for (int k = 0; k < kDense; ++k) normalize<S>(320, 400, layouts[k], layouts[k], layouts[k], 2.5);
   normalize<S>(128, 256, layouts[0], layouts[0], layouts[0], 2.5);
 }
