@@ -457,6 +457,11 @@ def operator_of(module: nn.Module, input_size: Sizes, op: str = "conv_norm_of") 
     )
 
 
+def certified_operator_norm(a: ConvOperator, weight: Tensor) -> float:
+    """A proved upper bound of the norm of `a` with `weight`; inf for a weight with NaN or Inf."""
+    return _operator_norm(a, weight.detach(), 1e-3, 1000, certified=True).upper
+
+
 @torch.compiler.disable
 def conv_norm_of(
     module: nn.Module,

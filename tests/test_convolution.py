@@ -226,10 +226,10 @@ def test_the_torus_of_half_a_step_is_tight() -> None:
 
 @pytest.mark.parametrize(
     ("name", "excess"),
-    [("random", 0.02), ("smooth", 0.002), ("depthwise", 0.06), ("strided", 0.02)],
+    [("random", 0.007), ("smooth", 0.002), ("depthwise", 0.04), ("strided", 0.004)],
 )
 def test_the_torus_bound_is_close(name: str, excess: float) -> None:
-    # twice what was measured at this seed: a bound that has lost its half steps fails
+    # somewhat above what was measured: without half steps random has 0.9%, smooth 2.3%
     w = torch.randn(16, 16, 3, 3, dtype=F64)
     arguments: dict[str, Any] = {"padding": 1}
     if name == "smooth":
