@@ -192,13 +192,23 @@ def lipschitz_bound(
         upper bound 1, slope found 1
     """
     sizes = _check(model, input_size, data, steps)
-    copied = copy.deepcopy(model).eval()
+    try:
+        copied = copy.deepcopy(model).eval()
+    except RuntimeError as error:
+        raise TypeError(
+            f"{OP}: expected a model that can be copied, got one of which torch says: {error}; torch's old "
+            "spectral_norm and weight_norm keep such tensors, their parametrizations do not"
+        ) from error
     with torch.no_grad():
         traced = trace(copied)
         sample = _sample(traced, sizes)
         with torch.autocast(sample.device.type, enabled=False):
             walk = Walk(traced, sample)
             bound = walk.run()
+    if data is not None and not sample.is_floating_point():
+        raise TypeError(
+            f"{OP}: expected no data for a model that begins with an Embedding, in whose indices nothing climbs"
+        )
     lower = 0.0
     if data is not None:
         with torch.autocast(data.device.type, enabled=False):

@@ -19,6 +19,7 @@ from .lipschitz_rules import (
     Shape,
     batch_norm_scale,
     certified_matrix_norm,
+    conv_rule,
     rule_for,
 )
 
@@ -53,6 +54,8 @@ class LayerBound:
 
 def _times(a: float, b: float) -> float:
     """a b, where inf stands for what is not known and nan for nothing."""
+    if 1 in (a, b):
+        return a * b  # exact
     return math.inf if math.isnan(a * b) else a * b * (1 + 2**-52)
 
 
@@ -219,6 +222,8 @@ class Walk:
             self.values[node] = value
             return
         inputs = [x for x in node.all_input_nodes if x in self.known]
+        if node.op == "call_module":
+            self.check_module(node, inputs)
         value = self.evaluate(node, *args)
         self.values[node] = value
         tensors = value if isinstance(value, tuple | list) else (value,)
@@ -234,6 +239,19 @@ class Walk:
         shape = tuple(value.shape[1:]) if isinstance(value, Tensor) else ()
         factors, affine, euclidean = self.rule(node, inputs, shape)
         self.record(node, inputs, shape, factors, affine, euclidean)
+
+    def check_module(self, node: fx.Node, inputs: list[fx.Node]) -> None:
+        module = self.modules[str(node.target)]
+        if rule_for(module) is None or len(inputs) > 1:
+            raise TypeError(
+                f"{OP}: expected modules with a known Lipschitz constant, got {self.place(node)}; "
+                f"register_rule({type(module).__name__}, rule) tells it"
+            )
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise TypeError(
+                f"{OP}: expected modules without forward hooks, got {self.place(node)}; remove them, or "
+                "turn torch's old spectral_norm and weight_norm into parametrizations"
+            )
 
     def evaluate(self, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         try:
@@ -266,16 +284,7 @@ class Walk:
         if node.op == "call_module":
             module = self.modules[str(node.target)]
             found = rule_for(module)
-            if found is None or len(inputs) != 1:
-                raise TypeError(
-                    f"{OP}: expected modules with a known Lipschitz constant, got {self.place(node)}; "
-                    f"register_rule({type(module).__name__}, rule) tells it"
-                )
-            if module._forward_hooks or module._forward_pre_hooks:
-                raise TypeError(
-                    f"{OP}: expected modules without forward hooks, got {self.place(node)}; remove them, or "
-                    "turn torch's old spectral_norm and weight_norm into parametrizations"
-                )
+            assert found is not None
             return [self.of_module(node, module, self.known[inputs[0]].shape)], found.affine, False
         target: Any = node.target
         as_module = _AS_MODULES.get(target)
@@ -339,7 +348,9 @@ class Walk:
         if node in self.folded:
             return 1.0
         users = list(node.users)
-        if isinstance(module, _CONVS) and len(users) == 1 and users[0].op == "call_module":
+        known = rule_for(module)
+        plain = isinstance(module, _CONVS) and known is not None and known.rule is conv_rule
+        if plain and len(users) == 1 and users[0].op == "call_module":
             norm = self.modules[str(users[0].target)]
             if isinstance(norm, _BATCH_NORMS) and norm.running_var is not None:
                 weight = conv_weight(module).detach().double()

@@ -160,7 +160,7 @@ def _embedding(module: nn.Embedding, shape: Shape) -> float:
     nn.ConvTranspose3d,
     affine=True,
 )
-def _conv(module: nn.Module, shape: Shape) -> float:
+def conv_rule(module: nn.Module, shape: Shape) -> float:
     a = operator_of(module, shape[1:], "lipschitz_bound")
     return certified_operator_norm(a, conv_weight(module))
 
@@ -379,8 +379,8 @@ CONSTANTS: dict[type[nn.Module], float] = {
     nn.ReLU: 1.0,
     nn.ReLU6: 1.0,
     nn.Hardtanh: 1.0,
-    nn.Hardsigmoid: 1 / 6 * (1 + 2**-52),
-    nn.Hardswish: 1.5,
+    nn.Hardsigmoid: 0.1666667,  # torch multiplies by 1 / 6 in float32, whatever the dtype
+    nn.Hardswish: 1.5000001,
     nn.Tanh: 1.0,
     nn.Sigmoid: 0.25,
     nn.LogSigmoid: 1.0,
