@@ -228,7 +228,7 @@ def _image(a: ConvOperator, peak: Peak, windows: tuple[int, ...]) -> Tensor:
 
 def _sigma(a: ConvOperator, weight: Tensor, v: Tensor, e: int = 0) -> Tensor:
     """u^T A v, u = A v / |A v| and v [1, in_channels, *S] constant: differentiable in the weight. e: of its scale."""
-    y = a.forward(_by_power(weight.to(v.dtype), -e), v / torch.linalg.vector_norm(v))
+    y = a.forward(_by_power(weight.to(v), -e), v / torch.linalg.vector_norm(v))
     fixed = y.detach()
     u = fixed / torch.linalg.vector_norm(fixed).clamp_min(torch.finfo(y.dtype).tiny)
     return _by_power((u * y).sum(), e)
@@ -280,8 +280,10 @@ def _operator_norm(
     a: ConvOperator, weight: Tensor, rtol: float, max_reads: int, certified: bool
 ) -> Estimate:
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        wide = torch.float32 if weight.device.type == "mps" else torch.float64
-        w = weight.detach().to(wide)
+        # a device without float64 has its work done by the CPU
+        w = weight.detach().to(
+            "cpu" if weight.device.type == "mps" else weight.device, torch.float64
+        )
         if w.numel() == 0:
             return _result(0.0, 0.0, 0.0, 0, True, "empty")
         largest = float(w.abs().amax())

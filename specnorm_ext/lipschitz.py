@@ -22,7 +22,7 @@ class LipschitzBound:
     Attributes:
         bound: an upper bound of :math:`|f(x) - f(y)| / |x - y|`, proved; inf where a weight is not finite.
         lower: the largest slope that was measured; 0.0 where no data were given, nan for a network whose outputs are.
-        layers: one :class:`LayerBound` for each operation, in the order of the network.
+        layers: one :class:`LayerBound` for each module, and for each operation that can change a length, in order.
     """
 
     bound: float
@@ -134,6 +134,20 @@ def _sample(traced: fx.GraphModule, sizes: Shape) -> Tensor:
     return torch.zeros(BATCH, *sizes, dtype=dtype, device=device)
 
 
+def _check_same(model: nn.Module, traced: fx.GraphModule, sample: Tensor) -> None:
+    """What torch.fx writes down is not always what runs: `x += y` becomes x + y, which other names of x do not see."""
+    if sample.is_floating_point():
+        noise = torch.randn(sample.shape, generator=torch.Generator().manual_seed(0))
+        sample = sample + noise.to(sample)
+    expected, got = model(sample.clone()), traced(sample.clone())
+    same = isinstance(expected, Tensor) and torch.allclose(expected, got, equal_nan=True)
+    if isinstance(expected, Tensor) and not same:
+        raise TypeError(
+            f"{OP}: expected a model that computes what torch.fx traces, got other numbers; a value may be changed in "
+            "place while another name holds it, or differ from call to call"
+        )
+
+
 @torch.compiler.disable
 def lipschitz_bound(
     model: nn.Module,
@@ -205,6 +219,7 @@ def lipschitz_bound(
         with torch.autocast(sample.device.type, enabled=False):
             walk = Walk(traced, sample)
             bound = walk.run()
+            _check_same(copied, traced, sample)
     if data is not None and not sample.is_floating_point():
         raise TypeError(
             f"{OP}: expected no data for a model that begins with an Embedding, in whose indices nothing climbs"

@@ -126,6 +126,9 @@ _BOUNDED_BY_ONE |= {"abs", "sin", "cos", "atan", "clamp", "asinh", abs}
 _PRODUCTS: set[Any] = {torch.matmul, torch.bmm, operator.matmul, torch.einsum, "matmul", "bmm"}
 
 
+_IN_PLACE: set[Any] = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
+
+
 class _Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
@@ -224,6 +227,8 @@ class Walk:
         inputs = [x for x in node.all_input_nodes if x in self.known]
         if node.op == "call_module":
             self.check_module(node, inputs)
+        if inputs and self.is_in_place(node):
+            self.check_alone(node)
         value = self.evaluate(node, *args)
         self.values[node] = value
         tensors = value if isinstance(value, tuple | list) else (value,)
@@ -252,6 +257,31 @@ class Walk:
                 f"{OP}: expected modules without forward hooks, got {self.place(node)}; remove them, or "
                 "turn torch's old spectral_norm and weight_norm into parametrizations"
             )
+
+    def is_in_place(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return bool(getattr(self.modules[str(node.target)], "inplace", False))
+        name = getattr(node.target, "__name__", str(node.target))
+        written = name.endswith("_") or node.target in _IN_PLACE
+        return written or bool(node.kwargs.get("inplace", False)) or "out" in node.kwargs
+
+    def check_alone(self, node: fx.Node) -> None:
+        """What is written over, and what that is a view of, must have no reader after this: it would read the new
+        value, of which its bound knows nothing."""
+        order = {x: i for i, x in enumerate(self.traced.graph.nodes)}
+        x: fx.Node | None = node.all_input_nodes[0]
+        while x is not None:
+            if any(order[user] > order[node] for user in x.users):
+                self.refuse(
+                    node, "writes over a value that is read again later; use the form that does not"
+                )
+            is_view = x.target in _MOVES | _TRANSPOSES | _CHUNKS | {operator.getitem}
+            if x.op == "call_module":
+                is_view = isinstance(
+                    self.modules[str(x.target)],
+                    nn.Identity | nn.Flatten | nn.Unflatten | nn.Dropout,
+                )
+            x = x.all_input_nodes[0] if is_view and x.all_input_nodes else None
 
     def evaluate(self, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         try:

@@ -360,6 +360,17 @@ def test_what_converged_says_holds(rtol: float) -> None:
         assert abs(e.value / truth - 1) <= rtol
 
 
+def test_a_second_value_near_the_first_is_not_taken_for_it() -> None:
+    # with one column, 15 of these 60 converged to the second value and said so
+    for seed in range(60):
+        w = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(seed))
+        e = conv_norm(w, (8, 8), padding=1)
+        layer = nn.Conv2d(4, 6, 3, padding=1, bias=False)
+        layer.weight = nn.Parameter(w)
+        assert e.converged
+        assert abs(e.value / norm_of(layer, (4, 8, 8)) - 1) <= 1e-4
+
+
 def test_the_same_call_gives_the_same_numbers() -> None:
     w = torch.randn(8, 8, 3, 3)
     first = conv_norm(w, (8, 8), padding=1, certified=True)

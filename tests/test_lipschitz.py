@@ -263,6 +263,14 @@ def test_sums_and_concatenations() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.f(torch.relu(self.f(x)))
 
+    class InPlace(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(x)
+            y += x
+            return y.mul_(2)
+
+    assert lipschitz_bound(InPlace(), (5,)).bound == pytest.approx(4)
+    assert lipschitz_bound(nn.Sequential(nn.Linear(5, 5), nn.ReLU(True)), (5,)).bound > 0
     assert lipschitz_bound(Sum(), (5,)).bound == pytest.approx(2.25)
     assert lipschitz_bound(Cat(), (5,)).bound == pytest.approx(math.sqrt(5))
     assert lipschitz_bound(Twice(), (5,)).bound == pytest.approx(2)
@@ -517,6 +525,20 @@ class Two(nn.Module):
         return x + y
 
 
+class WritesOver(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(x)
+        return y.view(-1, 3).mul_(5) + y
+
+
+class OtherName(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(x)
+        z = y
+        y += 3 * x
+        return y - z
+
+
 class Scaled(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return torch.exp(super().forward(x))
@@ -545,6 +567,8 @@ class Scaled(nn.Linear):
         (nn.Softmax(0), (3,), "expected Softmax within a sample, got dim=0"),
         (nn.Flatten(0), (3,), r"to keep a batch of 7 samples apart, in front, got \[21\]"),
         (Two(), (3,), "expected a model with one input, got a second one, 'y'"),
+        (WritesOver(), (3,), r"mul_\(\) .* writes over a value that is read again later"),
+        (OtherName(), (3,), "expected a model that computes what torch.fx traces"),
         (Scaled(3, 3), (3,), r"got .*linear.*|got exp\(\)"),
         (nn.BatchNorm1d(3, track_running_stats=False), (3,), "with running statistics"),
         (nn.MaxPool1d(2, return_indices=True), (1, 4), "MaxPool1d without indices"),
