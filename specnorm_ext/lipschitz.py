@@ -60,7 +60,7 @@ def _search(model: nn.Module, data: Tensor, steps: int) -> float:
     per_sample = (n,) + (1,) * (x.dim() - 1)
 
     def lengths(y: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(y.flatten(1), dim=1)
+        return torch.linalg.vector_norm(y.reshape(n, -1), dim=1)
 
     generator = torch.Generator().manual_seed(0)
     d = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device)

@@ -367,7 +367,18 @@ class Walk:
             return spread, False, True
         if target is F.linear and len(inputs) == 1 and node.args[0] is inputs[0]:
             return [certified_matrix_norm(self.constant(node, "weight", 1))], True, False
-        if target in _PRODUCTS | {F.scaled_dot_product_attention} and len(inputs) > 1:
+        if target in _PRODUCTS:
+            other = self.argument(node, "other", 1, None)
+            alone = len(inputs) == 1 and all(x is not inputs[0] for x in node.args[1:])
+            if (
+                alone
+                and node.args[0] is inputs[0]
+                and isinstance(other, Tensor)
+                and other.dim() == 2
+            ):
+                return [certified_matrix_norm(other)], True, False
+            self.refuse(node, "multiplies activations; " + NO_ATTENTION)
+        if target is F.scaled_dot_product_attention:
             self.refuse(node, "multiplies activations; " + NO_ATTENTION)
         if target in _MUL | _DIV:
             self.refuse(node, "multiplies or divides activations, which has no constant")
@@ -542,7 +553,7 @@ class Walk:
                 Exception
             ):  # sizes taken from elsewhere, say: the product of the factors holds in any case
                 return None
-            images.append(env[node].flatten(1))
+            images.append(env[node].reshape(len(start), -1))
         # u = 1e-16: a thousand roundings of numbers of the size of the factors' product and of the constant
         constant = float(torch.linalg.vector_norm(images[1]))
         rounding = 1e-12 * (self.known[node].factor + constant) * math.sqrt(n)

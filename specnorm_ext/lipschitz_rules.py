@@ -148,7 +148,9 @@ def _embedding(module: nn.Embedding, shape: Shape) -> float:
         raise TypeError(
             "lipschitz_bound: expected an Embedding without max_norm, which changes the weight when it is read"
         )
-    return certified_matrix_norm(conv_weight(module))
+    weight = conv_weight(module)
+    _check_dtype(module, weight)
+    return certified_matrix_norm(weight)
 
 
 @_rules(

@@ -269,6 +269,19 @@ def test_sums_and_concatenations() -> None:
             y += x
             return y.mul_(2)
 
+    class Scalar(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p = nn.Parameter(torch.randn(5, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (2 - (x @ self.p) / 4).sum(-1)
+
+    scalar = Scalar()
+    truth = float(torch.linalg.vector_norm(scalar.p.detach().sum(1))) / 4
+    result = lipschitz_bound(scalar, (5,), data=torch.randn(4, 5))
+    assert result.bound == pytest.approx(truth, rel=1e-6)
+    assert result.lower == pytest.approx(truth, rel=1e-6)
     assert lipschitz_bound(InPlace(), (5,)).bound == pytest.approx(4)
     assert lipschitz_bound(nn.Sequential(nn.Linear(5, 5), nn.ReLU(True)), (5,)).bound > 0
     assert lipschitz_bound(Sum(), (5,)).bound == pytest.approx(2.25)
@@ -508,6 +521,11 @@ class Square(nn.Module):
 class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.softmax(x @ x.transpose(1, 2), -1) @ x
+
+
+class FusedAttention(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x)
 
 
 class Flow(nn.Module):
