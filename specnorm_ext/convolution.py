@@ -459,9 +459,15 @@ def operator_of(module: nn.Module, input_size: Sizes, op: str = "conv_norm_of") 
     )
 
 
-def certified_operator_norm(a: ConvOperator, weight: Tensor) -> float:
-    """A proved upper bound of the norm of `a` with `weight`; inf for a weight with NaN or Inf."""
-    return _operator_norm(a, weight.detach(), 1e-3, 1000, certified=True).upper
+def certified_operator_norm(a: ConvOperator, weight: Tensor, error: float = 0.0) -> float:
+    """A proved upper bound of the norm of `a` with `weight`, of whose entries each may be off by `error`, relatively;
+    inf for a weight with NaN or Inf."""
+    upper = _operator_norm(a, weight.detach(), 1e-3, 1000, certified=True).upper
+    if error and math.isfinite(upper):
+        upper += (
+            error * absolute_bound(_lattice(a, weight.detach().double())) * math.sqrt(_repeats(a))
+        )
+    return upper
 
 
 @torch.compiler.disable

@@ -241,6 +241,8 @@ class Walk:
                     f"{OP}: expected {self.place(node)} to keep a batch of {BATCH} samples apart, in front, "
                     f"got {got}"
                 )
+            if not x.is_floating_point():
+                self.refuse(node, f"makes {x.dtype} of real numbers, in jumps")
         shape = tuple(value.shape[1:]) if isinstance(value, Tensor) else ()
         factors, affine, euclidean = self.rule(node, inputs, shape)
         self.record(node, inputs, shape, factors, affine, euclidean)
@@ -398,7 +400,7 @@ class Walk:
                 scale = batch_norm_scale(norm).view(-1, *[1] * (weight.dim() - 1))
                 a = operator_of(module, shape[1:], OP)
                 self.folded.add(users[0])
-                return certified_operator_norm(a, weight * scale) * (1 + 2**-50)
+                return certified_operator_norm(a, weight * scale, 2**-50)
         return self.ask(node, module, shape)
 
     def refuse(self, node: fx.Node, why: str) -> NoReturn:

@@ -44,7 +44,7 @@ def register_rule(module_type, rule=None, *, affine=False):
     r"""Tell :func:`lipschitz_bound` the Lipschitz constant of a type of module, or replace what it knows.
 
     Args:
-        module_type: the class. Its subclasses are meant, too, unless they have a ``forward`` of their own.
+        module_type: the class. Its subclasses are meant, too, unless they replace a method of it.
         rule: called with the module, in eval, and the shape of one input without the batch; returns an upper bound
             of :math:`|f(x) - f(y)| / |x - y|`. Without it this is a decorator.
         affine: whether the module is a linear map plus a constant. Chains of such are then bounded together where
@@ -75,13 +75,23 @@ def register_rule(module_type, rule=None, *, affine=False):
     return rule
 
 
+# what a subclass may define anew without computing anything else
+_HARMLESS = {"extra_repr", "reset_parameters", "_load_from_state_dict", "_save_to_state_dict"}
+
+
+def _computes_as(cls: type[nn.Module], base: type[nn.Module]) -> bool:
+    between = cls.__mro__[: cls.__mro__.index(base)]
+    names = {name for c in between for name in vars(c) if not name.startswith("__")}
+    return not any(hasattr(base, name) for name in names - _HARMLESS)
+
+
 def rule_for(module: nn.Module) -> _Registered | None:
-    """The rule of the module's class. A subclass that computes something else has none."""
+    """The rule of the module's class. A subclass with a method of its own in place of the class's has none."""
     cls = type(module)
     for base in cls.__mro__:
         if base in _RULES:
-            ours = cls.__module__.startswith(__package__ or "specnorm_ext")
-            return _RULES[base] if cls.forward is base.forward or ours else None
+            ours = cls.__module__.split(".")[0] == __name__.split(".")[0]
+            return _RULES[base] if ours or _computes_as(cls, base) else None
     return None
 
 
@@ -332,18 +342,10 @@ def _each(value: Any, dims: int) -> tuple[Any, ...]:
     return (value,) * dims if isinstance(value, int) else tuple(value)
 
 
-def _check_indices(module: Any) -> None:
-    if module.return_indices:
-        raise TypeError(
-            f"lipschitz_bound: expected {type(module).__name__} without indices, got return_indices=True"
-        )
-
-
 @_rules(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 def _max_pool(module: nn.MaxPool2d, shape: Shape) -> float:
     """|max a - max b| <= max |a - b| over a window: its square is at most one of the (a - b)^2 in it, and each of
     these counts in as many windows as it lies in, prod_i ceil(k / s) for dilation 1."""
-    _check_indices(module)
     dims = len(shape) - 1
     windows = 1
     for k, s, d in zip(
@@ -360,7 +362,6 @@ def _max_pool(module: nn.MaxPool2d, shape: Shape) -> float:
 @_rules(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
 def _adaptive_max_pool(module: nn.AdaptiveMaxPool2d, shape: Shape) -> float:
     """As max pooling, with windows from floor(i n / m) to ceil((i + 1) n / m)."""
-    _check_indices(module)
     windows = 1
     for n, m in zip(shape[1:], _each(module.output_size, len(shape) - 1), strict=True):
         size = n if m is None else m
@@ -386,7 +387,6 @@ CONSTANTS: dict[type[nn.Module], float] = {
     nn.Tanh: 1.0,
     nn.Sigmoid: 0.25,
     nn.LogSigmoid: 1.0,
-    nn.Softplus: 1.0,
     nn.Softsign: 1.0,
     nn.Softshrink: 1.0,
     nn.Tanhshrink: 1.0,  # tanh^2
@@ -409,6 +409,17 @@ for _type, _value in CONSTANTS.items():
 @_rules(nn.GELU)
 def _gelu(module: nn.GELU, shape: Shape) -> float:
     return GELU_TANH if module.approximate == "tanh" else GELU
+
+
+@_rules(nn.Softplus)
+def _softplus(module: nn.Softplus, shape: Shape) -> float:
+    """It jumps by log(1 + exp(-threshold)) / beta, which is rounding at torch's threshold of 20."""
+    if module.threshold < 20:
+        raise TypeError(
+            f"lipschitz_bound: expected Softplus with a threshold of at least 20, got {module.threshold}, "
+            "where it is not continuous"
+        )
+    return 1.0
 
 
 @_rules(nn.LeakyReLU)
