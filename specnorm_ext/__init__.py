@@ -25,6 +25,7 @@ from . import _ops as _ops
 from . import adversarial, complexity, curvature, functional, pacgen, penalties, reference
 from .blocks import Blocks
 from .convert import convert
+from .convolution import conv_norm, conv_norm_of
 from .estimate import Estimate, estimate, spectral_norms
 from .group import SpectralNormGroup
 from .layers import (
@@ -37,6 +38,7 @@ from .layers import (
     SpectralEmbedding,
     SpectralLinear,
 )
+from .lipschitz import lipschitz_bound
 from .parametrizations import spectral_norm
 from .removal import remove
 
@@ -75,10 +77,13 @@ __all__ = [
     "adversarial",
     "build_info",
     "complexity",
+    "conv_norm",
+    "conv_norm_of",
     "convert",
     "curvature",
     "estimate",
     "functional",
+    "lipschitz_bound",
     "pacgen",
     "penalties",
     "reference",

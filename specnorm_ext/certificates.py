@@ -66,9 +66,7 @@ def _largest_eigenvalue(g: Tensor) -> float:
     if r <= 128:
         return float(torch.linalg.eigvalsh(full)[-1])
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(r, krylov.block_size(r, r), generator=generator, dtype=torch.float64).to(
-        g.device
-    )
+    start = torch.randn(r, krylov.COLUMNS, generator=generator, dtype=torch.float64).to(g.device)
     run = krylov.new_run(0, start)
 
     krylov.leading([run], krylov.expand_matrices({0: full}), 1e-10, 200, lambda *_: None)

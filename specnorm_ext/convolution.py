@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from . import krylov
+from ._checks import state_dtype
 from .convolution_bounds import (
     Grid,
     Lattice,
@@ -30,7 +31,6 @@ _EXPLICIT = 2000  # columns up to which the matrix is written out for a certific
 _EXPLICIT_NUMBERS = 1 << 25  # and its numbers: 256 MB
 _FFT_WORK = 2e9  # multiplications up to which the exact norm over frequencies is taken without being asked for
 _BASIS = 48  # Lanczos vectors kept before a restart; beyond it orthogonalization costs as much as the convolutions
-_KEPT = 12
 _COLUMNS = 4  # images at once
 
 
@@ -121,85 +121,6 @@ def _upper(a: ConvOperator, weight: Tensor, value: float) -> tuple[float, str]:
 # ---- the iteration --------------------------------------------------------------------------------------------------
 
 
-def _following(y: Tensor, known: Tensor, noise: float) -> tuple[Tensor, Tensor]:
-    """Q [n, k], R [k, b] with y = Q R, Q orthonormal, for y orthogonal to `known`; what is but rounding is left out."""
-    q, r = torch.linalg.qr(y)
-    left, sizes, right = torch.linalg.svd(r)
-    k = int((sizes > noise).sum())
-    q, r = q @ left[:, :k], sizes[:k, None] * right[:k]
-    # what was small beside the rest of y is orthogonal to `known` beside that alone
-    q, signs = torch.linalg.qr(q - known @ (known.mT @ q))
-    return q * torch.where(signs.diagonal() < 0, -1.0, 1.0), r
-
-
-def _leading(
-    apply: Callable[[Tensor], Tensor], start: Tensor, rtol: float, max_applications: int
-) -> tuple[float, Tensor, float, int, bool]:
-    """The largest eigenvalue of a positive semidefinite operator: block Lanczos with full reorthogonalization,
-    restarted with its leading Ritz vectors (Wu and Simon, "Thick-restart Lanczos method", SIAM J. Matrix Anal. Appl.
-    22, 2000). With one column it would take the second value for the first in every fourth random convolution.
-
-    Args:
-        apply: [n, b] to [n, b].
-        start: [n, b], random.
-        rtol: relative error of sigma, the root of the eigenvalue, to reach.
-        max_applications: calls of `apply`.
-
-    Returns:
-        the eigenvalue, its unit vector [n], the norm of the residual over the eigenvalue, the applications made, and
-        whether the estimated error is within `rtol`.
-    """
-    n, b = start.shape
-    eps = torch.finfo(start.dtype).eps
-    most = min(n, _BASIS)
-    basis = start.new_zeros(n, most)
-    projected = torch.zeros(most, most, dtype=torch.float64)
-    basis[:, :b] = torch.linalg.qr(start).Q
-    j = applications = 0
-    while True:
-        y = apply(basis[:, j : j + b])
-        applications += 1
-        known = basis[:, : j + b]
-        coefficients = known.mT @ y
-        y = y - known @ coefficients
-        again = known.mT @ y  # once leaves what cancellation spared, twice is enough (Parlett, 6.9)
-        y = y - known @ again
-        columns = (coefficients + again).double().cpu()
-        # values that are not finite would make the eigensolver raise
-        if not bool(torch.isfinite(columns).all()):
-            return math.nan, basis[:, 0], math.inf, applications, False
-        projected[: j + b, j : j + b] = columns
-        projected[j : j + b, : j + b] = columns.mT
-        values, vectors = torch.linalg.eigh(projected[: j + b, : j + b])
-        top = float(values[-1])
-        following, rest = _following(y, known, 4 * eps * math.sqrt(n) * max(top, 0.0))
-        residuals = torch.linalg.vector_norm(rest.double().cpu() @ vectors[-b:, -2:], dim=0)
-        residual = float(residuals[-1]) / top if top > 0 else 0.0
-        error = residual / 2
-        if len(values) > 1 and top > 0:
-            # Kato-Temple, with the second value as large as its own residual allows: a bare Ritz value makes gaps
-            # out of clusters that are not resolved yet
-            gap = 1 - float(values[-2] + residuals[0]) / top
-            error = min(error, residual**2 / gap / 2) if gap > 0 else error
-        # Ritz values all alike could hide a larger one, which then must have had the time to show (see estimate.py)
-        spread = float(values[0]) < (1 - 10 * rtol) * top
-        shown = spread or applications >= math.log(max(n, 2)) / math.sqrt(4 * rtol)
-        exhausted = following.shape[1] == 0
-        done = exhausted or (error <= rtol and shown)
-        if done or applications >= max_applications:
-            vector = known @ vectors[:, -1].to(basis)
-            vector = vector / torch.linalg.vector_norm(vector)
-            return top, vector, residual, applications, done
-        j, b = j + b, following.shape[1]
-        if j + b > most:
-            kept = vectors[:, -_KEPT:]
-            j = kept.shape[1]
-            basis[:, :j] = known @ kept.to(basis)
-            projected.zero_()
-            projected[:j, :j] = torch.diag(values[-j:])
-        basis[:, j : j + b] = following
-
-
 def _by_power(x: Tensor, e: int) -> Tensor:
     """x 2^e, in two steps, as 2^e alone may leave the range."""
     return x * 2.0 ** (e // 2) * 2.0 ** (e - e // 2)
@@ -246,15 +167,28 @@ def _lower(a: ConvOperator, weight: Tensor, value: float) -> float:
 
 
 def _result(
-    value: Tensor | float, lower: float, upper: float, reads: int, converged: bool, method: str
+    value: Tensor | float,
+    lower: float,
+    upper: float,
+    reads: int,
+    converged: bool,
+    method: str,
+    uv: tuple[Tensor, Tensor] | None = None,
 ) -> Estimate:
+    """The value stays a tensor where it carries a gradient."""
+    number = float(value.detach() if isinstance(value, Tensor) else value)
+    differentiable = isinstance(value, Tensor) and value.requires_grad
+    u, v = uv if uv is not None else (None, None)
     return Estimate(
-        float(value.detach() if isinstance(value, Tensor) else value),
-        lower,
-        upper,
-        reads,
-        converged,
-        method,
+        value=value if differentiable else number,
+        lower=lower,
+        upper=upper,
+        u=u,
+        v=v,
+        n_reads=reads,
+        converged=converged,
+        method=method,
+        values=(number,),
     )
 
 
@@ -266,14 +200,18 @@ def _lanczos(
     inner = weight.to(torch.float32) if narrow else weight
 
     def apply(x: Tensor) -> Tensor:
-        return a.gram(inner, x.mT.reshape(-1, *a.input_shape)).flatten(1).mT
+        return a.gram(inner, x.view(-1, *a.input_shape)).flatten(1)
 
     generator = torch.Generator().manual_seed(0)
     n = math.prod(a.input_shape)
     start = torch.randn(n, min(n, _COLUMNS), generator=generator, dtype=torch.float64)
-    start = start.to(inner.device, inner.dtype)
-    _, vector, _, reads, converged = _leading(apply, start, rtol, max_reads)
-    return vector.to(weight.dtype).view(1, *a.input_shape), reads, converged
+    run = krylov.new_run(0, start.to(inner.device, inner.dtype), capacity=_BASIS)
+    ended: list[bool] = []
+    krylov.leading(
+        [run], krylov.expand_operator(apply), rtol, max_reads, lambda _, done: ended.append(done)
+    )
+    v = run.right_vectors()[:, 0].view(1, *a.input_shape)
+    return v.to(weight.dtype), run.reads, ended[0]
 
 
 def _operator_norm(
@@ -316,8 +254,15 @@ def _operator_norm(
                 converged = False  # the bound is the norm itself, to some 1e-9, and value is off
         low = math.nextafter(min(_scaled_back(lower, e), sys.float_info.max), 0.0)
         high = math.nextafter(_scaled_back(upper, e), math.inf) if upper else 0.0
+        y = a.forward(w, v)
+        state = state_dtype(weight.dtype)
+        size = torch.linalg.vector_norm(y)
+        uv = (
+            (y / torch.where(size > 0, size, 1.0))[0].to(weight.device, state),
+            (v / torch.linalg.vector_norm(v))[0].to(weight.device, state),
+        )
     with torch.autocast(weight.device.type, enabled=False):
-        return _result(_sigma(a, weight, v, e), low, high, reads, converged, method)
+        return _result(_sigma(a, weight, v, e), low, high, reads, converged, method, uv)
 
 
 # ---- the public functions -------------------------------------------------------------------------------------------
@@ -377,9 +322,11 @@ def conv_norm(
             fewer channels of a group.
 
     Returns:
-        :class:`Estimate`. ``value`` is |A v| for a unit v, ``lower`` the same less its rounding errors, ``upper``
-        proved, with the rounding of its computation added (see convolution_bounds.py), or inf where it was not asked
-        for; ``n_reads`` counts applications of :math:`A^T A`. A weight with NaN or Inf gives value and lower nan.
+        :class:`Estimate`. ``value`` is |A v| for a unit v: a float, or, of a weight that requires grad, in grad mode,
+        a tensor [] with the gradient of :math:`u^T A v`. ``u`` [out_channels, *O], ``v`` [in_channels, *S]. ``lower``
+        is the value less its rounding errors; ``upper`` is proved, with the rounding of its computation added (see
+        convolution_bounds.py), or inf where it was not asked for. ``n_reads`` counts applications of :math:`A^T A` to
+        four images. A weight with NaN or Inf gives value and lower nan.
 
     Raises:
         TypeError: a weight of another kind or dtype, sizes that are no ints.

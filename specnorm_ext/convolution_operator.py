@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._checks import DTYPES
 
@@ -290,6 +291,39 @@ class ConvOperator:
                 x.narrow(d, n - 1, 1).add_(right.sum(d, keepdim=True))
             y = x
         return y
+
+
+def operator_of_layer(
+    op: str, layer: nn.Module, weight: Tensor, norm: str, input_size: Sizes | None
+) -> ConvOperator | None:
+    """What a layer with these arguments is normalized by: an operator, or for norm="flattened" None."""
+    if norm not in ("flattened", "operator"):
+        raise ValueError(f"{op}: expected norm to be 'flattened' or 'operator', got {norm!r}")
+    if norm == "flattened":
+        if input_size is not None:
+            raise ValueError(
+                f"{op}: expected input_size with norm='operator' only, got {input_size}"
+            )
+        return None
+    transposed = isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
+    if not transposed and not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        raise ValueError(
+            f"{op}: expected norm='flattened' for {type(layer).__name__}, got 'operator', which convolutions have"
+        )
+    like: Any = layer
+    size: Any = input_size  # None is refused below
+    return ConvOperator.of(
+        weight,
+        size,
+        like.stride,
+        like.padding,
+        like.dilation,
+        like.groups,
+        transposed,
+        like.padding_mode,
+        like.output_padding if transposed else 0,
+        op=op,
+    )
 
 
 __all__ = ["ConvOperator", "Sizes"]

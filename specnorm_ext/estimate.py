@@ -310,8 +310,8 @@ def _columns(method: str, weight: Tensor, k: int) -> int:
     if method in ("power", "lanczos"):
         return 1
     m, n = weight.shape
-    columns = krylov.block_size(m, n) if method == "krylov" else min(subspace.COLUMNS, m, n)
-    return max(columns, min(k, MAX_COLUMNS))
+    columns = krylov.COLUMNS if method == "krylov" else subspace.COLUMNS
+    return min(max(columns, min(k, MAX_COLUMNS)), m, n)
 
 
 def _working_dtype(method: str, dtype: torch.dtype, rtol: float) -> torch.dtype:
@@ -513,9 +513,9 @@ def estimate(
 ):
     r"""The spectral norm :math:`\sigma_1(W) = \max_{|x| = 1} |W x|`, from below and, where asked for, from above.
 
-    Block Lanczos on :math:`W^T W`, 4 vectors a block, one read of W a block: 10 to 20 reads for 1e-3 from a cold
-    start, where power iteration takes 80 (and stops early, in silence, where two singular values are close). A list
-    is worked on in one op call a step, each matrix leaving it once it has converged.
+    Block Lanczos on :math:`W^T W`, 4 vectors a block, one read of W a block: 5 to 10 reads for 1e-3 on trained weights,
+    15 to 30 on random ones, from a cold start. A list is worked on in one op call a step, each matrix leaving it once
+    it has converged.
 
     Args:
         weight: a matrix [m, n], or a list of them: any mix of shapes, strides, dtypes (float32, float64, bfloat16,

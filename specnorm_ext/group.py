@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import _ops, recomputation
+from . import recomputation
 from . import state as states
 from ._ops import is_ordinary, is_untraced
 from .book import Book, Values
@@ -92,8 +92,7 @@ class _Call:
         """
         first = self.members[0].state
         on_cpu = self.matrices[0].is_cpu
-        run = _ops.power_iteration_direct if on_cpu else torch.ops.specnorm_ext.power_iteration_
-        sigma = run(self.matrices, self.us, self.vs, first.n_power_iterations, first.eps)
+        sigma = first._iterate(self.matrices, self.us, self.vs, first.n_power_iterations, on_cpu)
         sigmas = sigma.split(1 if self.one_each else self.counts)
         pieces: Sequence[Any] = [x for m in self.members for x in (m.u, m.v)]
         if keep:
@@ -185,7 +184,8 @@ class SpectralNormGroup:
 
     Without a group every layer runs its own power iteration in every training forward. With one, a single call of
     ``torch.ops.specnorm_ext.power_iteration_`` does it for the whole model (one call for each dtype, device,
-    n_power_iterations and eps, where they differ), and the layers use its result until the next.
+    n_power_iterations and eps, where they differ, and one for each convolution with norm="operator"), and the layers
+    use its result until the next.
 
     Args:
         model: holds the weights: our layers (:class:`SpectralLinear`, ...) and those of :func:`spectral_norm`, shared
@@ -297,7 +297,8 @@ class SpectralNormGroup:
         self._check_in_use("sigmas")
         out: dict[str, Tensor] = {}
         for call in self._arranged(self._look()):
-            values = torch.ops.specnorm_ext.sigma(call.matrices, call.us, call.vs).abs()
+            state = call.members[0].state
+            values = state._form(call.matrices, call.us, call.vs).abs()
             for m, s in zip(call.members, values.split(call.counts), strict=True):
                 out[m.name] = s[0] if m.state.blocks is None else s
         return {m.name: out[m.name] for m in self._members if m.name in out}
@@ -384,7 +385,10 @@ class SpectralNormGroup:
             if state._book.unseeded or state._book.unverified:
                 state.place(weight)
                 state.verify(state.matrices(weight.detach()))
-            which = (weight.dtype, weight.device, state.n_power_iterations, state.eps)
+            alone = (
+                None if state.operator is None else id(state)
+            )  # it iterates through its convolution
+            which = (weight.dtype, weight.device, state.n_power_iterations, state.eps, alone)
             calls.setdefault(which, []).append(m)
         self._calls = [_Call(x) for x in calls.values()]
         self._called = members if len(usable) == len(members) else []

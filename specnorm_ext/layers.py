@@ -12,6 +12,7 @@ from torch.nn import functional as nnf
 from . import _ops
 from ._checks import check_like_weight
 from .blocks import Blocks
+from .convolution_operator import Sizes, operator_of_layer
 from .state import SpectralState, scalar_inverse
 
 
@@ -38,6 +39,8 @@ class SpectralLayer(nn.Module):
         learnable_scale: bool = False,
         detach_sigma: bool = False,
         blocks: int | Sequence[int] | Blocks | None = None,
+        norm: str = "flattened",
+        input_size: Sizes | None = None,
         **kwargs: Any,
     ) -> None:
         divided = Blocks.of(blocks)
@@ -57,6 +60,7 @@ class SpectralLayer(nn.Module):
             detach_sigma,
             divided,
             type(self).__name__,
+            operator_of_layer(type(self).__name__, self, self.weight, norm, input_size),
         )
         self.adopt(state)
 
@@ -307,11 +311,13 @@ class _SpectralConvTranspose(SpectralLayer):
 
 
 class SpectralConv1d(_SpectralConv, nn.Conv1d):
-    """``torch.nn.Conv1d`` by W / sigma, sigma that of the flattened kernel.
+    """``torch.nn.Conv1d`` by W / sigma, sigma that of the flattened kernel or of the operator.
 
     W [out_channels, in_channels / groups, ...] seen as [out_channels, the rest], as torch does; its norm is not that
-    of the convolution as an operator. Arguments as of ``torch.nn.Conv1d``; options, attributes, state dict and errors
-    as of :class:`SpectralLinear`.
+    of the convolution as an operator. That is what ``norm="operator"`` divides by: on inputs of the spatial size
+    ``input_size`` (an int, or one for each dimension), tracked by power iteration through the convolution and its
+    adjoint, one image each; u and v are images then, flattened. Arguments as of ``torch.nn.Conv1d``; options,
+    attributes, state dict and errors as of :class:`SpectralLinear`.
 
     Example:
         >>> import torch, specnorm_ext
@@ -321,11 +327,13 @@ class SpectralConv1d(_SpectralConv, nn.Conv1d):
 
 
 class SpectralConv2d(_SpectralConv, nn.Conv2d):
-    """``torch.nn.Conv2d`` by W / sigma, sigma that of the flattened kernel.
+    """``torch.nn.Conv2d`` by W / sigma, sigma that of the flattened kernel or of the operator.
 
     W [out_channels, in_channels / groups, ...] seen as [out_channels, the rest], as torch does; its norm is not that
-    of the convolution as an operator. Arguments as of ``torch.nn.Conv2d``; options, attributes, state dict and errors
-    as of :class:`SpectralLinear`.
+    of the convolution as an operator. That is what ``norm="operator"`` divides by: on inputs of the spatial size
+    ``input_size`` (an int, or one for each dimension), tracked by power iteration through the convolution and its
+    adjoint, one image each; u and v are images then, flattened. Arguments as of ``torch.nn.Conv2d``; options,
+    attributes, state dict and errors as of :class:`SpectralLinear`.
 
     Example:
         >>> import torch, specnorm_ext
@@ -335,11 +343,13 @@ class SpectralConv2d(_SpectralConv, nn.Conv2d):
 
 
 class SpectralConv3d(_SpectralConv, nn.Conv3d):
-    """``torch.nn.Conv3d`` by W / sigma, sigma that of the flattened kernel.
+    """``torch.nn.Conv3d`` by W / sigma, sigma that of the flattened kernel or of the operator.
 
     W [out_channels, in_channels / groups, ...] seen as [out_channels, the rest], as torch does; its norm is not that
-    of the convolution as an operator. Arguments as of ``torch.nn.Conv3d``; options, attributes, state dict and errors
-    as of :class:`SpectralLinear`.
+    of the convolution as an operator. That is what ``norm="operator"`` divides by: on inputs of the spatial size
+    ``input_size`` (an int, or one for each dimension), tracked by power iteration through the convolution and its
+    adjoint, one image each; u and v are images then, flattened. Arguments as of ``torch.nn.Conv3d``; options,
+    attributes, state dict and errors as of :class:`SpectralLinear`.
 
     Example:
         >>> import torch, specnorm_ext
@@ -349,11 +359,12 @@ class SpectralConv3d(_SpectralConv, nn.Conv3d):
 
 
 class SpectralConvTranspose1d(_SpectralConvTranspose, nn.ConvTranspose1d):
-    """``torch.nn.ConvTranspose1d`` by W / sigma, sigma that of the flattened kernel.
+    """``torch.nn.ConvTranspose1d`` by W / sigma, sigma that of the flattened kernel or of the operator.
 
     W [in_channels, out_channels / groups, ...] seen as [out_channels / groups, the rest], as torch does; its
-    norm is not that of the convolution as an operator. Arguments as of ``torch.nn.ConvTranspose1d``; options,
-    attributes, state dict and errors as of :class:`SpectralLinear`.
+    norm is not that of the convolution as an operator, which ``norm="operator"`` divides by (see
+    :class:`SpectralConv1d`). Arguments as of ``torch.nn.ConvTranspose1d``; options, attributes, state dict and errors
+    as of :class:`SpectralLinear`.
 
     Example:
         >>> import torch, specnorm_ext
@@ -365,11 +376,12 @@ class SpectralConvTranspose1d(_SpectralConvTranspose, nn.ConvTranspose1d):
 
 
 class SpectralConvTranspose2d(_SpectralConvTranspose, nn.ConvTranspose2d):
-    """``torch.nn.ConvTranspose2d`` by W / sigma, sigma that of the flattened kernel.
+    """``torch.nn.ConvTranspose2d`` by W / sigma, sigma that of the flattened kernel or of the operator.
 
     W [in_channels, out_channels / groups, ...] seen as [out_channels / groups, the rest], as torch does; its
-    norm is not that of the convolution as an operator. Arguments as of ``torch.nn.ConvTranspose2d``; options,
-    attributes, state dict and errors as of :class:`SpectralLinear`.
+    norm is not that of the convolution as an operator, which ``norm="operator"`` divides by (see
+    :class:`SpectralConv2d`). Arguments as of ``torch.nn.ConvTranspose2d``; options, attributes, state dict and errors
+    as of :class:`SpectralLinear`.
 
     Example:
         >>> import torch, specnorm_ext
@@ -381,11 +393,12 @@ class SpectralConvTranspose2d(_SpectralConvTranspose, nn.ConvTranspose2d):
 
 
 class SpectralConvTranspose3d(_SpectralConvTranspose, nn.ConvTranspose3d):
-    """``torch.nn.ConvTranspose3d`` by W / sigma, sigma that of the flattened kernel.
+    """``torch.nn.ConvTranspose3d`` by W / sigma, sigma that of the flattened kernel or of the operator.
 
     W [in_channels, out_channels / groups, ...] seen as [out_channels / groups, the rest], as torch does; its
-    norm is not that of the convolution as an operator. Arguments as of ``torch.nn.ConvTranspose3d``; options,
-    attributes, state dict and errors as of :class:`SpectralLinear`.
+    norm is not that of the convolution as an operator, which ``norm="operator"`` divides by (see
+    :class:`SpectralConv3d`). Arguments as of ``torch.nn.ConvTranspose3d``; options, attributes, state dict and errors
+    as of :class:`SpectralLinear`.
 
     Example:
         >>> import torch, specnorm_ext

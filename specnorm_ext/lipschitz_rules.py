@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import DTYPES
-from .convolution import _leading, certified_operator_norm, conv_weight, operator_of
-from .convolution_bounds import certified_norm
+from .certificates import cholesky_bound
+from .convolution import certified_operator_norm, conv_weight, operator_of
 
 Shape = tuple[int, ...]
 Rule = Callable[[Any, Shape], float]
@@ -109,26 +109,8 @@ def _rules(*types: type[nn.Module], affine: bool = False) -> Callable[[Rule], Ru
 
 def certified_matrix_norm(weight: Tensor) -> float:
     """A proved upper bound of the norm of a matrix, some 1e-9 above it; inf for one with NaN or Inf."""
-    w = weight.detach().double()
-    if w.numel() == 0:
-        return 0.0
-    largest = float(w.abs().amax())
-    if not math.isfinite(largest):
-        return math.inf
-    if largest == 0:
-        return 0.0
-    e = math.frexp(largest)[1]
-    w = w * 2.0 ** (-e // 2) * 2.0 ** (-e - -e // 2)
-    w = w if w.shape[0] <= w.shape[1] else w.mT
-    if len(w) <= _SMALL:
-        guess = float(torch.linalg.matrix_norm(w, 2))
-    else:
-        start = torch.randn(len(w), 4, generator=torch.Generator().manual_seed(0)).to(w)
-        guess = math.sqrt(max(_leading(lambda x: w @ (w.mT @ x), start, 1e-9, 400)[0], 0.0))
-    try:
-        return math.ldexp(certified_norm(w, guess), e) * (1 + 2**-50)
-    except OverflowError:
-        return math.inf
+    bound = cholesky_bound(weight)
+    return math.inf if math.isnan(bound) else bound
 
 
 def _check_dtype(module: nn.Module, weight: Tensor) -> None:

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from ._checks import state_dtype
 from .blocks import Blocks
+from .convolution_operator import Sizes, operator_of_layer
 from .state import SpectralState
 
 
@@ -125,6 +126,8 @@ def spectral_norm(
     learnable_scale: bool = False,
     detach_sigma: bool = False,
     blocks: int | Sequence[int] | Blocks | None = None,
+    norm: str = "flattened",
+    input_size: Sizes | None = None,
 ) -> nn.Module:
     r"""Normalize a weight by its spectral norm: the drop-in for ``torch.nn.utils.parametrizations.spectral_norm``.
 
@@ -157,6 +160,8 @@ def spectral_norm(
         blocks: several matrices in one weight, each with a sigma of its own: the number of equal blocks of rows (3
             for a fused QKV), the size of each, or :class:`Blocks` (interleaved rows, a leading dimension of experts,
             which ``dim`` then does not count). u is [m] as ever, v is [blocks, n].
+        norm, input_size: "operator" divides the weight of a convolution by the norm of its operator on inputs of the
+            spatial size ``input_size``, as :class:`SpectralConv2d` does, not by that of the flattened kernel.
 
     Returns:
         ``module``. ``torch.nn.utils.parametrize.remove_parametrizations`` takes it off again.
@@ -222,6 +227,7 @@ def spectral_norm(
         dim = 1 if isinstance(module, transposed) else 0
     if weight.is_complex():
         ours = bound is not None or learnable_scale or detach_sigma or blocks is not None
+        ours = ours or norm != "flattened"
         if n_vectors != 1 or ours:
             raise TypeError(
                 "spectral_norm: expected a real weight for n_vectors, bound, learnable_scale, detach_sigma or blocks, "
@@ -240,6 +246,7 @@ def spectral_norm(
         learnable_scale,
         detach_sigma,
         Blocks.of(blocks),
+        operator=operator_of_layer("spectral_norm", module, weight, norm, input_size),
     )
     with torch.inference_mode(weight.is_inference()):
         parametrize.register_parametrization(module, name, parametrization)

@@ -13,11 +13,12 @@ from typing import Any, SupportsFloat, SupportsIndex
 import torch
 from torch import Tensor, nn
 
-from . import _C, _ops, recomputation
+from . import _C, _ops, operator_norm, recomputation
 from ._checks import DTYPES, MAX_COLUMNS, SIXTEEN_BIT, state_dtype
 from ._ops import is_ordinary, is_plain, is_untraced
 from .blocks import Blocks
 from .book import Book, Values
+from .convolution_operator import ConvOperator
 from .recomputation import Forward, Place, left_to_python, version_of
 
 WARM_UP_ITERATIONS = 15  # torch's, at registration
@@ -34,8 +35,8 @@ standalone_forwards = 0  # in training, of weights outside any group: why a grou
 class SpectralState(nn.Module):
     """u, v and the options of one weight. `owner` names the public thing in messages."""
 
-    _u: Tensor  # [m] or [m, b], the blocks' beneath each other
-    _v: Tensor  # [n] or [n, b]; with blocks [blocks, n] or [blocks, n, b]
+    _u: Tensor  # [m] or [m, b], the blocks' beneath each other; of an operator an output, flattened
+    _v: Tensor  # [n] or [n, b]; with blocks [blocks, n] or [blocks, n, b]; of an operator an input, flattened
     owner = "spectral_norm"
     # v = W^T u, then u = W v, as the old torch.nn.utils.spectral_norm does (convert.py)
     v_first = False
@@ -52,6 +53,7 @@ class SpectralState(nn.Module):
         detach_sigma: bool = False,
         blocks: Blocks | None = None,
         owner: str | None = None,
+        operator: ConvOperator | None = None,
     ) -> None:
         super().__init__()
         if owner is not None:
@@ -104,6 +106,14 @@ class SpectralState(nn.Module):
         self._ndim = ndim
         self._book = Book()
         self.blocks = blocks
+        self.operator = (
+            operator  # the convolution whose norm it is, in place of the flattened kernel's
+        )
+        if operator is not None and (n_vectors != 1 or blocks is not None):
+            raise ValueError(
+                f"{who}: expected n_vectors=1 and no blocks with norm='operator', got n_vectors={n_vectors} and "
+                f"blocks={blocks}"
+            )
         dtype = state_dtype(weight.dtype)
         # A layer made under inference_mode must still train later: none of its state may be an inference tensor.
         with torch.inference_mode(False), torch.no_grad():
@@ -120,10 +130,16 @@ class SpectralState(nn.Module):
                 b = min(n_vectors, *(max(1, min(x.shape)) for x in parts))
                 columns = () if n_vectors == 1 else (b,)
                 n = parts[0].shape[1]
-                for name, shape in (
-                    ("_u", (sum(x.shape[0] for x in parts),)),
-                    ("_v", (n,) if blocks is None else (len(parts), n)),
-                ):
+                sizes = (
+                    (sum(x.shape[0] for x in parts),),
+                    (n,) if blocks is None else (len(parts), n),
+                )
+                if operator is not None:
+                    sizes = (
+                        (math.prod(operator.output_shape),),
+                        (math.prod(operator.input_shape),),
+                    )
+                for name, shape in zip(("_u", "_v"), sizes, strict=True):
                     x = torch.empty((*shape, *columns), dtype=dtype, device=weight.device)
                     self.register_buffer(name, x)
                 self._book.unseeded = weight.is_meta
@@ -149,6 +165,8 @@ class SpectralState(nn.Module):
             parts.append("detach_sigma=True")
         if self.blocks is not None:
             parts.append(f"blocks={self.blocks}")
+        if self.operator is not None:
+            parts.append(f"norm='operator', input_size={self.operator.input_size}")
         if self.v_first:
             parts.append("v_first=True")
         return parts
@@ -175,7 +193,10 @@ class SpectralState(nn.Module):
         return weight if weight.dim() == 2 else weight.flatten(1)
 
     def matrices(self, weight: Tensor) -> list[Tensor]:
-        """The weight as matrices that each have a sigma of their own: one, or one for every block."""
+        """The weight as matrices that each have a sigma of their own: one, or one for every block. That of an operator
+        stays as it is."""
+        if self.operator is not None:
+            return [weight]
         if self.blocks is None:
             return [weight if self.dim == 0 and self._ndim == 2 else self._matrix(weight)]
         experts = weight.unbind(0) if self.blocks.experts else (weight,)
@@ -226,8 +247,31 @@ class SpectralState(nn.Module):
     def _warm_up(
         self, which: Sequence[int], parts: list[Tensor], us: list[Tensor], vs: list[Tensor]
     ) -> None:
-        chosen = ([xs[i] for i in which] for xs in (parts, us, vs))
-        torch.ops.specnorm_ext.power_iteration_(*chosen, WARM_UP_ITERATIONS, self.eps)
+        chosen = [[xs[i] for i in which] for xs in (parts, us, vs)]
+        self._iterate(chosen[0], chosen[1], chosen[2], WARM_UP_ITERATIONS)
+
+    def _iterate(
+        self,
+        parts: list[Tensor],
+        us: list[Tensor],
+        vs: list[Tensor],
+        n_iterations: int,
+        direct: bool = False,
+    ) -> Tensor:
+        """power_iteration_; `direct`: straight to the CPU kernels."""
+        if self.operator is not None:
+            return operator_norm.iterate(self.operator, parts[0], us[0], vs[0], n_iterations)
+        run = _ops.power_iteration_direct if direct else torch.ops.specnorm_ext.power_iteration_
+        return run(parts, us, vs, n_iterations, self.eps)
+
+    def _form(
+        self, parts: list[Tensor], us: list[Tensor], vs: list[Tensor], direct: bool = False
+    ) -> Tensor:
+        """u^T W v of each part."""
+        if self.operator is not None:
+            return operator_norm.form(self.operator, parts[0], us[0], vs[0])
+        run = _ops.sigma_direct if direct else torch.ops.specnorm_ext.sigma
+        return run(parts, us, vs)
 
     @staticmethod
     def _seed(which: Sequence[int], us: list[Tensor], vs: list[Tensor]) -> None:
@@ -309,8 +353,8 @@ class SpectralState(nn.Module):
                 for x, top in zip(pairs[i], tops[2 * i : 2 * i + 2], strict=True):
                     x.copy_(nn.functional.normalize(x / top, dim=0))
         copies = [[x.clone() for x in xs] for xs in (us, vs)]
-        better = torch.ops.specnorm_ext.power_iteration_(parts, *copies, 1, self.eps)
-        stored = torch.ops.specnorm_ext.sigma(parts, us, vs)
+        better = self._iterate(parts, copies[0], copies[1], 1)
+        stored = self._form(parts, us, vs)
         after, before = better.tolist(), stored.abs().tolist()
         if not all(math.isfinite(x) for x in after):
             self._book.unverified = True  # a bad weight says nothing about u and v: look again
@@ -388,8 +432,8 @@ class SpectralState(nn.Module):
             if plain:
                 global standalone_forwards
                 standalone_forwards += 1
-            run = _ops.power_iteration_direct if direct else torch.ops.specnorm_ext.power_iteration_
-            return u, v, run(*self.iterated(parts, u, v), self.n_power_iterations, self.eps)
+            ws, us, vs = self.iterated(parts, u, v)
+            return u, v, self._iterate(ws, us, vs, self.n_power_iterations, direct)
         if not plain:
             return self._bilinear(parts, u, v, False)
         # Outside training nothing iterates, so whatever has changed since the last look is looked at.
@@ -484,8 +528,7 @@ class SpectralState(nn.Module):
     def _bilinear(self, parts: list[Tensor], u: Tensor, v: Tensor, direct: bool) -> UVSigma:
         """sigma = u^T W v of u and v as they are, and u turned where the weight's sign was: sigma is a norm."""
         with torch.no_grad():
-            run = _ops.sigma_direct if direct else torch.ops.specnorm_ext.sigma
-            sigma = run(parts, self._us(u), self._vs(v))
+            sigma = self._form(parts, self._us(u), self._vs(v), direct)
             if direct and self.blocks is None:
                 return (-u, v, -sigma) if sigma.item() < 0 else (u, v, sigma)
             sign = torch.where(sigma < 0, -1.0, 1.0).to(u.dtype)
@@ -555,6 +598,8 @@ class SpectralState(nn.Module):
     def _divided(
         self, weight: Tensor, parts: list[Tensor], u: Tensor, v: Tensor, d: Tensor
     ) -> Tensor:
+        if self.operator is not None:
+            return self.scaled(operator_norm.divided(self.operator, weight, u, v, d))
         # straight to the kernels wherever gradients are not recorded
         direct = not torch.is_grad_enabled() and is_plain(weight) and weight.is_cpu
         if direct and self.blocks is not None and self.dim == 0:

@@ -196,3 +196,36 @@ def test_bad_input(source, options, error, text) -> None:
 def test_nothing_to_look_at() -> None:
     assert specnorm_ext.spectral_norms({}) == {}
     assert specnorm_ext.spectral_norms([]) == []
+
+
+def hard_spectra(n: int, g: torch.Generator) -> dict[str, torch.Tensor]:
+    """Singular values that crowd below the first one, in many ways."""
+    k = torch.arange(n, dtype=torch.float64)
+    uniform = torch.rand(n, generator=g, dtype=torch.float64)
+    found = {
+        "a Laplacian's": 2 + 2 * torch.cos(math.pi * (k + 1) / (n + 1)),
+        "uniform": uniform,
+        "algebraic": (k + 1) ** -0.1,
+        "slowly geometric": 0.999**k,
+    }
+    for p in (0.5, 1, 2, 3):
+        found[f"edge of order {p}"] = 1 - (k / n) ** p
+    for count in (2, 5, 12, 40):
+        for width in (1e-4, 1e-3, 1e-2):
+            cluster = 1 - width * torch.rand(count, generator=g, dtype=torch.float64)
+            found[f"{count} within {width}"] = torch.cat([cluster, 0.9 * uniform[count:]])
+    return found
+
+
+@pytest.mark.parametrize("rtol", [1e-1, 1e-2, 1e-3, 1e-4, 1e-6])
+def test_what_is_called_converged_is(rtol: float) -> None:
+    # a criterion that extrapolated the values was wrong in one of fifty of these
+    for seed, n in enumerate((60, 200)):
+        g = torch.Generator().manual_seed(seed)
+        spectra = hard_spectra(n, g)
+        weights = [torch.diag(s) for s in spectra.values()]
+        for name, s, e in zip(
+            spectra, spectra.values(), specnorm_ext.estimate(weights, "krylov", rtol), strict=True
+        ):
+            assert e.converged, name
+            assert 1 - e.value / s.max().item() <= rtol, name

@@ -316,11 +316,12 @@ def test_an_operator_given_as_a_function() -> None:
 
 
 def test_most_reads_of_gaussian_matrices() -> None:
-    """Cold to 1e-3: medians of a few starts (bench/bench_estimate.py measures the large ones)."""
+    """Cold to 1e-3: the median of a few starts (bench/bench_estimate.py counts those of large ones)."""
     counts = []
     for seed in range(5):
         w = torch.randn(512, 1152, generator=torch.Generator().manual_seed(seed))
         e = specnorm_ext.estimate(w, rtol=1e-3)
+        assert e.converged
         assert abs(e.value / torch.linalg.matrix_norm(w.double(), 2).item() - 1) <= 1e-3
         counts.append(e.n_reads)
-    assert sorted(counts)[2] <= 16
+    assert sorted(counts)[2] <= 20
