@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import specnorm_ext
 
@@ -179,11 +180,16 @@ def test_no_other_figure_stands_in_the_section() -> None:
 
 
 def test_its_python_runs(capsys) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
     names: dict = {}
-    exec(compile(code, "README.md", "exec"), names)
-    assert "reads" in capsys.readouterr().out
+    for code in re.findall(r"```python\n(.*?)```", README, re.S):
+        exec(compile(code, "README.md", "exec"), names)
+    out = capsys.readouterr().out
+    assert "reads" in out
+    assert "ReLU" in out
     assert all(w.grad is not None for w in names["weights"])
+    e, exact = names["e"], torch.linalg.matrix_norm(names["w"].double(), 2)
+    assert e.lower <= exact <= e.upper
+    assert names["curvature"] > 0
 
 
 def test_its_commands_are_there() -> None:
