@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch.autograd.graph import increment_version
 
+from . import reference
 from ._checks import check_certified_matvec, check_krylov, raise_typed
-from ._ops import _below_autograd, _below_inplace, _impl, _ops, _without_kernels
+from ._ops import _below_autograd, _below_inplace, _impl, _ops
 
 
 @torch.library.register_fake("specnorm_ext::krylov_")
@@ -42,5 +43,6 @@ def _certified_matvec_typed(keyset, weights, v):
 
 
 _impl.impl("certified_matvec", _certified_matvec_typed, "Autograd", with_keyset=True)
+# On other devices than the CPU the twins are what there is: matrix products of the device's own library.
 for _name in ("krylov_", "certified_matvec"):
-    _impl.impl(_name, _without_kernels(_name), "CompositeExplicitAutograd")
+    _impl.impl(_name, torch.no_grad()(getattr(reference, _name)), "CompositeExplicitAutograd")
