@@ -214,7 +214,7 @@ inline void check_krylov(const Operands& weights, const Operands& basis, const O
     if (!x.same_device(weights[i]))
       fail("TypeError", op, ": expected ", name, "[", i, "] on the device of weights[", i, "]");
     const bool contiguous = x.dim == 2 && (x.sizes[1] <= 1 || x.strides[1] == 1) &&
-                            (x.sizes[0] <= 1 || x.strides[0] == x.sizes[1]);
+                            (x.sizes[0] <= 1 || x.sizes[1] == 0 || x.strides[0] == x.sizes[1]);
     if (x.dim == 2 && !contiguous)
       fail("ValueError", op, ": expected ", name, "[", i,
            "] to be contiguous, which it is written as; pass a contiguous() one");
@@ -250,10 +250,11 @@ inline void check_krylov(const Operands& weights, const Operands& basis, const O
          "], got ", shape_text(units));
   if (!weights.empty() && !units.same_device(weights[0]))
     fail("TypeError", op, ": expected units on the device of the weights");
-  const std::vector<Span> written = sorted_spans({&basis, &projected});
+  const Operands scalars{units};
+  const std::vector<Span> written = sorted_spans({&basis, &projected, &scalars});
   if (written_twice(written) || written_and_read(written, weights).written != nullptr)
     fail("ValueError", op,
-         ": expected every tensor in basis and projected to have memory of its own, got two that "
+         ": expected basis, projected and units to have memory of their own, got two that "
          "share elements");
 }
 

@@ -318,9 +318,10 @@ Status run_krylov(const KrylovParams& p, const Parallel& pool) {
       s.steps_left = p.steps;
       s.filled = s.item->filled;
       lay_out(arena, s);
+      s.done = s.item->weight.n == 0;  // no direction at all
       if (pass == 0)
         work += s.rows * s.length * s.b;
-      else if (s.chunks > 1)
+      else if (s.chunks > 1 && !s.done)
         begin(s);  // the others: on the thread that runs them
     }
     if (pass == 0 && !arena.allocate()) {

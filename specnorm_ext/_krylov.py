@@ -7,7 +7,7 @@ from torch.autograd.graph import increment_version
 
 from . import reference
 from ._checks import check_certified_matvec, check_krylov, raise_typed
-from ._ops import _below_autograd, _below_inplace, _impl, _ops
+from ._ops import _below_autograd, _below_inplace, _impl, _needs_composite, _ops
 
 
 @torch.library.register_fake("specnorm_ext::krylov_")
@@ -37,6 +37,8 @@ _impl.impl("krylov_", _krylov_inplace, "ADInplaceOrView", with_keyset=True)
 
 def _certified_matvec_typed(keyset, weights, v):
     try:
+        if _needs_composite():
+            return reference.certified_matvec(weights, v)
         return _ops.certified_matvec.default.redispatch(keyset & _below_autograd, weights, v)
     except RuntimeError as error:
         raise_typed(error)

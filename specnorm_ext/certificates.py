@@ -48,7 +48,7 @@ def _lower_gram(w: Tensor) -> Tensor:
 
 
 def _up(x: float, ulps: int = 4) -> float:
-    return x * (1 + ulps * 2 * _U) if math.isfinite(x) else x
+    return math.nextafter(x * (1 + ulps * 2 * _U), math.inf) if math.isfinite(x) else x
 
 
 def _scaled_back(x: float, shift: int) -> float:
@@ -99,7 +99,7 @@ def cholesky_bound(weight: Tensor) -> float:
     if r == 0:
         return 0.0
     g = _lower_gram(w)
-    square = _up(torch.linalg.vector_norm(w).item() ** 2, r + l + 8)
+    square = _up(torch.linalg.vector_norm(w).item() ** 2, 2 * r * l + 8)
     if not math.isfinite(square):
         return math.nan
     if square == 0:
@@ -149,15 +149,21 @@ def gram_bounds(weights: Sequence[Tensor], n_iterations: int = GRAM_ITERATIONS) 
         scaled = [_wide(weights[i]) for i in members]
         w = torch.stack([x for x, _ in scaled])
         a = w @ w.mT
-        squares = torch.linalg.vector_norm(w, dim=(1, 2)) ** 2
+        squares = torch.linalg.vector_norm(w, dim=(1, 2)) ** 2 * (1 + 4 * r * l * _U)
         # log2 of the bound of sigma^2 so far, for the factor that has been taken out
         log = torch.zeros(len(members), dtype=torch.float64, device=w.device)
         error = _gamma(l + 1) * squares
         power = 1.0
+        best = torch.full_like(log, math.inf)
         for t in range(n_iterations + 1):
             norm = torch.linalg.vector_norm(a, dim=(1, 2))
             safe = torch.where(norm > 0, norm, torch.ones_like(norm))
             log = log + power * torch.log2(safe)
+            # this |A_t|_F + e_t in place of |A_t|_F, and the rounding of norms and logarithms
+            relative = error / safe + r * r * _U
+            slack = power * torch.log2(1 + relative) + 64 * (n_iterations + 2) * _U
+            bound = (log + slack) / 2
+            best = torch.minimum(best, torch.nan_to_num(bound, nan=math.inf))
             if t == n_iterations:
                 break
             e = error / safe + 4 * _U
@@ -169,9 +175,8 @@ def gram_bounds(weights: Sequence[Tensor], n_iterations: int = GRAM_ITERATIONS) 
             two_norm = torch.minimum(two_norm, torch.ones_like(two_norm))
             error = 2 * two_norm * e + 3 * e * e + _gamma(r + 2) + 4 * _U
             power /= 2
-        # the last |A_t|_F + e_t in place of |A_t|_F, and the rounding of norms and logarithms
-        slack = power * torch.log2(1 + error / safe) + 64 * (n_iterations + r * r * _U + 2) * _U
-        bounds = torch.where(squares > 0, (log + slack) / 2, torch.full_like(log, -math.inf))
+        bounds = torch.where(squares > 0, best, torch.full_like(log, -math.inf))
+        bounds = torch.where(torch.isfinite(squares), bounds, torch.nan)
         for i, (_, shift), x in zip(members, scaled, bounds.tolist(), strict=True):
             if math.isfinite(x):
                 whole = math.floor(x)

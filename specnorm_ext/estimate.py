@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import numbers
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, overload
@@ -14,7 +16,7 @@ from . import certificates, functional, krylov, subspace
 from ._checks import DTYPES, MAX_COLUMNS, state_dtype
 from .matrices import Matrix, collect_matrices
 
-METHODS = ("auto", "krylov", "lanczos", "power", "subspace", "gram")
+METHODS = ("auto", "krylov", "lanczos", "power", "subspace", "gram", "svd")
 CERTIFICATES = ("cholesky", "gram", "probabilistic")
 Certified = bool | Literal["cholesky", "gram", "probabilistic"]
 
@@ -97,6 +99,7 @@ class _Problem:
         elif not by_rows:
             w = w.contiguous()
         self.weight = w
+        self.gram_bound = math.nan
         self.start = (start[::-1] if self.transposed else start) if start is not None else None
 
     def draw(self, columns: int, generator: torch.Generator, which: int = 1) -> Tensor:
@@ -107,8 +110,11 @@ class _Problem:
         x = x.to(self.weight.device, state_dtype(self.weight.dtype))
         if self.start is not None:
             given = self.start[which].detach().to(x)
-            given = given.unsqueeze(1) if given.dim() == 1 else given
-            x[:, : given.shape[1]] = given[:, :columns]
+            given = (given.unsqueeze(1) if given.dim() == 1 else given)[:, :columns]
+            # a column that holds nothing usable stays as it was drawn
+            good = torch.isfinite(given).all(0) & (given != 0).any(0)
+            k = given.shape[1]
+            x[:, :k] = torch.where(good, torch.where(good, given, 0.0), x[:, :k])
         return x
 
 
@@ -126,10 +132,17 @@ def _krylov(
     """All of one dtype, device and block size."""
     by_index = {p.index: p for p in problems}
     weights = {p.index: p.weight.to(dtype) for p in problems}
-    runs = [
-        krylov.new_run(p.index, p.draw(columns, generator).to(state_dtype(dtype)), options.k)
-        for p in problems
-    ]
+    runs = []
+    for p in problems:
+        # beside a start that was given there is a random vector: what it misses must be able to show
+        width = columns if p.start is None else max(columns, 2)
+        start = p.draw(width, generator).to(state_dtype(dtype))
+        if p.start is not None:
+            start[:, -1:] = torch.randn(
+                len(start), 1, generator=generator, device=generator.device
+            ).to(start)
+        rank = min(p.weight.shape)
+        runs.append(krylov.new_run(p.index, start, options.k, rank=rank, warm=p.start is not None))
 
     def done(run: krylov.Run, converged: bool) -> None:
         problem = by_index[run.index]
@@ -141,7 +154,9 @@ def _krylov(
         found(problem, _Found(run.right_vectors(), run.reads, converged, run.unit, steps, values))
 
     expand = krylov.expand_matrices(weights)
-    krylov.leading(runs, expand, options.rtol, max(options.max_reads - 1, 1), done)
+    for width in sorted({run.columns for run in runs}):
+        alike = [run for run in runs if run.columns == width]
+        krylov.leading(alike, expand, options.rtol, max(options.max_reads - options.k, 1), done)
 
 
 def _iterations(
@@ -165,29 +180,51 @@ def _iterations(
         v = (run.v.unsqueeze(1) if run.v.dim() == 1 else run.v[:, : options.k]).double()
         if not math.isfinite(run.sigma):
             v = torch.full_like(v, math.nan)
-        unit = 2.0 ** -math.frexp(run.sigma)[1] if run.sigma > 0 else 1.0
+        elif run.sigma == 0:
+            v = torch.nan_to_num(v, nan=0.0)
+        unit = _unit_of(run.sigma)
         found(by_index[run.index], _Found(v, run.reads, converged, unit))
 
     eps = torch.finfo(state_dtype(dtype)).eps
     subspace.iterate(runs, options.rtol, max(options.max_reads - 1, 1), eps, done)
 
 
-def _gram(problem: _Problem, options: _Options) -> _Found:
-    """All of the spectrum at once: eigenvalues of W^T W in float64, of the smaller of the two Gram matrices."""
+def _unit_of(size: float) -> float:
+    """A power of two that takes `size` near 1, as far as powers of two go."""
+    if not 0 < size < math.inf:
+        return 1.0
+    return math.ldexp(1.0, max(-1000, min(1000, -math.frexp(size)[1])))
+
+
+def _whole(problem: _Problem, options: _Options, method: str) -> _Found:
+    """All of the spectrum at once, in float64: an SVD, or the eigenvalues of the smaller Gram matrix.
+
+    The SVD's values are off by a few eps of the largest, the eigenvalues' squares by a few eps of its square, r times
+    that at most (Golub and Van Loan, "Matrix Computations", 8.6). Smaller ones are not known to be right, and are
+    zero for all that can be said; it is 0 that they count as.
+    """
     w = problem.weight.double()
     top = w.abs().amax().item()
     if not math.isfinite(top):
         return _Found(w.new_full((w.shape[1], options.k), math.nan), 2, False)
-    unit = 2.0 ** -math.frexp(top)[1] if top > 0 else 1.0
+    unit = _unit_of(top)
     w = w * unit
-    wide = w.shape[0] < w.shape[1]
-    _, vectors = torch.linalg.eigh(w @ w.mT if wide else w.mT @ w)
-    v = vectors.flip(1)[:, : options.k]
-    if wide:
-        v = w.mT @ v
-        length = torch.linalg.vector_norm(v, dim=0)
-        v = torch.where(length > 0, v / torch.where(length > 0, length, 1.0), 0.0)
-    return _Found(v, 2, True, unit)
+    floor = max(w.shape) * torch.finfo(torch.float64).eps
+    if method == "svd":
+        _, sizes, right = torch.linalg.svd(w, full_matrices=False)
+        v, errors = right[: options.k].mT, floor * sizes[0] / sizes[: options.k]
+        zero = sizes[: options.k] <= floor * sizes[0]
+    else:
+        wide = w.shape[0] < w.shape[1]
+        squares, vectors = torch.linalg.eigh(w @ w.mT if wide else w.mT @ w)
+        squares, v = squares.flip(0)[: options.k], vectors.flip(1)[:, : options.k]
+        if (
+            wide
+        ):  # of what has no image, W^T u is rounding; QR makes of it what is orthogonal to the rest
+            v = torch.linalg.qr(w.mT @ v).Q
+        errors, zero = floor * squares[0] / squares, squares <= floor * squares[0]
+    good = bool((zero | (errors <= options.rtol)).all()) and floor <= options.rtol
+    return _Found(v.contiguous(), 2, good, unit)
 
 
 # ---- what they attain -------------------------------------------------------------------------------------------
@@ -199,6 +236,11 @@ class _Attained:
     lower: float  # of the first, less its rounding
     u: Tensor  # [m, k], float64
     v: Tensor  # [n, k]
+
+
+def _within(x: float) -> float:
+    """x, or the largest number where it is past that."""
+    return min(x, sys.float_info.max) if x == x else x
 
 
 def _attained(pairs: Sequence[tuple[_Problem, _Found]]) -> list[_Attained]:
@@ -228,9 +270,14 @@ def _attained(pairs: Sequence[tuple[_Problem, _Found]]) -> list[_Attained]:
         m, n = problem.weight.shape
         k = found.v.shape[1]
         norm, length, (slack,) = ([next(flat) for _ in range(c)] for c in (k, k, 1))
-        values = [x / y / found.unit if y != 0 else 0.0 for x, y in zip(norm, length, strict=True)]
+        values = [
+            _within(x / y / found.unit) if y != 0 else 0.0
+            for x, y in zip(norm, length, strict=True)
+        ]
         bound = norm[0] - (n + 4) * _UNIT * slack
         lower = bound * (1 - (m + n + 16) * _UNIT) / (length[0] or 1.0) / found.unit
+        # the division by the unit may round where numbers are denormal
+        lower = math.nextafter(_within(lower), 0.0) if lower > 0 else lower
         out.append(_Attained(values, max(lower, 0.0) if lower == lower else math.nan, u, found.v))
     return out
 
@@ -240,7 +287,7 @@ def _upper_bound(
 ) -> tuple[float, float]:
     """The bound asked for, and the chance that it is too low."""
     if options.certified == "gram":
-        return certificates.gram_bounds([problem.weight])[0], 0.0
+        return problem.gram_bound, 0.0
     if options.certified != "probabilistic" or value == 0:
         return certificates.cholesky_bound(problem.weight), 0.0
     bound = certificates.probabilistic_bound(
@@ -269,13 +316,13 @@ def _conclude(
     kept_u, kept_v = u.to(state), v.to(state)
     if options.k == 1:
         kept_u, kept_v = kept_u[:, 0], kept_v[:, 0]
-    reads = found.reads + 1
+    reads = found.reads + options.k
     upper, probability = math.inf, 0.0
     if math.isnan(values[0]):
         upper = math.nan if options.certified else math.inf
     elif options.certified:
         upper, probability = _upper_bound(problem, found, values[0], options)
-    if weight.requires_grad and torch.is_grad_enabled() and not math.isnan(values[0]):
+    if weight.requires_grad and torch.is_grad_enabled():
         first_u, first_v = (x if x.dim() == 1 else x[:, 0] for x in (kept_u, kept_v))
         value = functional.sigma(weight, first_u.contiguous(), first_v.contiguous())
     return Estimate(
@@ -311,12 +358,14 @@ def _columns(method: str, weight: Tensor, k: int) -> int:
         return 1
     m, n = weight.shape
     columns = krylov.COLUMNS if method == "krylov" else subspace.COLUMNS
-    return min(max(columns, min(k, MAX_COLUMNS)), m, n)
+    return min(max(columns, min(k, MAX_COLUMNS)), m, n)  # at least 1: empty ones are done with
 
 
-def _working_dtype(method: str, dtype: torch.dtype, rtol: float) -> torch.dtype:
-    """Krylov values in float32 are good to a few 1e-7; a residual taken from two sigmas only to about 1e-3."""
+def _working_dtype(method: str, dtype: torch.dtype, rtol: float, k: int) -> torch.dtype:
+    """Krylov values in float32 are good to a few 1e-7 of the largest one's square, so that further ones want float64; a
+    residual taken from two sigmas only to about 1e-3."""
     least = 1e-6 if method in ("krylov", "lanczos") else 2e-3 if method == "power" else 1e-3
+    least = 1.0 if k > 1 else least
     narrow = state_dtype(dtype) == torch.float32 and rtol < least
     return torch.float64 if narrow else dtype
 
@@ -339,7 +388,11 @@ def _estimate_list(
         if progress is not None:
             progress(finished, total)
 
-    generator = options.generator or torch.Generator().manual_seed(0)
+    generator = options.generator
+    if generator is None:
+        generator = torch.Generator().manual_seed(0)
+        if options.certified == "probabilistic":
+            generator.seed()  # the probability is that of the start
     groups: dict[tuple[Any, ...], list[int]] = {}
     for i, w in enumerate(weights):
         if 0 in w.shape:
@@ -350,13 +403,15 @@ def _estimate_list(
         if method == "auto":
             # the whole spectrum costs less than a basis of as many vectors, or than a few looks at one
             whole = min(w.shape) <= _SMALL or options.k > max(8, min(w.shape) // 4)
-            method = "gram" if whole and options.certified != "probabilistic" else "krylov"
-        dtype = _working_dtype(method, w.dtype, options.rtol)
+            method = "svd" if whole and options.certified != "probabilistic" else "krylov"
+        dtype = _working_dtype(method, w.dtype, options.rtol, options.k)
         columns = _columns(method, w, options.k)
         groups.setdefault((method, w.device, dtype, columns), []).append(i)
     with torch.no_grad():
         for (method, _device, dtype, columns), members in groups.items():
-            name = {"krylov": "block Lanczos", "gram": "Gram matrix"}.get(method, method)
+            name = {"krylov": "block Lanczos", "gram": "Gram matrix", "svd": "SVD"}.get(
+                method, method
+            )
             for batch in _batches(weights, members, dtype):
                 problems = [_Problem(i, weights[i], starts[i]) for i in batch]
                 ready: list[tuple[_Problem, _Found]] = []
@@ -366,13 +421,17 @@ def _estimate_list(
                     if not options.certified:
                         count()
 
-                if method == "gram":
+                if method in ("gram", "svd"):
                     for problem in problems:
-                        found(problem, _gram(problem, options))
+                        found(problem, _whole(problem, options, method))
                 elif method in ("krylov", "lanczos"):
                     _krylov(problems, dtype, columns, options, generator, found)
                 else:
                     _iterations(problems, dtype, columns, options, generator, found)
+                if options.certified == "gram":
+                    found_bounds = certificates.gram_bounds([p.weight for p, _ in ready])
+                    for (problem, _), bound in zip(ready, found_bounds, strict=True):
+                        problem.gram_bound = bound
                 for (problem, result), what in zip(ready, _attained(ready), strict=True):
                     with torch.set_grad_enabled(grad):
                         results[problem.index] = _conclude(problem, result, what, name, options)
@@ -405,7 +464,7 @@ def _batches(
 
 
 def _check_number(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"estimate: expected {name} to be an integer, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"estimate: expected {name} >= {least}, got {value}")
@@ -429,6 +488,10 @@ def _check(weights: Sequence[Tensor], options: _Options) -> None:
                 f"estimate: expected {where} to be a matrix [m, n], got shape {list(w.shape)}; flatten(1) gives the "
                 "matrix that spectral normalization takes, conv_norm the norm of a convolution"
             )
+        if w.layout != torch.strided:
+            raise TypeError(
+                f"estimate: expected {where} to be a strided tensor, got {w.layout}; pass its to_dense()"
+            )
         if w.is_meta:
             raise ValueError(f"estimate: expected {where} to hold data, got a meta tensor")
         if options.k > max(1, min(w.shape)):
@@ -439,25 +502,28 @@ def _check(weights: Sequence[Tensor], options: _Options) -> None:
         raise ValueError(
             f"estimate: expected method to be one of {', '.join(METHODS)}, got {options.method!r}"
         )
-    if options.k > MAX_COLUMNS and options.method in ("power", "subspace"):
+    if options.k > 1 and options.method in ("power", "subspace"):
         raise ValueError(
-            f"estimate: expected k <= {MAX_COLUMNS} with method={options.method!r}, got {options.k}; "
-            'method="auto" finds more'
+            f'estimate: expected k = 1 with method={options.method!r}, got {options.k}; method="auto" finds more'
         )
-    if options.k > 1 and options.method == "power":
-        raise ValueError(
-            f'estimate: expected k = 1 with method="power", got {options.k}; method="subspace" finds more'
-        )
-    if not (isinstance(options.rtol, int | float) and 0 < options.rtol < 1):
-        raise ValueError(f"estimate: expected rtol between 0 and 1, got {options.rtol}")
-    if options.certified not in (False, True, *CERTIFICATES):
+    for name, value in (
+        ("rtol", options.rtol),
+        ("failure_probability", options.failure_probability),
+    ):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"estimate: expected {name} to be a number, got {type(value).__name__}")
+        if not 0 < value < 1:
+            raise ValueError(f"estimate: expected {name} between 0 and 1, got {value}")
+    if not isinstance(options.certified, bool | str) or (
+        isinstance(options.certified, str) and options.certified not in CERTIFICATES
+    ):
         raise ValueError(
             f"estimate: expected certified to be False, True or one of {', '.join(CERTIFICATES)}, "
             f"got {options.certified!r}"
         )
-    if not 0 < options.failure_probability < 1:
-        raise ValueError(
-            f"estimate: expected failure_probability between 0 and 1, got {options.failure_probability}"
+    if options.generator is not None and not isinstance(options.generator, torch.Generator):
+        raise TypeError(
+            f"estimate: expected generator to be a torch.Generator, got {type(options.generator).__name__}"
         )
 
 
@@ -465,7 +531,12 @@ def _check_start(weight: Tensor, start: tuple[Tensor, Tensor]) -> None:
     for name, x, n in zip(("u", "v"), start, weight.shape, strict=True):
         if not isinstance(x, Tensor):
             raise TypeError(f"estimate: expected {name} to be a tensor, got {type(x).__name__}")
-        if x.dim() not in (1, 2) or x.shape[0] != n:
+        if not x.is_floating_point() or x.is_meta or x.layout != torch.strided:
+            raise TypeError(
+                f"estimate: expected {name} to be a real floating-point tensor with data, got {x.dtype}, {x.layout} on "
+                f"{x.device}"
+            )
+        if x.dim() not in (1, 2) or x.shape[0] != n or (x.dim() == 2 and x.shape[1] < 1):
             raise ValueError(
                 f"estimate: expected {name} to have shape [{n}] or [{n}, b], got {list(x.shape)}"
             )
@@ -478,6 +549,10 @@ def _starts(
         return [None] * len(weights)
     if u is None or v is None:
         raise ValueError("estimate: expected u and v together, got only one of them")
+    if not single and not (isinstance(u, Sequence) and isinstance(v, Sequence)):
+        raise TypeError(
+            f"estimate: expected lists of tensors in u and v, as weights, got {type(u).__name__} and {type(v).__name__}"
+        )
     us, vs = ([u], [v]) if single else (list(u), list(v))
     for name, x in (("u", us), ("v", vs)):
         if len(x) != len(weights):
@@ -520,25 +595,31 @@ def estimate(
     Args:
         weight: a matrix [m, n], or a list of them: any mix of shapes, strides, dtypes (float32, float64, bfloat16,
             float16) and devices.
-        method: "auto" or "krylov" (block Lanczos; "auto" takes "gram" for matrices of rank 32 and less, and for k of
+        method: "auto" or "krylov" (block Lanczos; "auto" takes "svd" for matrices of rank 32 and less, and for k of
             more than a quarter of the spectrum), "lanczos" (one vector), "power" (power iteration), "subspace" (with
-            4 columns), "gram" (eigenvalues of the smaller Gram matrix, in float64: min(m, n)^3 operations).
+            4 columns), "gram" (eigenvalues of the smaller Gram matrix) and "svd", both of all of the spectrum in
+            float64: min(m, n)^3 operations and more.
         rtol: relative error to reach, in (0, 1), as estimated from residuals. Below 1e-6 (for "power" 2e-3, for
             "subspace" 1e-3) 32- and 16-bit matrices are copied to float64.
         certified: False; True or "cholesky": an upper bound proved by a float64 Cholesky factorization, which costs
             min(m, n)^2 max(m, n) operations and lies about 1e-8 above the norm; "gram": proved by Gram iteration, up
             to 0.8% above the norm of a 4096 x 4096 matrix, for batches and GPUs; "probabilistic": from the number of
             Lanczos steps alone, wrong with ``failure_probability`` over the random start, inf after a warm start.
-        k: leading singular values to find, at most min(m, n).
-        u, v: [m] and [n], or [m, b] and [n, b]: a warm start, or lists of them.
-        max_reads: reads of a matrix after which it is given up as not converged.
+        k: leading singular values to find, at most min(m, n), in float64. One that is lost in the rounding of the first
+            (below 1e-13 of it for "svd", 1e-7 otherwise) does not converge, unless it can be told from the whole
+            spectrum that it is 0 to rounding.
+        u, v: [m] and [n], or [m, b] and [n, b]: a warm start, or lists of them. It is not believed: a lower singular
+            vector is left once a random one beside it has shown a larger value ("power" and "subspace": by rounding
+            alone, which may take longer than ``rtol`` waits for).
+        max_reads: reads of a matrix, about, after which it is given up as not converged; at least k + 1 are made.
         failure_probability: of the probabilistic bound.
-        generator: of the random start; by default the same in every call, so that results repeat.
+        generator: of the random start; by default the same in every call, so that results repeat, but for the
+            probabilistic bound, whose start is drawn anew each time.
 
     Returns:
-        An :class:`Estimate`, or a list of them. ``value`` is a float; of a weight that requires grad, in grad mode,
-        a tensor [] with :math:`d\sigma / dW = u v^T` (functional.sigma). A matrix that holds NaN or Inf has value
-        nan and converged False; an empty one has value 0.
+        An :class:`Estimate`, or a list of them. ``value`` is a float; of a weight that requires grad, in grad mode, a
+        tensor [] in its state dtype with :math:`d\sigma / dW = u v^T`, u and v constant (functional.sigma). A matrix
+        that holds NaN or Inf has value nan and converged False; an empty one has value 0.
 
     Raises:
         TypeError: not tensors, or of another dtype.
@@ -563,7 +644,9 @@ def estimate(
     weights = [weight] if single else list(weight)
     _check_number("k", k, 1)
     _check_number("max_reads", max_reads, 1)
-    options = _Options(method, rtol, k, max_reads, certified, failure_probability, generator)
+    options = _Options(
+        method, rtol, int(k), int(max_reads), certified, failure_probability, generator
+    )
     _check(weights, options)
     results = _estimate_list(weights, _starts(weights, u, v, single), options)
     return results[0] if single else results

@@ -35,6 +35,7 @@ class Run:
         reads: applications of W^T W so far.
         filled: rows of the basis in use; the last `columns` have not been multiplied.
         kept: Ritz vectors that it began with, after a restart.
+        warm: whether the start was given, in part: then a vector near a lower value may be in it, with no residual.
         values: singular values found so far, of the operator times `unit`, descending.
         errors: their estimated relative errors.
         next_steps: blocks to add before the next look.
@@ -50,6 +51,7 @@ class Run:
     reads: int = 0
     filled: int = 0
     kept: int = 0
+    warm: bool = False
     unit: float = 0.0
     values: list[float] = field(default_factory=list)
     errors: list[float] = field(default_factory=list)
@@ -73,16 +75,22 @@ def new_run(
     start: Tensor,
     wanted: int = 1,
     capacity: int = CAPACITY,
+    *,
+    rank: int | None = None,
+    warm: bool = False,
 ) -> Run:
-    """`start`: [n, columns], the first block, in the dtype to work in; it need not be orthonormal."""
+    """`start`: [n, columns], the first block, in the dtype to work in; it need not be orthonormal. `rank`: of the
+    operator, at most: no more vectors than a few above it say anything new, and then memory is spared."""
     n, columns = start.shape
     rows = max(capacity, 2 * wanted + 3 * columns)
-    rows = min(rows, -(-n // columns) * columns) + columns  # no more than n are independent
-    rows = max(rows, 2 * columns)
+    rows = min(rows, -(-n // columns) * columns)  # no more than n are independent
+    if rank is not None:
+        rows = min(rows, (-(-rank // columns) + 3) * columns)
+    rows = max(rows + columns, 2 * columns)
     basis = start.new_zeros((rows, n))
     basis[:columns] = start.mT
     projected = torch.zeros(rows, rows, dtype=torch.float64, device=start.device)
-    return Run(index, basis, projected, columns, wanted)
+    return Run(index, basis, projected, columns, wanted, warm=warm)
 
 
 def _room(run: Run) -> int:
@@ -114,33 +122,44 @@ def _judge(run: Run, h: Tensor, theta: Tensor, s: Tensor, rtol: float, eps: floa
 
     A singular value lies within |r| of a Ritz value, and within |r|^2 / gap where the next one is `gap` away
     (Kato-Temple; Parlett, "The Symmetric Eigenvalue Problem", 11.7). The gap is that of the Ritz values, less the next
-    one's residual, lest a cluster that is not resolved yet pass for one. Extrapolating the values would end a fifth of
-    the reads earlier, and be wrong in one matrix of fifty: a block that stands still among close values looks just
-    like one that has arrived. What is left are values that a start has missed altogether, one matrix in some
-    thousands of those made to mislead; the margin of a quarter is for them.
+    one's residual, lest a cluster that is not resolved yet pass for one. Neither says that the value is the largest: a
+    vector that the start has missed, but for its share of sqrt(b / n), shows in the residual by that share. Hence
+    the factor on the first, and a warm start is judged by the second alone, which asks where the next value may lie.
+    Extrapolating the values would end a fifth of the reads earlier, and was wrong in one hard spectrum of fifty.
+    Values whose square is below the rounding of the largest one's count as found only in a basis that is whole.
     """
     p, b = run.multiplied, run.columns
+    n = run.basis.shape[1]
     residuals = torch.linalg.vector_norm(h[p : p + b, :p] @ s, dim=0).flip(0).tolist()
     ritz = [max(x, 0.0) for x in theta.flip(0).tolist()]
     count = min(run.wanted, p)
     run.values = [math.sqrt(x) for x in ritz[:count]]
     run.vectors = s.flip(1)[:, :count]
     before, run.errors = run.errors, []
-    whole = p >= run.basis.shape[1]
+    whole = p >= n
     top = ritz[0]
+    missed = math.sqrt(n / b)
     for i in range(count):
         x = ritz[i]
-        if whole or top == 0 or x <= 16 * eps * top:
-            run.errors.append(eps)
+        if top == 0 or (whole and x <= n * eps * top):
+            run.errors.append(
+                0.0
+            )  # zero, to rounding; of a random block, what is zero for all is zero
+            continue
+        rounding = 4 * eps * top / x if x > 0 else math.inf
+        if whole or x <= 16 * eps * top:
+            run.errors.append(rounding if whole else math.inf)
             continue
         rho = residuals[i] / x
-        error = rho / 2
+        error = math.inf if run.warm else missed * rho / 2
         if i + 1 < p:
             gap = (x - ritz[i + 1] - residuals[i + 1]) / x
             if gap > 0:
                 error = min(error, rho * rho / gap / 2)
-        run.errors.append(1.25 * error + eps)
-    good = count == run.wanted and all(x <= rtol + eps for x in run.errors)
+            elif run.warm and gap > -2 * rtol:
+                error = min(error, rho / 2)  # values that agree to what is asked for
+        run.errors.append(1.25 * error + rounding)
+    good = count == run.wanted and all(x <= rtol for x in run.errors)
     if not good:
         run.next_steps = _steps_to(rtol, before, run.errors, run.next_steps)
     return good
@@ -152,6 +171,8 @@ def _steps_to(rtol: float, before: list[float], now: list[float], steps: int) ->
     if not before or len(before) < len(now):
         return 2
     worst = max(range(len(now)), key=now.__getitem__)
+    if not 0 < now[worst] < math.inf or not math.isfinite(before[worst]):
+        return 2
     decay = math.log(before[worst] / now[worst]) / steps if now[worst] < before[worst] else 0.0
     wanted = math.log(now[worst] / rtol)
     return max(1, min(4, math.ceil(0.75 * wanted / decay))) if 4 * decay > wanted else 4
@@ -254,8 +275,8 @@ def _look(
         for i, run in enumerate(members):
             if _judge(run, h[i], theta[i], s[i], rtol, eps):
                 done(run, True)
-            elif run.reads >= max_reads:
-                done(run, False)
+            elif run.reads >= max_reads or p >= run.basis.shape[1]:
+                done(run, False)  # there is nothing more to find
             else:
                 if _room(run) < 1:
                     _restart(run, h[i])
