@@ -98,12 +98,12 @@ def cholesky_bound(weight: Tensor) -> float:
     r, l = w.shape
     if r == 0:
         return 0.0
+    if not w.any():
+        return 0.0
     g = _lower_gram(w)
     square = _up(torch.linalg.vector_norm(w).item() ** 2, 2 * r * l + 8)
     if not math.isfinite(square):
         return math.nan
-    if square == 0:
-        return 0.0
     value = _largest_eigenvalue(g)
     error = _gamma(l + 1) * square
     growth = _gamma(r + 1) / (1 - _gamma(r + 1)) * r + 8 * _U

@@ -229,3 +229,146 @@ def test_what_is_called_converged_is(rtol: float) -> None:
         ):
             assert e.converged, name
             assert 1 - e.value / s.max().item() <= rtol, name
+
+
+# ---- what a review found ----------------------------------------------------------------------------------------
+
+
+def test_a_rank_deficient_matrix_has_no_value_twice() -> None:
+    torch.manual_seed(0)
+    low = torch.randn(20, 5, dtype=torch.float64) @ torch.randn(5, 40, dtype=torch.float64)
+    for w in (low, low.mT, low.mT.contiguous(), torch.outer(torch.ones(4), torch.arange(9.0))):
+        k = min(6, *w.shape)
+        exact = torch.linalg.svdvals(w.double())
+        for method in ("auto", "gram", "svd"):
+            e = specnorm_ext.estimate(w, method, k=k)
+            # a Gram matrix knows the squares to eps, so values to its root
+            atol = (1e-7 if method == "gram" else 1e-13) * exact[0].item()
+            assert e.values == pytest.approx(exact[:k].tolist(), rel=1e-9, abs=atol)
+
+
+def test_further_values_are_judged_one_by_one() -> None:
+    s = torch.full((100,), 1e-4, dtype=torch.float64)
+    s[:12] = torch.logspace(0, -3, 12, dtype=torch.float64)
+    e = specnorm_ext.estimate(torch.diag(s).float(), k=12)
+    assert e.converged
+    assert e.values == pytest.approx(s[:12].tolist(), rel=1e-3)
+    i = torch.arange(1, 11, dtype=torch.float64)
+    hilbert = 1 / (i[:, None] + i[None, :] - 1)
+    found = specnorm_ext.estimate(hilbert, "krylov", k=10)
+    assert not found.converged  # the last are below the rounding of the first one's square
+    assert specnorm_ext.estimate(hilbert, k=5).converged
+
+
+@pytest.mark.parametrize(
+    ("n", "excess", "rtol"), [(400, 0.0025, 1e-3), (800, 0.003, 1e-3), (200, 0.055, 1e-2)]
+)
+def test_a_larger_value_hidden_in_a_flat_spectrum_with_low_ones(n, excess, rtol) -> None:
+    # every start has almost nothing of it, and most directions have no residual
+    s = torch.ones(n, dtype=torch.float64)
+    s[:10] = torch.linspace(0.05, 0.95, 10)
+    s[-1] = 1 + excess
+    w = torch.diag(s)
+    for seed in range(10):
+        e = specnorm_ext.estimate(w, rtol=rtol, generator=torch.Generator().manual_seed(seed))
+        assert not e.converged or abs(e.value / (1 + excess) - 1) <= rtol
+
+
+@pytest.mark.parametrize("method", ["auto", "lanczos"])
+def test_a_warm_start_at_a_lower_vector_is_left(method: str) -> None:
+    w = torch.randn(200, 200, generator=torch.Generator().manual_seed(0))
+    u, s, vh = torch.linalg.svd(w.double())
+    for i in (1, 5, 20):
+        e = specnorm_ext.estimate(w, method, u=u[:, i], v=vh[i])
+        assert e.converged
+        assert abs(e.value / s[0].item() - 1) <= 1e-3
+    right = specnorm_ext.estimate(w, u=u[:, 0], v=vh[0])
+    assert right.n_reads <= specnorm_ext.estimate(w).n_reads
+
+
+def test_starts_that_say_nothing() -> None:
+    w = torch.zeros(40, 50)
+    w[:, 0] = 1
+    blind = torch.zeros(50)
+    blind[3] = 1
+    for method in ("auto", "krylov", "lanczos"):
+        e = specnorm_ext.estimate(w, method, u=torch.ones(40), v=blind)
+        assert e.value == pytest.approx(40**0.5)
+    short = specnorm_ext.estimate(w, "lanczos", u=torch.ones(40), v=blind, max_reads=2)
+    assert short.value > 0 or not short.converged
+    nothing = torch.full((4,), math.nan), torch.full((5,), math.nan)
+    for method in ("power", "subspace", "krylov"):
+        e = specnorm_ext.estimate(torch.zeros(4, 5), method, u=nothing[0], v=nothing[1])
+        assert (e.value, e.converged) == (0, True)
+
+
+@pytest.mark.parametrize(
+    "method", ["auto", "krylov", "lanczos", "power", "subspace", "gram", "svd"]
+)
+def test_the_ends_of_the_range(method: str) -> None:
+    for value in (5e-324, 1e-309, 1e-300, 1e300, 1e308):
+        w = torch.full((4, 4), value, dtype=torch.float64)
+        e = specnorm_ext.estimate(w, method, certified=True)
+        assert e.lower <= 4 * value <= e.upper  # 4e308 is inf
+        assert math.isfinite(e.lower)
+        assert math.isfinite(e.value)
+    assert not specnorm_ext.estimate(
+        torch.randn(60, 50), method, rtol=1e-300, max_reads=99
+    ).converged
+
+
+def test_the_start_of_a_probability_is_fresh() -> None:
+    w = torch.randn(60, 80, generator=torch.Generator().manual_seed(0))
+    assert specnorm_ext.estimate(w) == specnorm_ext.estimate(w)
+    values = {specnorm_ext.estimate(w, certified="probabilistic").value for _ in range(3)}
+    assert len(values) == 3
+
+
+def test_gradients() -> None:
+    w = torch.randn(40, 50, dtype=torch.float64, requires_grad=True)
+    e = specnorm_ext.estimate(w, rtol=1e-9)
+    (found,) = torch.autograd.grad(e.value, w)
+    torch.testing.assert_close(found, torch.outer(e.u, e.v))
+    exact = torch.linalg.matrix_norm(w, 2)
+    torch.testing.assert_close(found, torch.autograd.grad(exact, w)[0], rtol=1e-3, atol=1e-4)
+    with torch.no_grad():
+        assert isinstance(specnorm_ext.estimate(w).value, float)
+        w[0, 0] = math.nan
+    bad = specnorm_ext.estimate(w).value
+    assert torch.isnan(bad)
+    bad.backward()
+    zero = torch.zeros(3, 0, requires_grad=True)
+    specnorm_ext.estimate(zero).value.backward()
+    assert zero.grad.shape == (3, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "text"),
+    [
+        ((3,), {}, TypeError, "a tensor or a list of tensors, got int"),
+        ((torch.ones(3),), {}, ValueError, r"to be a matrix \[m, n\], got shape \[3\]; flatten\(1\)"),
+        ((torch.ones(3, 3).int(),), {}, TypeError, "got torch.int32"),
+        ((torch.ones(3, 3).to_sparse(),), {}, TypeError, "strided tensor, got torch.sparse_coo"),
+        ((torch.ones(3, 3, device="meta"),), {}, ValueError, "to hold data, got a meta tensor"),
+        ((torch.ones(3, 4),), {"k": 4}, ValueError, r"k <= min\(m, n\) = 3 for weight, got 4"),
+        ((torch.ones(3, 4),), {"k": 0}, ValueError, "k >= 1, got 0"),
+        ((torch.ones(3, 4),), {"k": 1.5}, TypeError, "k to be an integer, got float"),
+        ((torch.ones(3, 4),), {"rtol": 0.0}, ValueError, "rtol between 0 and 1, got 0.0"),
+        ((torch.ones(3, 4),), {"rtol": -1e-3}, ValueError, "rtol between 0 and 1"),
+        ((torch.ones(3, 4),), {"rtol": "a"}, TypeError, "rtol to be a number, got str"),
+        ((torch.ones(3, 4),), {"failure_probability": "a"}, TypeError, "to be a number, got str"),
+        ((torch.ones(3, 4),), {"method": "best"}, ValueError, "method to be one of auto, krylov"),
+        ((torch.ones(3, 4), "subspace"), {"k": 2}, ValueError, "k = 1 with method='subspace', got 2"),
+        ((torch.ones(3, 4),), {"certified": "true"}, ValueError, "certified to be False, True or one of"),
+        ((torch.ones(3, 4),), {"certified": torch.ones(2)}, ValueError, "certified to be False, True"),
+        ((torch.ones(3, 4),), {"generator": 3}, TypeError, "to be a torch.Generator, got int"),
+        ((torch.ones(3, 4),), {"max_reads": 0}, ValueError, "max_reads >= 1, got 0"),
+        ((torch.ones(3, 4),), {"u": torch.ones(3)}, ValueError, "u and v together, got only one"),
+        ((torch.ones(3, 4),), {"u": torch.ones(4), "v": torch.ones(4)}, ValueError, r"u to have shape \[3\]"),
+        ((torch.ones(3, 4),), {"u": torch.ones(3), "v": torch.ones(4).cfloat()}, TypeError, "real floating"),
+        (([torch.ones(3, 4)],), {"u": 3, "v": 4}, TypeError, "lists of tensors in u and v"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_of_estimate(arguments, options, error, text) -> None:
+    with pytest.raises(error, match="estimate: expected " + ".*" + text):
+        specnorm_ext.estimate(*arguments, **options)

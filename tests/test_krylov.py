@@ -243,7 +243,7 @@ def test_bad_arguments(change, error, text) -> None:
         after = [*args[1], *args[2], args[3]]
         assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
     shared = torch.randn(8, 5)
-    with pytest.raises(ValueError, match="memory of its own"):
+    with pytest.raises(ValueError, match="memory of their own"):
         ops.krylov_(*arguments(weights=[shared[:6]], basis=[shared]))
 
 
