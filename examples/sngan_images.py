@@ -139,11 +139,16 @@ def step_times(rounds: int) -> dict[str, Times]:
 # ---- training ---------------------------------------------------------------------------------------------------
 
 
-def train(
-    x: Tensor, epochs: int, begin: Callable[[str], None]
-) -> tuple[nn.Module, dict[str, Tensor], dict[str, float], list[Tensor], float]:
-    """The averaged generator, sigma of the discriminator's weights and their norms over it, samples on the way, and CPU
-    seconds."""
+@dataclass
+class Trained:
+    average: nn.Module  # of the generator
+    sigmas: dict[str, Tensor]  # by which the discriminator's weights are divided
+    norms: dict[str, float]  # of what they are then
+    samples: list[Tensor]  # of the same latent vectors, on the way
+    seconds: float  # CPU time
+
+
+def train(x: Tensor, epochs: int, begin: Callable[[str], None]) -> Trained:
     critic, model = discriminator(), generator()
     average = copy.deepcopy(model).eval()
     critic_optimizer, optimizer = adam(critic, 2e-3), adam(model, 2e-3)
@@ -166,18 +171,14 @@ def train(
             with torch.no_grad():
                 samples.append(average(shown))
     sigmas = group.sigmas()
-    norms = {
-        name: e.value / sigmas[name].item()
-        for name, e in specnorm_ext.spectral_norms(critic.state_dict()).items()
-        if name in sigmas
-    }
-    return average, sigmas, norms, samples, clock.seconds
+    norms = {name: e.value for name, e in specnorm_ext.spectral_norms(critic.eval()).items()}
+    return Trained(average, sigmas, norms, samples, clock.seconds)
 
 
 # ---- what came out ----------------------------------------------------------------------------------------------
 
 
-def tell(times: dict[str, Times], sigmas: dict[str, Tensor], norms: dict[str, float]) -> None:
+def tell(times: dict[str, Times], made: Trained) -> None:
     print_table(
         ("a discriminator's step", "CPU ms", "of no normalization", "of torch"),
         [
@@ -186,8 +187,8 @@ def tell(times: dict[str, Times], sigmas: dict[str, Tensor], norms: dict[str, fl
         ],
     )
     print_table(
-        ("weight", "sigma that the layer divides by", "its norm / sigma"),
-        [(name, f"{s.item():.3f}", f"{norms[name]:.3f}") for name, s in sigmas.items()],
+        ("weight", "sigma that the layer divides by", "norm of what it applies"),
+        [(name, f"{s.item():.3f}", f"{made.norms[name]:.3f}") for name, s in made.sigmas.items()],
     )
 
 
@@ -219,18 +220,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     with progress(epochs + 2) as begin:
         begin("features")
         features = Features(x, classes, args.seed, 2 if args.fast else 10)
-        average, sigmas, norms, samples, seconds = train(x, epochs, begin)
+        made = train(x, epochs, begin)
         begin("time of a step")
         times = step_times(rounds)
     with torch.no_grad():
-        images = average(torch.randn(len(x), LATENT))
+        images = made.average(torch.randn(len(x), LATENT))
     print(
-        f"{epochs} epochs of {len(x) // BATCH} steps in {seconds:.0f} CPU seconds, seed {args.seed}, "
+        f"{epochs} epochs of {len(x) // BATCH} steps in {made.seconds:.0f} CPU seconds, seed {args.seed}, "
         f"{args.threads} thread(s). Frechet distance of {len(images)} samples: {features.distance(images):.1f}; "
         f"of half of the digits from the other half: {features.floor():.1f}.\n"
     )
-    tell(times, sigmas, norms)
-    save(draw(images, x, samples, epochs), args.out / "sngan_images.png")
+    tell(times, made)
+    save(draw(images, x, made.samples, epochs), args.out / "sngan_images.png")
 
 
 if __name__ == "__main__":
