@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
@@ -217,7 +218,7 @@ def save(figure: Figure, path: Path) -> None:
     print(f"saved {path.name}")
 
 
-def tile(images: Tensor, columns: int) -> Tensor:
+def tile(images: Tensor, columns: int) -> np.ndarray:
     """Images [n, 1, h, w] in [-1, 1] as one, [rows (h + 1) + 1, columns (w + 1) + 1] in [0, 1], with lines between."""
     n, _, h, w = images.shape
     rows = math.ceil(n / columns)
@@ -225,4 +226,4 @@ def tile(images: Tensor, columns: int) -> Tensor:
     for i, image in enumerate(images.detach().clamp(-1, 1)):
         top, left = divmod(i, columns)
         out[top * (h + 1) + 1 :, left * (w + 1) + 1 :][:h, :w] = (image[0] + 1) / 2
-    return out
+    return out.numpy()

@@ -242,7 +242,7 @@ def draw(found: dict[str, list[Run]]) -> Figure:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = options(__doc__, argv)
-    n_train, max_epochs, seeds = (100, 60, 1) if args.fast else (1000, 300, 3)
+    n_train, max_epochs, seeds = (100, 20, 1) if args.fast else (1000, 300, 3)
     images, classes = digits()
     x = images.flatten(1)
     found: dict[str, list[Run]] = {what: [] for what in DATA}

@@ -43,7 +43,8 @@ def beside(monkeypatch):
     """sys.path as it is when a script of examples/ is run."""
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     yield
-    sys.modules.pop(SHARED, None)
+    for name in (SHARED, *WITH_OPTIONS):
+        sys.modules.pop(name, None)
 
 
 def tables(text: str) -> list[list[list[str]]]:
@@ -84,6 +85,21 @@ def test_fast_mode(name, tmp_path, monkeypatch, capsys, beside) -> None:
     assert [shape(t) for t in tables(section)] == [shape(t) for t in tables(printed)]
     assert f"](images/{name}.png)" in section
     assert f"python examples/{name}.py" in (ROOT / "examples" / f"{name}.py").read_text()
+
+
+def test_no_critic_estimates_more_than_its_lipschitz_constant_allows(
+    tmp_path, monkeypatch, capsys, beside
+) -> None:
+    """estimate <= bound * exact distance, of the same samples, to what the table rounds to and the 1e-3 by which each
+    of three norms may be low."""
+    _, critics = tables(run("wgan_digits", tmp_path, monkeypatch, capsys))
+    header, *rows = critics
+    assert len(rows) == 7
+    for row in rows:
+        found = dict(zip(header[1:], map(float, row[1:]), strict=True))
+        half = 0.005
+        bound = (found["bound of K"] + half) * (1 + 1e-3) ** 3 * (found["exact distance"] + half)
+        assert found["estimate"] - half <= bound, row
 
 
 def shape(table: list[list[str]]) -> tuple:
@@ -219,8 +235,96 @@ def test_tile(beside) -> None:
     images = torch.tensor([-1.0, 1.0, 5.0]).reshape(3, 1, 1, 1).expand(3, 1, 2, 2)
     out = common.tile(images, 2)
     assert out.shape == (7, 7)
-    assert out[1:3, 1:3].eq(0).all()
-    assert out[1:3, 4:6].eq(1).all()
-    assert out[4:6, 1:3].eq(1).all()  # clamped
-    assert out[4:6, 4:6].eq(0.5).all()  # none
-    assert out[3].eq(0.5).all()
+    assert (out[1:3, 1:3] == 0).all()
+    assert (out[1:3, 4:6] == 1).all()
+    assert (out[4:6, 1:3] == 1).all()  # clamped
+    assert (out[4:6, 4:6] == 0.5).all()  # none
+    assert (out[3] == 0.5).all()
+
+
+# ---- what they measure ------------------------------------------------------------------------------------------
+
+
+def test_exact_distance_of_points_that_moved(beside) -> None:
+    """All by one vector: its length, the optimal plan, in whatever order the points come."""
+    import wgan_digits
+
+    x = torch.randn(40, 3)
+    moved = x[torch.randperm(40)] + torch.tensor([3.0, 0.0, 4.0])
+    eps = torch.finfo(torch.float32).eps
+    assert wgan_digits.exact_distance(x, moved) == pytest.approx(5, rel=8 * eps)
+
+
+def test_steepest_slope_of_a_linear_critic(beside) -> None:
+    import wgan_digits
+
+    critic = torch.nn.Linear(2, 1)
+    with torch.no_grad():
+        critic.weight.copy_(torch.tensor([[3.0, 4.0]]))
+    slope = wgan_digits.steepest(critic, torch.randn(5, 2), torch.randn(5, 2))
+    assert slope == pytest.approx(5, rel=1e-6)
+
+
+def test_sensitivity_of_a_linear_classifier(beside) -> None:
+    """p = softmax(W x): the Jacobian is (diag p - p p^T) W."""
+    import generalization_digits
+
+    model = torch.nn.Linear(4, 3, dtype=F64)
+    x = torch.randn(6, 4, dtype=F64)
+    p = model(x).softmax(1)
+    jacobian = (torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)) @ model.weight
+    expected = torch.linalg.matrix_norm(jacobian).mean().item()
+    # the sum of squares is kept in float32
+    assert generalization_digits.sensitivity(model, x) == pytest.approx(expected, rel=1e-6)
+
+
+def test_every_way_to_train_has_an_objective_of_its_own(beside) -> None:
+    """Where the coefficient is large the loss, or for the two that act elsewhere the training, is another."""
+    import generalization_digits as script
+
+    x, y = torch.randn(20, 64), torch.randint(0, 10, (20,))
+    model = torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.ReLU(), torch.nn.Linear(8, 10))
+    plain = torch.nn.functional.cross_entropy(model(x), y).item()
+    for method in script.COEFFICIENTS:
+        elsewhere = method in (script.NONE, script.NORMALIZED, script.PERTURBED)
+        loss = script.objective(method, model, 10.0)(x, y).item()
+        assert (loss == plain) is elsewhere, method
+
+
+def test_what_is_random_in_random_labels(beside) -> None:
+    import random_labels as script
+
+    x, y = torch.randn(4000, 16) + torch.arange(16), torch.randint(0, 10, (4000,))
+    made = {w: script.change(w, x, y, torch.Generator().manual_seed(0)) for w in script.DATA}
+    assert all(a.shape == x.shape and b.shape == y.shape for a, b in made.values())
+    # a label drawn anew is the old one in a tenth of the cases; 5 standard deviations of a fraction of 4000
+    for what, part in script.RANDOM_PART.items():
+        changed = (made[what][1] != y).double().mean().item()
+        assert abs(changed - 0.9 * part) < 5 * 0.5 / math.sqrt(len(y)), what
+        assert torch.equal(made[what][0], x)
+    for what in (script.TRUE, script.SHUFFLED, script.SCATTERED, script.GAUSSIAN):
+        assert torch.equal(made[what][1], y)
+    shuffled, scattered = made[script.SHUFFLED][0], made[script.SCATTERED][0]
+    for other in (shuffled, scattered):
+        assert torch.equal(other.sort(1).values, x.sort(1).values)
+    columns = {tuple(c) for c in x.T.tolist()}
+    assert {tuple(c) for c in shuffled.T.tolist()} == columns
+    assert {tuple(c) for c in scattered.T.tolist()}.isdisjoint(columns)
+    noise = made[script.GAUSSIAN][0]
+    assert abs(noise.mean() - x.mean()) < 5 * x.std() / math.sqrt(x.numel())
+    assert script.apart([1.0, 2.0], [3.0])
+    assert not script.apart([1.0, 3.0], [2.0])
+
+
+def test_averages_follow(beside) -> None:
+    import sngan_images as script
+
+    model = torch.nn.BatchNorm1d(2)
+    mean = torch.nn.BatchNorm1d(2)
+    with torch.no_grad():
+        model.weight.fill_(2.0)
+    model.running_mean.fill_(4.0)
+    script.follow(mean, model)
+    eps = torch.finfo(torch.float32).eps
+    assert mean.weight[0].item() == pytest.approx(1 + (1 - script.AVERAGE), rel=4 * eps)
+    assert mean.running_mean[0].item() == pytest.approx(4 * (1 - script.AVERAGE), rel=4 * eps)
