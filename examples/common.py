@@ -77,6 +77,21 @@ class Clock:
         self.seconds += time.process_time() - self._start
 
 
+def in_turn(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of each call of each work, after two that do not count. Each round begins with another one, so that
+    neither what else the machine does nor what a work leaves in the caches favours one."""
+    names = list(works)
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(rounds + 2):
+        first = i % len(names)
+        for name in names[first:] + names[:first]:
+            with Clock() as clock:
+                works[name]()
+            if i >= 2:
+                taken[name].append(clock.seconds)
+    return taken
+
+
 # ---- data -------------------------------------------------------------------------------------------------------
 
 

@@ -11,12 +11,24 @@ optimizer, beside torch's parametrization and no normalization, in turn.
 from __future__ import annotations
 
 import copy
+import functools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from common import Clock, Features, batches, digits, options, print_table, progress, save, tile
+from common import (
+    Clock,
+    Features,
+    batches,
+    digits,
+    in_turn,
+    options,
+    print_table,
+    progress,
+    save,
+    tile,
+)
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -108,7 +120,6 @@ LAYERS, GROUP = "specnorm_ext, each layer", "specnorm_ext, group"
 
 
 def step_times(rounds: int) -> dict[str, Times]:
-    """Of each kind, the kinds in turn, so that what else the machine does meets all alike."""
     models = {
         PLAIN: plain_discriminator(lambda layer: layer),
         TORCH: plain_discriminator(parametrizations.spectral_norm),
@@ -118,13 +129,11 @@ def step_times(rounds: int) -> dict[str, Times]:
     optimizers = {name: adam(model, 1e-4) for name, model in models.items()}
     group = specnorm_ext.SpectralNormGroup(models[GROUP], optimizer=optimizers[GROUP])
     real, fake = torch.rand(2, BATCH, 1, 32, 32)
-    taken: dict[str, list[float]] = {name: [] for name in models}
-    for i in range(rounds + 2):
-        for name, model in models.items():
-            with Clock() as clock:
-                discriminator_step(model, optimizers[name], real, fake)
-            if i >= 2:
-                taken[name].append(clock.seconds)
+    works = {
+        name: functools.partial(discriminator_step, model, optimizers[name], real, fake)
+        for name, model in models.items()
+    }
+    taken = in_turn(works, rounds)
     group.remove()
 
     def ratio(name: str, other: str) -> float:

@@ -20,6 +20,7 @@ distance of the same samples, an assignment problem: estimate <= bound * exact h
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Sequence
@@ -27,7 +28,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from common import Clock, Features, batches, digits, mlp, options, print_table, progress, save, tile
+from common import (
+    Features,
+    batches,
+    digits,
+    in_turn,
+    mlp,
+    options,
+    print_table,
+    progress,
+    save,
+    tile,
+)
 from matplotlib.figure import Figure
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
@@ -168,19 +180,15 @@ def train(method: str, x: Tensor, features: Features, epochs: int, seed: int, ev
 
 
 def epoch_times(x: Tensor, rounds: int) -> dict[str, float]:
-    """CPU seconds of an epoch: the median of as many steps as make one round of critic and generator, the methods in
-    turn, so that what else the machine does meets all alike."""
-    games = [Game(method, 0) for method in METHODS]
-    taken: dict[str, list[float]] = {method: [] for method in METHODS}
-    for i in range(rounds + 2):
-        for game in games:
-            with Clock() as clock:
-                for _ in range(CRITIC_STEPS):
-                    game.step(x[:BATCH])
-            if i >= 2:
-                taken[game.method].append(clock.seconds)
-    rounds_an_epoch = len(x) // BATCH / CRITIC_STEPS
-    return {method: rounds_an_epoch * statistics.median(t) for method, t in taken.items()}
+    """CPU seconds of an epoch: from the median of as many steps as make one turn of critic and generator."""
+
+    def turn(game: Game) -> None:
+        for _ in range(CRITIC_STEPS):
+            game.step(x[:BATCH])
+
+    taken = in_turn({m: functools.partial(turn, Game(m, 0)) for m in METHODS}, rounds)
+    turns = len(x) // BATCH / CRITIC_STEPS
+    return {method: turns * statistics.median(t) for method, t in taken.items()}
 
 
 # ---- what came out ----------------------------------------------------------------------------------------------
@@ -285,7 +293,7 @@ def draw(found: dict[str, list[Run]], times: dict[str, float]) -> Figure:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = options(__doc__, argv)
-    epochs, every, seeds, rounds = (1, 1, 1, 1) if args.fast else (32, 2, 3, 60)
+    epochs, every, seeds, rounds = (1, 1, 1, 1) if args.fast else (32, 2, 3, 70)
     images, classes = digits()
     x = images.flatten(1)
     features = Features(x, classes, args.seed, 3 if args.fast else 30)
