@@ -202,7 +202,7 @@ def tell(times: dict[str, Times], made: Trained) -> None:
 
 
 def draw(images: Tensor, real: Tensor, samples: Sequence[Tensor], epochs: int) -> Figure:
-    figure = Figure(figsize=(10, 6), layout="constrained")
+    figure = Figure(figsize=(8, 4.9), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(8, 3.6))
     panels = (
         (top.subplots(1, 2)[0], tile(images[:80], 10), f"samples after {epochs} epochs"),
@@ -215,7 +215,7 @@ def draw(images: Tensor, real: Tensor, samples: Sequence[Tensor], epochs: int) -
     )
     for axes, picture, title in panels:
         axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
-        axes.set_title(title, fontsize=10)
+        axes.set_title(title, fontsize=9)
         axes.set_axis_off()
     return figure
 
