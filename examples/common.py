@@ -223,11 +223,11 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     print()
 
 
-def save(figure: Figure, path: Path) -> None:
-    """As a PNG of at most 64 colours, a fraction of the bytes."""
+def save(figure: Figure, path: Path, colours: int = 64) -> None:
+    """As a PNG of so many colours at most: a fraction of the bytes."""
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=100)
-    Image.open(drawn).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(
+    Image.open(drawn).convert("RGB").quantize(colours, dither=Image.Dither.NONE).save(
         path, optimize=True
     )
     print(f"saved {path.name}")

@@ -314,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{features.floor():.2f}.\n"
     )
     tell(found, times)
-    save(draw(found, times), args.out / "wgan_digits.png")
+    save(draw(found, times), args.out / "wgan_digits.png", colours=256)
 
 
 if __name__ == "__main__":

@@ -70,36 +70,23 @@ def run(name: str, out: Path, monkeypatch, capsys) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", WITH_OPTIONS)
-def test_fast_mode(name, tmp_path, monkeypatch, capsys, beside) -> None:
-    printed = run(name, tmp_path / "new", monkeypatch, capsys)
-    assert torch.get_num_threads() == 1
-    (picture,) = (tmp_path / "new").iterdir()
-    assert picture.name == f"{name}.png"
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert picture.stat().st_size > 10_000
-    assert tables(printed)
-    assert not re.search(r"\b(nan|inf)\b", printed), printed
-    # what the page shows is what the script prints: the same tables, rows and columns
-    section = PAGE.split(f"examples/{name}.py\n")[1].split("\n## ")[0]
-    assert [shape(t) for t in tables(section)] == [shape(t) for t in tables(printed)]
-    assert f"](images/{name}.png)" in section
-    assert f"python examples/{name}.py" in (ROOT / "examples" / f"{name}.py").read_text()
+_printed: dict[str, str] = {}  # by the first run of each
 
 
-def test_no_critic_estimates_more_than_its_lipschitz_constant_allows(
-    tmp_path, monkeypatch, capsys, beside
-) -> None:
-    """estimate <= bound * exact distance, of the same samples, to what the table rounds to and the 1e-3 by which each
-    of three norms may be low."""
-    _, critics = tables(run("wgan_digits", tmp_path, monkeypatch, capsys))
-    header, *rows = critics
-    assert len(rows) == 7
-    for row in rows:
-        found = dict(zip(header[1:], map(float, row[1:]), strict=True))
-        half = 0.005
-        bound = (found["bound of K"] + half) * (1 + 1e-3) ** 3 * (found["exact distance"] + half)
-        assert found["estimate"] - half <= bound, row
+@pytest.fixture
+def printed(tmp_path_factory, monkeypatch, capsys, beside):
+    def of(name: str) -> str:
+        if name not in _printed:
+            out = tmp_path_factory.mktemp(name) / "new"
+            _printed[name] = run(name, out, monkeypatch, capsys)
+            assert torch.get_num_threads() == 1
+            (picture,) = out.iterdir()
+            assert picture.name == f"{name}.png"
+            assert picture.read_bytes().startswith(b"\x89PNG")
+            assert picture.stat().st_size > 10_000
+        return _printed[name]
+
+    return of
 
 
 def shape(table: list[list[str]]) -> tuple:
@@ -107,9 +94,34 @@ def shape(table: list[list[str]]) -> tuple:
     return table[0], [row[0] for row in table[1:]], {len(row) for row in table}
 
 
-def test_the_same_seed_gives_the_same_figures(tmp_path, monkeypatch, capsys, beside) -> None:
-    first, second = (run("random_labels", tmp_path, monkeypatch, capsys) for _ in range(2))
-    assert first == second
+@pytest.mark.parametrize("name", WITH_OPTIONS)
+def test_fast_mode(name, printed) -> None:
+    text = printed(name)
+    assert tables(text)
+    assert not re.search(r"\b(nan|inf)\b", text), text
+    # what the page shows is what the script prints: the same tables, rows and columns
+    section = PAGE.split(f"examples/{name}.py\n")[1].split("\n## ")[0]
+    assert [shape(t) for t in tables(section)] == [shape(t) for t in tables(text)]
+    assert f"](images/{name}.png)" in section
+    assert f"python examples/{name}.py" in (ROOT / "examples" / f"{name}.py").read_text()
+
+
+def test_the_same_seed_gives_the_same_figures(
+    printed, tmp_path, monkeypatch, capsys, beside
+) -> None:
+    assert printed("random_labels") == run("random_labels", tmp_path, monkeypatch, capsys)
+
+
+def test_no_critic_estimates_more_than_its_lipschitz_constant_allows(printed) -> None:
+    """estimate <= bound * exact distance, of the same samples, to what the table rounds to and the 1e-3 by which each
+    of three norms may be low."""
+    _, (header, *rows) = tables(printed("wgan_digits"))
+    assert len(rows) == 7
+    for row in rows:
+        found = dict(zip(header[1:], map(float, row[1:]), strict=True))
+        half = 0.005
+        bound = (found["bound of K"] + half) * (1 + 1e-3) ** 3 * (found["exact distance"] + half)
+        assert found["estimate"] - half <= bound, row
 
 
 @pytest.mark.parametrize("arguments", [["--threads", "0"], ["--seeds", "1"], ["--seed", "x"]])
