@@ -163,7 +163,7 @@ def model_plans(
             continue
         heard = calls.get(matrix.name, ())
         if not heard:
-            left[matrix.name] = "no layer applied it"
+            left[matrix.name] = "no layer was seen to apply it"
             continue
         # a subclass with a forward of its own may pad, or change the weight, before it convolves
         changed = [c.module for c in heard if not _convolves_as_torch(c.module)]
