@@ -168,7 +168,9 @@ def model_plans(
         # a subclass with a forward of its own may pad, or change the weight, before it convolves
         changed = [c.module for c in heard if not _convolves_as_torch(c.module)]
         if changed:
-            left[matrix.name] = f"{type(changed[0]).__name__} replaces a method of torch's layer"
+            left[matrix.name] = (
+                f"{type(changed[0]).__name__} may compute otherwise than torch's layer"
+            )
             continue
         operators = tuple(operator_of(c.module, c.input_size) for c in heard)
         if any(a.output_size != c.output_size for a, c in zip(operators, heard, strict=True)):

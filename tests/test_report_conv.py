@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm as torch_spectral_norm
 
 import specnorm_ext
+from specnorm_ext import lipschitz_rules
 from specnorm_ext.cli_model import ConvCall, conv_calls
 from specnorm_ext.convolution import ConvOperator, conv_norm_of
 from specnorm_ext.matrices import collect_matrices
@@ -94,14 +95,18 @@ def test_layers_as_they_are_applied(kind):
     assert row.frobenius >= row.sigma
 
 
-def test_a_subclass_that_convolves_as_torch_does():
+def test_a_subclass_that_convolves_as_torch_does(monkeypatch):
     class Named(nn.Conv1d):
         """Nothing of its own."""
 
     layer = Named(2, 2, 3)
     call = ConvCall(layer, (8,), (6,))
-    plans = model_plans(collect_matrices(nn.Sequential(layer)), {"0.weight": [call]}, (2, 8))
-    assert list(plans.plans) == ["0.weight"]
+    matrices = collect_matrices(nn.Sequential(layer))
+    assert list(model_plans(matrices, {"0.weight": [call]}, (2, 8)).plans) == ["0.weight"]
+    # a Lipschitz constant of its own is not known to be that of the convolution
+    monkeypatch.setitem(lipschitz_rules._RULES, Named, lipschitz_rules._Registered(len, False))
+    plans = model_plans(matrices, {"0.weight": [call]}, (2, 8))
+    assert plans.left == {"0.weight": "Named may compute otherwise than torch's layer"}
 
 
 @pytest.mark.parametrize(
