@@ -6,32 +6,30 @@ used, so importing this module never fails for the lack of them.
 
 # No "from __future__ import annotations": typer evaluates the annotations of the nested functions
 # below, whose names are local.
+import contextlib
 import json
 import math
 import re
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
 
 from . import report as _report
-from .checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    MissingPackageError,
-    printable,
-    read_checkpoint,
-)
+from .checkpoint import CheckpointError, MissingPackageError, printable
+from .cli_model import ModelError, conv_calls, running_user_code, working_directory_on_path
+from .cli_progress import ProgressBar
+from .report_conv import ConvPlans, assumed_plans, enumerated, estimated_rows, model_plans
+from .report_source import Source, read_source, skipped_text
 
 if TYPE_CHECKING:
+    import torch
     import typer
-    from rich.console import Console
-    from rich.progress import Progress, TaskID
+
+    from .matrices import Matrix
 
 __all__ = ["ReportOptions", "build_app", "main", "run_report"]
 
@@ -54,7 +52,23 @@ convolutions are transposed; theirs are flattened the same way, by the first dim
 Only the data goes to standard output; notes, the progress bar and errors go to standard error.
 
 Exit codes: 0 every matrix converged to --tol; 1 some did not, or hold NaN or Inf (their value is \
-printed as a lower bound, or nan); 2 the file cannot be read, or a wrong option.
+printed as a lower bound, or nan); 2 the file cannot be read, the model cannot be made, filled, run \
+or bounded, or a wrong option.
+
+With --conv operator a convolution is reported by its norm as a map between images, not flattened. \
+frobenius and stable_rank are of that map, too; reads count it and its transposed, applied to four \
+images. A checkpoint holds no geometry: every convolution is then taken at the spatial size of \
+--input-size, with stride 1, dilation 1 and zero padding (k - 1) / 2, and those with even kernels \
+stay flattened. With --model each has its own geometry, and the size that it sees when the model \
+runs on one zeros input of --input-size.
+
+--model package.module:factory runs your code: it imports the module, the current directory first \
+on the path, and calls the factory without arguments for a torch.nn.Module. FILE, if given, is \
+loaded into it, strictly, and weights are reported as the layers use them in eval. Without this \
+flag no code but this program's runs.
+
+With --lipschitz a bound of the Lipschitz constant of the model follows, layer by layer; the JSON \
+is then an object: matrices, the list, and lipschitz.
 
 With --certified each norm comes between two bounds that are proofs, rounding included (Rump 2006): \
 columns lower and upper, which in JSON and CSV are always there; upper is null, or inf, without it.
@@ -65,7 +79,7 @@ columns lower and upper, which in JSON and CSV are always there; upper is null, 
 class ReportOptions:
     """The options of ``specnorm-ext report``; the fields are its flags."""
 
-    file: Path
+    file: Path | None = None
     tol: float = 1e-3
     max_reads: int = 1000
     sort: str = "file"
@@ -76,6 +90,10 @@ class ReportOptions:
     json: bool = False
     csv: bool = False
     certified: bool = False
+    conv: str = "flattened"
+    input_size: str | None = None
+    model: str | None = None
+    lipschitz: bool = False
     plot: Path | None = None
     threads: int | None = None
     progress: bool = True
@@ -103,30 +121,35 @@ def run_report(options: ReportOptions) -> int:
     """Reads, estimates and prints; returns the exit code.
 
     Raises:
-        CheckpointError: the file cannot be read.
+        CheckpointError: the file cannot be read, or holds no matrix.
         MissingPackageError: an optional dependency is missing.
+        ModelError: the model cannot be made, filled or run, or has no bound for --lipschitz.
         _InputError: an option is wrong, or no matrix is left to report.
     """
     # Every complaint that can be made before minutes of work is made before them.
-    match, exclude = _check_options(options)
-    checkpoint = read_checkpoint(options.file)
+    checked = _check_options(options)
+    with working_directory_on_path() if options.model is not None else contextlib.nullcontext():
+        return _report_checked(options, checked)
 
+
+@dataclass(frozen=True)
+class _Checked:
+    """What the texts of the options mean."""
+
+    match: list[re.Pattern[str]]
+    exclude: list[re.Pattern[str]]
+    input_size: tuple[int, ...] | None
+
+
+def _report_checked(options: ReportOptions, checked: _Checked) -> int:
     import torch
 
-    from .estimate import estimate_matrices
-    from .matrices import collect_matrices
-
-    matrices = collect_matrices(checkpoint.tensors)
-    if not matrices:
-        raise _InputError(
-            f"{printable(options.file)}: holds no matrix (a floating-point tensor of two or more"
-            f" dimensions){_skipped_text(checkpoint)}"
-        )
-    found = len(matrices)
+    source = read_source(options.file, options.model)
+    found = len(source.matrices)
     matrices = [
         matrix
-        for matrix in matrices
-        if _matches(match, exclude, [matrix.name, *checkpoint.aliases.get(matrix.name, [])])
+        for matrix in source.matrices
+        if _matches(checked, [matrix.name, *source.aliases.get(matrix.name, [])])
     ]
     if not matrices:
         raise _InputError(f"none of the {found} matrices passes --match and --exclude")
@@ -136,39 +159,74 @@ def run_report(options: ReportOptions) -> int:
     try:
         if options.threads is not None:
             torch.set_num_threads(options.threads)
-        with _ProgressBar(options.progress) as bar:
-            estimates = estimate_matrices(
+        operators = _operators(matrices, source, options, checked.input_size)
+        bound = _lipschitz(source.model, checked.input_size) if options.lipschitz else None
+        with ProgressBar(options.progress) as bar:
+            rows = estimated_rows(
                 matrices,
+                operators,
                 tol=options.tol,
                 max_reads=options.max_reads,
                 certified=options.certified,
                 progress=bar.update,
             )
-            rows = _report.make_rows(matrices, estimates)
     finally:
         torch.set_num_threads(threads)
     seconds = time.perf_counter() - start
 
     shown = _report.sort_rows(rows, options.sort, options.descending)[: options.top]
     if options.json:
-        sys.stdout.write(_report.to_json(shown))
+        sys.stdout.write(_report.to_json(shown, bound))
     elif options.csv:
         sys.stdout.write(_report.to_csv(shown))
     else:
         # As many digits as the tolerance vouches for, and four in any case.
         _print_table(shown, min(15, max(4, 1 + math.ceil(-math.log10(options.tol)))))
+        if bound is not None:
+            sys.stdout.write("".join(f"{printable(x)}\n" for x in bound.table().splitlines()))
     sys.stdout.flush()
     if options.plot is not None:
         try:
-            _report.plot(rows, options.plot, options.file.resolve().name)
+            _report.plot(rows, options.plot, source.name)
         except OSError as error:
             raise _InputError(f"--plot {printable(options.plot)}: {error.strerror}") from None
         _note(f"wrote {printable(options.plot)}")
-    _print_notes(rows, checkpoint, options, seconds)
+    _print_notes(rows, source, operators, options, seconds)
     return _ALL_CONVERGED if all(row.converged for row in rows) else _NOT_CONVERGED
 
 
-def _check_options(options: ReportOptions) -> tuple[list[re.Pattern[str]], list[re.Pattern[str]]]:
+def _operators(
+    matrices: "Sequence[Matrix]",
+    source: Source,
+    options: ReportOptions,
+    input_size: tuple[int, ...] | None,
+) -> ConvPlans:
+    if options.conv != "operator" or input_size is None:
+        return ConvPlans()
+    if source.model is not None:
+        return model_plans(matrices, conv_calls(source.model, input_size), input_size)
+    plans = assumed_plans(matrices, input_size)
+    if plans.left and not plans.plans:
+        left = [f"{name} ({why})" for name, why in plans.left.items()]
+        raise _InputError(
+            f"--conv operator --input-size {','.join(map(str, input_size))}: fits no convolution:"
+            f" {enumerated(left)}; --model gives their geometry"
+        )
+    return plans
+
+
+def _lipschitz(model: "torch.nn.Module | None", input_size: tuple[int, ...] | None) -> Any:
+    from .lipschitz import lipschitz_bound
+
+    assert model is not None
+    assert input_size is not None
+    with running_user_code("--lipschitz"):
+        return lipschitz_bound(model, input_size)
+
+
+def _check_options(options: ReportOptions) -> _Checked:
+    if options.file is None and options.model is None:
+        raise _InputError("expected FILE, a checkpoint, or --model package.module:factory")
     if options.json and options.csv:
         raise _InputError("--json and --csv exclude each other; give one of them")
     if not 0 < options.tol < 1:
@@ -187,7 +245,46 @@ def _check_options(options: ReportOptions) -> tuple[list[re.Pattern[str]], list[
         )
     if options.plot is not None:
         _check_plot(options.plot)
-    return _patterns("--match", options.match), _patterns("--exclude", options.exclude)
+    return _Checked(
+        _patterns("--match", options.match),
+        _patterns("--exclude", options.exclude),
+        _check_input_size(options),
+    )
+
+
+def _check_input_size(options: ReportOptions) -> tuple[int, ...] | None:
+    """Of the three options that go together, --conv, --lipschitz and --input-size."""
+    if options.conv not in ("flattened", "operator"):
+        raise _InputError(
+            f"--conv: expected flattened or operator, got {printable(options.conv)!r}"
+        )
+    if options.lipschitz and options.csv:
+        raise _InputError("--lipschitz and --csv exclude each other; --json takes both reports")
+    if options.lipschitz and options.model is None:
+        raise _InputError(
+            "--lipschitz: expected --model package.module:factory beside it; a checkpoint does not say how its"
+            " layers are connected"
+        )
+    wanting = "--lipschitz" if options.lipschitz else f"--conv {options.conv}"
+    text = options.input_size
+    if text is None:
+        if options.lipschitz or options.conv == "operator":
+            raise _InputError(f"{wanting}: expected --input-size C,H,W beside it, such as 3,32,32")
+        return None
+    if not options.lipschitz and options.conv != "operator":
+        raise _InputError(
+            "--input-size: expected --conv operator or --lipschitz beside it; nothing else depends on it"
+        )
+    shown = f"--input-size: expected C,H,W, such as 3,32,32, got {printable(text)!r}"
+    # bounded: int() of a huge run of digits is an error
+    if not re.fullmatch(r" *[0-9]{1,9} *(, *[0-9]{1,9} *)*", text):
+        raise _InputError(shown)
+    size = tuple(int(x) for x in text.split(","))
+    if min(size) < 1:
+        raise _InputError(f"{shown}; sizes are at least 1")
+    if options.model is None and not 2 <= len(size) <= 4:
+        raise _InputError(f"{shown}; channels and 1 to 3 spatial sizes")
+    return size
 
 
 def _check_plot(path: Path) -> None:
@@ -215,11 +312,9 @@ def _patterns(flag: str, patterns: Sequence[str]) -> list[re.Pattern[str]]:
     return compiled
 
 
-def _matches(
-    match: list[re.Pattern[str]], exclude: list[re.Pattern[str]], names: list[str]
-) -> bool:
-    wanted = not match or any(p.search(name) for p in match for name in names)
-    return wanted and not any(p.search(name) for p in exclude for name in names)
+def _matches(checked: _Checked, names: list[str]) -> bool:
+    wanted = not checked.match or any(p.search(name) for p in checked.match for name in names)
+    return wanted and not any(p.search(name) for p in checked.exclude for name in names)
 
 
 def _print_table(rows: Sequence[_report.Row], digits: int) -> None:
@@ -237,17 +332,28 @@ def _print_table(rows: Sequence[_report.Row], digits: int) -> None:
 
 
 def _print_notes(
-    rows: Sequence[_report.Row], checkpoint: Checkpoint, options: ReportOptions, seconds: float
+    rows: Sequence[_report.Row],
+    source: Source,
+    operators: ConvPlans,
+    options: ReportOptions,
+    seconds: float,
 ) -> None:
-    if any(row.flattened for row in rows):
+    if any(row.flattened for row in rows) and options.conv == "flattened":
         _note(
             "convolutions are flattened to out x (in * kernel positions), as torch's spectral_norm"
             " does; this is not the operator norm of the convolution"
         )
-    if checkpoint.skipped:
-        _note(_skipped_text(checkpoint).removeprefix("; "))
+    for line in operators.notes():
+        _note(line)
+    if source.skipped:
+        _note(skipped_text(source.skipped).removeprefix("; "))
+    if source.stays:
+        _note(
+            "not floating-point, so not read from the file but as the factory made them:"
+            f" {enumerated(source.stays)}"
+        )
     reported = {row.name for row in rows}
-    for name, others in checkpoint.aliases.items():
+    for name, others in source.aliases.items():
         if name in reported:
             _note(f"tied, reported once: {printable(name)} = {', '.join(map(printable, others))}")
     broken = sum(not math.isfinite(row.sigma) for row in rows)
@@ -261,74 +367,6 @@ def _print_notes(
     if broken:
         parts.append(f"{broken} with NaN or Inf")
     _note(f"{', '.join(parts)}; {seconds:.2f} s")
-
-
-def _skipped_text(checkpoint: Checkpoint) -> str:
-    if not checkpoint.skipped:
-        return ""
-    total = sum(checkpoint.skipped.values())
-    what = ", ".join(f"{reason} ({count})" for reason, count in checkpoint.skipped.items())
-    return f"; skipped {total} tensor{'s' if total > 1 else ''}: {what}"
-
-
-class _ProgressBar:
-    """A bar on standard error, if that is a terminal, once the work has taken ``delay`` seconds.
-
-    A timer starts it: the first matrix may take long to converge, and its callback comes only then.
-    """
-
-    def __init__(self, enabled: bool, delay: float = 1.0, console: "Console | None" = None) -> None:
-        self._console = console
-        self._enabled = enabled and (console is not None or sys.stderr.isatty())
-        self._lock = threading.Lock()
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
-        self._done, self._total = 0, 0
-        self._closed = False
-        self._timer = threading.Timer(delay, self._show)
-        self._timer.daemon = True
-
-    def __enter__(self) -> "_ProgressBar":
-        if self._enabled:
-            self._timer.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._timer.cancel()
-        with self._lock:
-            self._closed = True
-            if self._bar is not None:
-                self._bar.stop()
-
-    def update(self, done: int, total: int) -> None:
-        with self._lock:
-            self._done, self._total = done, total
-            if self._bar is not None and self._task is not None:
-                self._bar.update(self._task, completed=done, total=total)
-
-    def _show(self) -> None:
-        try:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress
-        except ImportError:
-            return  # a convenience; without rich the report goes on in silence
-        with self._lock:
-            if self._closed:
-                return
-            self._bar = Progress(
-                "matrices",
-                BarColumn(),
-                MofNCompleteColumn(),
-                console=self._console or Console(stderr=True),
-                transient=True,
-            )
-            self._task = self._bar.add_task("", completed=self._done, total=self._total or None)
-            self._bar.start()
 
 
 def _run_info(as_json: bool) -> int:
@@ -391,7 +429,7 @@ def _run_guarded(work: Callable[..., int], *args: Any) -> int:
     """The exit code of ``work``; what the user can mend becomes one line on standard error."""
     try:
         return work(*args)
-    except (_InputError, CheckpointError, MissingPackageError) as error:
+    except (_InputError, CheckpointError, MissingPackageError, ModelError) as error:
         _note(f"error: {error}")
         return _BAD_INPUT
 
@@ -420,8 +458,11 @@ def build_app() -> "typer.Typer":
     @app.command(help=_REPORT_HELP)
     def report(
         file: Annotated[
-            Path, typer.Argument(help="the checkpoint", metavar="FILE", show_default=False)
-        ],
+            Path | None,
+            typer.Argument(
+                help="the checkpoint; optional with --model", metavar="FILE", show_default=False
+            ),
+        ] = None,
         tol: Annotated[
             float, typer.Option(help="relative tolerance of sigma, by residual", metavar="TOL")
         ] = 1e-3,
@@ -448,7 +489,9 @@ def build_app() -> "typer.Typer":
         exclude: Annotated[
             list[str] | None, typer.Option(help="not these names; repeatable", metavar="REGEX")
         ] = None,
-        as_json: Annotated[bool, typer.Option("--json", help="print a JSON list")] = False,
+        as_json: Annotated[
+            bool, typer.Option("--json", help="print a JSON list (an object with --lipschitz)")
+        ] = False,
         as_csv: Annotated[bool, typer.Option("--csv", help="print CSV")] = False,
         certified: Annotated[
             bool,
@@ -456,6 +499,35 @@ def build_app() -> "typer.Typer":
                 "--certified",
                 help="a lower and a proved upper bound for each norm, rounding included; a few seconds for "
                 "each 4096 x 4096 matrix",
+            ),
+        ] = False,
+        conv: Annotated[
+            str,
+            typer.Option(
+                help="norm of convolutions: flattened, of the kernel as a matrix, or operator, of what it does to an"
+                " image of --input-size",
+                metavar="KIND",
+            ),
+        ] = "flattened",
+        input_size: Annotated[
+            str | None,
+            typer.Option(
+                help="one input without the batch: channels, then spatial sizes, such as 3,32,32",
+                metavar="C,H,W",
+            ),
+        ] = None,
+        model: Annotated[
+            str | None,
+            typer.Option(
+                help="call this function for the model and load FILE into it, if given; this runs your code",
+                metavar="MODULE:FACTORY",
+            ),
+        ] = None,
+        lipschitz: Annotated[
+            bool,
+            typer.Option(
+                "--lipschitz",
+                help="also bound the Lipschitz constant of the --model for inputs of --input-size",
             ),
         ] = False,
         plot: Annotated[
@@ -481,6 +553,10 @@ def build_app() -> "typer.Typer":
             json=as_json,
             csv=as_csv,
             certified=certified,
+            conv=conv,
+            input_size=input_size,
+            model=model,
+            lipschitz=lipschitz,
             plot=plot,
             threads=threads,
             progress=not no_progress,

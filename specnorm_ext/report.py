@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from .estimate import Estimate
+    from .lipschitz import LipschitzBound
     from .matrices import Matrix
 
 __all__ = [
@@ -57,6 +59,7 @@ COLUMNS = (
 # Their spectral norm is that of the kernel laid out as one matrix, as torch's spectral_norm does:
 # not the operator norm of the convolution, which is up to sqrt(kernel positions) larger.
 _FLATTENED = ("conv", "conv_transpose")
+_OPERATOR = " (operator)"  # what the kind of a convolution ends with where sigma is the operator's
 
 # Okabe and Ito's palette: told apart under every common form of colour blindness. The markers say
 # the same again for grey prints.
@@ -80,10 +83,10 @@ _NAMED_ROWS = 64  # up to here the picture has room for every name
 class Row:
     """One matrix of the report.
 
-    ``sigma`` is the estimate, ``lower`` a norm that some vector attains and ``upper`` a proved bound, or
-    inf where none was asked for; ``stable_rank`` is
-    ``(frobenius / sigma)^2``, 0 for a zero matrix. ``converged`` is False for an estimate that
-    missed the tolerance, and always where ``sigma`` is not finite.
+    ``kind`` is that of :class:`~specnorm_ext.matrices.Matrix`, followed by " (operator)" where the norms are those of
+    the convolution between images. ``sigma`` is the estimate, ``lower`` a norm that some vector attains and ``upper``
+    a proved bound, or inf where none was asked for; ``stable_rank`` is ``(frobenius / sigma)^2``, 0 for a zero matrix.
+    ``converged`` is False for an estimate that missed the tolerance, and always where ``sigma`` is not finite.
     """
 
     name: str
@@ -138,18 +141,27 @@ def _pieces(tensor: Tensor) -> list[Tensor]:
     return [p for part in tensor.split(1, dim=axis) for p in _pieces(part)]
 
 
-def make_rows(matrices: Sequence[Matrix], estimates: Sequence[Estimate]) -> list[Row]:
-    """Pairs matrices with their estimates and adds the Frobenius norm and the stable rank."""
+def make_rows(
+    matrices: Sequence[Matrix],
+    estimates: Sequence[Estimate],
+    operators: Mapping[str, float] | None = None,
+) -> list[Row]:
+    """Pairs matrices with their estimates and adds the Frobenius norm and the stable rank.
+
+    ``operators``: name to Frobenius norm of the convolutions whose estimate is of the operator.
+    """
+    operators = operators or {}
     rows = []
     for matrix, estimate in zip(matrices, estimates, strict=True):
-        frobenius = frobenius_norm(matrix.weight)
+        operator = matrix.name in operators
+        frobenius = operators[matrix.name] if operator else frobenius_norm(matrix.weight)
         sigma = float(estimate.value)
         rows.append(
             Row(
                 name=matrix.name,
                 shape=tuple(matrix.shape),
                 dtype=str(matrix.dtype).removeprefix("torch."),
-                kind=matrix.kind,
+                kind=matrix.kind + _OPERATOR if operator else matrix.kind,
                 sigma=sigma,
                 frobenius=frobenius,
                 stable_rank=_stable_rank(frobenius, sigma),
@@ -192,16 +204,36 @@ def sort_rows(rows: Sequence[Row], key: str = "file", descending: bool = False) 
     return sorted(rows, key=by, reverse=descending)
 
 
-def to_json(rows: Sequence[Row]) -> str:
-    """A JSON list, one object a line, keys ``COLUMNS``; what is not finite becomes null."""
-    lines = []
+def to_json(rows: Sequence[Row], bound: LipschitzBound | None = None) -> str:
+    """A JSON list, one object a line, keys ``COLUMNS``; what is not finite becomes null. With a ``bound`` an object of
+    ``matrices``, that list, and ``lipschitz``, with ``bound`` and the ``layers``."""
+    matrices = []
     for row in rows:
         record = {column: getattr(row, column) for column in COLUMNS}
         for column in ("sigma", "frobenius", "stable_rank", "lower", "upper"):
-            if not math.isfinite(record[column]):
-                record[column] = None
-        lines.append("  " + json.dumps(record, allow_nan=False))
-    return "[\n" + ",\n".join(lines) + "\n]\n" if lines else "[]\n"
+            record[column] = _finite(record[column])
+        matrices.append(record)
+    if bound is None:
+        return _json_list(matrices) + "\n"
+    layers = []
+    for layer in bound.layers:
+        record = dataclasses.asdict(layer)
+        layers.append({**record, "factor": _finite(layer.factor), "bound": _finite(layer.bound)})
+    # without data nothing was searched for: the lower end, 0, is no finding
+    value = json.dumps(_finite(bound.bound))
+    return (
+        f'{{"matrices": {_json_list(matrices)},\n'
+        f'"lipschitz": {{"bound": {value}, "layers": {_json_list(layers)}}}}}\n'
+    )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _json_list(records: Sequence[Mapping[str, Any]]) -> str:
+    lines = ["  " + json.dumps(record, allow_nan=False) for record in records]
+    return "[\n" + ",\n".join(lines) + "\n]" if lines else "[]"
 
 
 def to_csv(rows: Sequence[Row]) -> str:
@@ -519,8 +551,11 @@ def _head(figure: Figure, rows: Sequence[Row], labels: list[str], title: str) ->
         summary += f", largest sigma {_number_text(rows[top].sigma, 4)} ({labels[top]})"
     marks = []
     for kind, (colour, marker) in _STYLES.items():
-        if any(_style(row) == kind for row in rows):
-            marks.append((marker, colour, colour, _kind_text(kind)))
+        texts = {
+            "other" if kind == "other" else _kind_text(r.kind) for r in rows if _style(r) == kind
+        }
+        if texts:
+            marks.append((marker, colour, colour, " and ".join(sorted(texts))))
     if any(not row.converged and math.isfinite(row.sigma) for row in rows):
         marks.append(("o", _INK, "white", "not converged: a lower bound"))
     if len(finite) < len(rows):
@@ -555,4 +590,5 @@ def _head(figure: Figure, rows: Sequence[Row], labels: list[str], title: str) ->
 
 
 def _style(row: Row) -> str:
-    return row.kind if row.kind in _STYLES else "other"
+    kind = row.kind.removesuffix(_OPERATOR)
+    return kind if kind in _STYLES else "other"

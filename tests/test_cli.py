@@ -26,7 +26,8 @@ from rich.console import Console
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from specnorm_ext import cli, report
+from specnorm_ext import cli, report, report_conv
+from specnorm_ext.cli_progress import ProgressBar
 from specnorm_ext.report import Row, frobenius_norm
 
 TOL = 1e-3
@@ -84,7 +85,7 @@ def never_converging(monkeypatch) -> None:
             module.Estimate(v, v, math.inf, None, None, max_reads, False, "test") for v in values
         ]
 
-    monkeypatch.setattr(module, "estimate_matrices", estimate_matrices)
+    monkeypatch.setattr(report_conv, "estimate_matrices", estimate_matrices)
 
 
 # ---- the values ---------------------------------------------------------------------------------
@@ -484,7 +485,7 @@ def test_short_names():
 
 def shown(delay: float, seconds: float, enabled: bool = True) -> str:
     console = Console(file=io.StringIO(), force_terminal=True, width=60)
-    with cli._ProgressBar(enabled, delay=delay, console=console) as bar:
+    with ProgressBar(enabled, delay=delay, console=console) as bar:
         bar.update(3, 7)
         time.sleep(seconds)
         bar.update(7, 7)
@@ -499,16 +500,14 @@ def test_the_bar_appears_only_after_its_delay():
 
 def test_the_bar_hears_of_every_matrix(file, monkeypatch):
     heard: list[tuple[int, int]] = []
-    monkeypatch.setattr(
-        cli._ProgressBar, "update", lambda _, done, total: heard.append((done, total))
-    )
+    monkeypatch.setattr(ProgressBar, "update", lambda _, done, total: heard.append((done, total)))
     assert run("report", file).exit_code == 0
     assert heard == [(i, 7) for i in range(1, 8)]
 
 
 def test_no_bar_where_standard_error_is_no_terminal(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    with cli._ProgressBar(True, delay=0.0) as bar:
+    with ProgressBar(True, delay=0.0) as bar:
         bar.update(1, 2)
         time.sleep(0.05)
     assert sys.stderr.getvalue() == ""
