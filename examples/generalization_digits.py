@@ -94,7 +94,7 @@ def objective(method: str, model: nn.Module, c: float) -> Loss:
     weights = weights_of(model)
     losses: dict[str, Loss] = {
         L2: lambda x, y: plain(x, y) + c / 2 * sum(w.square().sum() for w in weights),
-        PENALTY: lambda x, y: plain(x, y) + spectral(),  # type: ignore[misc]
+        PENALTY: lambda x, y: plain(x, y) + spectral(),
         GRADIENT: lambda x, y: (
             plain(x, y) + input_gradient_penalty(model, x, each(y), coefficient=c)
         ),
@@ -132,7 +132,7 @@ def fit(method: str, x: Tensor, y: Tensor, epochs: int, clock: Clock) -> nn.Modu
                     optimizer.step()
                 else:
                     if step % 10 == 0:
-                        perturbed.update(lambda batch=batch: loss_of(*batch))
+                        perturbed.update(functools.partial(loss_of, *batch))
                     perturbed.step(closure)
             step += 1
     if group is not None:
@@ -187,8 +187,8 @@ MEASURES = {
 
 
 def tell(clean: Found, noisy: Found) -> None:
-    header = ("trained with", "c", "training, %", "test, %", "gap", "sensitivity")
-    header += ("Hessian norm", "PACGen / 1000", "ms a step")
+    first = ("trained with", "c", "training, %", "test, %", "gap", "sensitivity")
+    header = (*first, "Hessian norm", "PACGen / 1000", "ms a step")
     for what, found in (("true labels", clean), (f"{WRONG:.0%} of the labels drawn anew", noisy)):
         print(f"Trained on {what}:\n")
         rows = []

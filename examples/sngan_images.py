@@ -180,7 +180,7 @@ def train(x: Tensor, epochs: int, begin: Callable[[str], None]) -> Trained:
             with torch.no_grad():
                 samples.append(average(shown))
     sigmas = group.sigmas()
-    norms = {name: e.value for name, e in specnorm_ext.spectral_norms(critic.eval()).items()}
+    norms = {name: float(e.value) for name, e in specnorm_ext.spectral_norms(critic.eval()).items()}
     return Trained(average, sigmas, norms, samples, clock.seconds)
 
 

@@ -172,7 +172,7 @@ def train(method: str, x: Tensor, features: Features, epochs: int, seed: int, ev
         real = x[torch.randperm(len(x))[:COMPARED]]
         run.estimate = -wgan_critic_loss(critic(real), critic(fake)).item()
     norms = specnorm_ext.spectral_norms(critic)
-    run.bound = math.prod(e.value for e in norms.values())
+    run.bound = math.prod(float(e.value) for e in norms.values())
     run.slope = steepest(critic, real, fake)
     run.exact = exact_distance(real, fake)
     run.samples = fake[:16].reshape(-1, 1, 8, 8)
