@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,10 +24,9 @@ from . import _embedding as _embedding  # these four register fake kernels, auto
 from . import _krylov as _krylov
 from . import _linear_blocks as _linear_blocks
 from . import _ops as _ops
-from . import adversarial, complexity, curvature, functional, pacgen, penalties, reference
+from . import functional, reference
 from .blocks import Blocks
 from .convert import convert
-from .convolution import conv_norm, conv_norm_of
 from .estimate import Estimate, estimate, spectral_norms
 from .group import SpectralNormGroup
 from .layers import (
@@ -38,9 +39,36 @@ from .layers import (
     SpectralEmbedding,
     SpectralLinear,
 )
-from .lipschitz import lipschitz_bound
 from .parametrizations import spectral_norm
 from .removal import remove
+
+if TYPE_CHECKING:
+    from . import adversarial, complexity, curvature, pacgen, penalties
+    from .convolution import conv_norm, conv_norm_of
+    from .lipschitz import lipschitz_bound
+
+# Imported when they are first asked for: they bring torch's compiler, seconds that training and inference can do without.
+_LATER = {
+    "adversarial": "adversarial",
+    "complexity": "complexity",
+    "conv_norm": "convolution",
+    "conv_norm_of": "convolution",
+    "curvature": "curvature",
+    "lipschitz_bound": "lipschitz",
+    "pacgen": "pacgen",
+    "penalties": "penalties",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f".{_LATER[name]}", __name__)
+    return module if _LATER[name] == name else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})
 
 
 def build_info() -> dict[str, object]:

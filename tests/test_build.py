@@ -103,3 +103,15 @@ def test_with_an_old_torch_it_says_to_upgrade(version, environment, tmp_path) ->
     assert "specnorm_ext needs torch 2.10 or newer" in said
     assert f"has {version}" in said
     assert "pip install -U 'torch>=2.10'" in said
+
+
+def test_importing_the_package_does_not_bring_the_compiler() -> None:
+    code = (
+        "import sys, torch, specnorm_ext as se; "
+        "before = 'torch._dynamo' in sys.modules; "
+        "assert se.penalties.flooding and se.lipschitz_bound and se.conv_norm; "
+        "assert {'penalties', 'conv_norm'} <= set(dir(se)); "
+        "print(before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
