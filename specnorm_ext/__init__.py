@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from .convolution import conv_norm, conv_norm_of
     from .lipschitz import lipschitz_bound
 
-# Imported when they are first asked for: they bring torch's compiler, seconds that training and inference can do without.
+# Imported when they are first asked for: they bring torch's compiler, seconds that most programs can do without.
 _LATER = {
     "adversarial": "adversarial",
     "complexity": "complexity",
