@@ -57,6 +57,10 @@ class Estimate:
     values: tuple[float, ...] = field(default=(), repr=False)
     failure_probability: float = field(default=0.0, repr=False)
 
+    def __float__(self) -> float:
+        """The value as a number, whether or not it carries a gradient."""
+        return self.values[0] if self.values else float(self.value)
+
 
 @dataclass
 class _Options:
