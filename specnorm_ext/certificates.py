@@ -94,10 +94,10 @@ def cholesky_bound(weight: Tensor) -> float:
     Source: Rump, "Verification of positive definiteness", BIT 2006; Higham, "Accuracy and Stability of Numerical
     Algorithms", theorem 10.5.
     """
+    if 0 in weight.shape:
+        return 0.0
     w, shift = _wide(weight)
     r, l = w.shape
-    if r == 0:
-        return 0.0
     if not w.any():
         return 0.0
     g = _lower_gram(w)
