@@ -593,7 +593,7 @@ def estimate(
     r"""The spectral norm :math:`\sigma_1(W) = \max_{|x| = 1} |W x|`, from below and, where asked for, from above.
 
     Block Lanczos on :math:`W^T W`, 4 vectors a block, one read of W a block: 5 to 10 reads for 1e-3 on trained weights,
-    15 to 30 on random ones, from a cold start. A list is worked on in one op call a step, each matrix leaving it once
+    15 to 40 on random ones, from a cold start. A list is worked on in one op call a step, each matrix leaving it once
     it has converged.
 
     Args:
