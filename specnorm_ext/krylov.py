@@ -125,9 +125,9 @@ def _judge(run: Run, h: Tensor, theta: Tensor, s: Tensor, rtol: float, eps: floa
     one's residual, lest a cluster that is not resolved yet pass for one. Neither says that the value is the largest: a
     vector that the start has missed, but for its share of sqrt(b / n), shows in the residual by that share, times what
     Lanczos has made of it since, cosh(2 k sqrt(2 rtol)) for a value larger by rtol (Kaniel and Saad; Parlett, 12.4).
-    Hence the factor on the first, and a warm start is judged by the second alone, which asks where the next value may lie.
-    Extrapolating the values would end a fifth of the reads earlier, and was wrong in one hard spectrum of fifty.
-    Values whose square is below the rounding of the largest one's count as found only in a basis that is whole.
+    Hence the factor on the first, and a warm start is judged by the second alone, which asks where the next value may
+    lie. Extrapolating the values would end earlier, and was wrong in one hard spectrum of fifty. Values whose square is
+    below the rounding of the largest one's count as found only in a basis that is whole.
     """
     p, b = run.multiplied, run.columns
     n = run.basis.shape[1]
