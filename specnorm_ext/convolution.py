@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,20 +12,17 @@ from torch.nn.utils import parametrize
 
 from . import krylov
 from ._checks import state_dtype
+from .certificates import cholesky_bound
 from .convolution_bounds import (
     Grid,
     Lattice,
     Peak,
     absolute_bound,
-    certified_norm,
     torus_peak,
     torus_upper,
 )
-from .convolution_operator import ConvOperator, Sizes
+from .convolution_operator import MODULES, TRANSPOSED_MODULES, ConvOperator, Sizes
 from .estimate import Estimate
-
-_MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED_MODULES = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 _EXPLICIT = 2000  # columns up to which the matrix is written out for a certificate: about a second on one core
 _EXPLICIT_NUMBERS = 1 << 25  # and its numbers: 256 MB
@@ -99,11 +96,11 @@ def _matrix(a: ConvOperator, weight: Tensor) -> Tensor:
     return apply(weight, eye.view(-1, *shape)).flatten(1)
 
 
-def _upper(a: ConvOperator, weight: Tensor, value: float) -> tuple[float, str]:
+def _upper(a: ConvOperator, weight: Tensor) -> tuple[float, str]:
     """A proved upper bound for the float64 `weight`, and which it is."""
     n, m = math.prod(a.input_shape), math.prod(a.output_shape)
     if min(n, m) <= _EXPLICIT and n * m <= _EXPLICIT_NUMBERS:
-        return certified_norm(_matrix(a, weight), value), "matrix"
+        return cholesky_bound(_matrix(a, weight)), "matrix"
     if a.padding_mode == "circular":
         lattice, grid, factor = _circular(a, weight)
         bound = torus_peak(lattice, grid).upper * factor
@@ -246,7 +243,7 @@ def _operator_norm(
         value = float(_sigma(a, w, v))
         lower = _lower(a, w, value)
         if certified and math.isinf(upper):
-            upper, how = _upper(a, w, value)
+            upper, how = _upper(a, w)
             method = f"Lanczos, bound by the {how}"
             if upper <= lower * (1 + rtol):
                 converged = True
@@ -382,7 +379,7 @@ def conv_weight(module: nn.Module) -> Tensor:
 
 def operator_of(module: nn.Module, input_size: Sizes, op: str = "conv_norm_of") -> ConvOperator:
     """The operator of a convolution layer of torch or of this package, without its bias. Errors as `conv_norm_of`."""
-    if not isinstance(module, _MODULES + _TRANSPOSED_MODULES):
+    if not isinstance(module, MODULES + TRANSPOSED_MODULES):
         raise TypeError(
             f"{op}: expected a Conv1d, Conv2d, Conv3d or ConvTranspose layer, got {type(module).__name__}"
         )
@@ -391,19 +388,7 @@ def operator_of(module: nn.Module, input_size: Sizes, op: str = "conv_norm_of") 
         raise ValueError(
             f"{op}: expected a layer with a weight, got a lazy one; run it once on an input first"
         )
-    transposed = isinstance(module, _TRANSPOSED_MODULES)
-    return ConvOperator.of(
-        weight,
-        input_size,
-        module.stride,
-        cast(Any, module.padding),
-        module.dilation,
-        module.groups,
-        transposed,
-        module.padding_mode,
-        module.output_padding if transposed else 0,
-        op=op,
-    )
+    return ConvOperator.of_layer(module, weight, input_size, op)
 
 
 def certified_operator_norm(a: ConvOperator, weight: Tensor, error: float = 0.0) -> float:

@@ -131,16 +131,6 @@ def certified_top(grams: Tensor, floor: float, frobenius: float, terms: int) -> 
     return _with_margin(shift, r, frobenius, terms, grams.is_complex())
 
 
-def certified_norm(matrix: Tensor, value: float) -> float:
-    """An upper bound of the norm of a float64 matrix [m, n], proved; `value` is a guess at it, best from below."""
-    m, n = matrix.shape
-    gram = matrix @ matrix.mT if m <= n else matrix.mT @ matrix
-    frobenius = float(torch.linalg.vector_norm(matrix)) * (1 + m * n * _U)
-    return _root(certified_top(gram.unsqueeze(0), value * value, frobenius, max(m, n))) * (
-        1 + 4 * _U
-    )
-
-
 def absolute_bound(lattice: Lattice) -> float:
     r"""Schur's test, :math:`|A|^2 \le |A|_1 |A|_\infty`, an upper bound of the norm of :math:`|A|` even."""
     sums = lattice.weight.abs().flatten(3).sum(-1)

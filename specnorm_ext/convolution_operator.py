@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ._checks import DTYPES
 
+MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED_MODULES = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 PADDING_MODES = ("zeros", "circular", "reflect", "replicate")
 _FORWARD = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
@@ -190,6 +192,24 @@ class ConvOperator:
             padding_mode=padding_mode if any(map(any, pads)) else "zeros",
         )
 
+    @staticmethod
+    def of_layer(layer: nn.Module, weight: Tensor, input_size: Sizes, op: str) -> ConvOperator:
+        """That of a convolution layer of torch, or of a kind of it, with this weight and without its bias."""
+        like: Any = layer
+        transposed = isinstance(layer, TRANSPOSED_MODULES)
+        return ConvOperator.of(
+            weight,
+            input_size,
+            like.stride,
+            like.padding,
+            like.dilation,
+            like.groups,
+            transposed,
+            like.padding_mode,
+            like.output_padding if transposed else 0,
+            op=op,
+        )
+
     @property
     def input_shape(self) -> tuple[int, ...]:
         return (self.in_channels, *self.input_size)
@@ -305,25 +325,12 @@ def operator_of_layer(
                 f"{op}: expected input_size with norm='operator' only, got {input_size}"
             )
         return None
-    transposed = isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
-    if not transposed and not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    if not isinstance(layer, MODULES + TRANSPOSED_MODULES):
         raise ValueError(
             f"{op}: expected norm='flattened' for {type(layer).__name__}, got 'operator', which convolutions have"
         )
-    like: Any = layer
-    size: Any = input_size  # None is refused below
-    return ConvOperator.of(
-        weight,
-        size,
-        like.stride,
-        like.padding,
-        like.dilation,
-        like.groups,
-        transposed,
-        like.padding_mode,
-        like.output_padding if transposed else 0,
-        op=op,
-    )
+    size: Any = input_size  # None is refused there
+    return ConvOperator.of_layer(layer, weight, size, op)
 
 
 __all__ = ["ConvOperator", "Sizes"]

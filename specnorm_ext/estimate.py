@@ -82,10 +82,7 @@ class _Found:
     reads: int
     converged: bool
     unit: float = 1.0  # a power of two that takes W into the middle of its range
-    krylov_steps: int = (
-        0  # from a random start, without a restart: what a probabilistic bound rests on
-    )
-    values: tuple[float, ...] = ()
+    krylov_steps: int = 0  # from a random start, without a restart, for a probabilistic bound
 
 
 class _Problem:
@@ -154,8 +151,7 @@ def _krylov(
             v = run.basis.new_full((run.basis.shape[1], options.k), math.nan, dtype=torch.float64)
             return found(problem, _Found(v, run.reads, False))
         steps = 0 if run.kept or problem.start is not None else run.reads
-        values = tuple(x / run.unit for x in run.values)
-        found(problem, _Found(run.right_vectors(), run.reads, converged, run.unit, steps, values))
+        found(problem, _Found(run.right_vectors(), run.reads, converged, run.unit, steps))
 
     expand = krylov.expand_matrices(weights)
     for width in sorted({run.columns for run in runs}):
@@ -181,7 +177,7 @@ def _iterations(
         runs.append(subspace.Run(p.index, p.weight.to(dtype), u, v))
 
     def done(run: subspace.Run, converged: bool) -> None:
-        v = (run.v.unsqueeze(1) if run.v.dim() == 1 else run.v[:, : options.k]).double()
+        v = (run.v.unsqueeze(1) if run.v.dim() == 1 else run.v[:, :1]).double()
         if not math.isfinite(run.sigma):
             v = torch.full_like(v, math.nan)
         elif run.sigma == 0:
@@ -222,9 +218,8 @@ def _whole(problem: _Problem, options: _Options, method: str) -> _Found:
         wide = w.shape[0] < w.shape[1]
         squares, vectors = torch.linalg.eigh(w @ w.mT if wide else w.mT @ w)
         squares, v = squares.flip(0)[: options.k], vectors.flip(1)[:, : options.k]
-        if (
-            wide
-        ):  # of what has no image, W^T u is rounding; QR makes of it what is orthogonal to the rest
+        if wide:
+            # of what has no image W^T u is rounding; QR makes of it what is orthogonal to the rest
             v = torch.linalg.qr(w.mT @ v).Q
         errors, zero = floor * squares[0] / squares, squares <= floor * squares[0]
     good = bool((zero | (errors <= options.rtol)).all()) and floor <= options.rtol
@@ -259,16 +254,16 @@ def _attained(pairs: Sequence[tuple[_Problem, _Found]]) -> list[_Attained]:
             weights.append(problem.weight)
             vectors.append((found.v[:, i] * found.unit).contiguous())
     products = iter(torch.ops.specnorm_ext.certified_matvec(weights, vectors))
-    numbers, us = [], []
+    sizes, us = [], []
     for _, found in pairs:
         k = found.v.shape[1]
         each = [next(products) for _ in range(k)]
         t = torch.stack([x[0] for x in each], 1)
         norms = torch.linalg.vector_norm(t, dim=0)
         slack = torch.linalg.vector_norm(each[0][1]).reshape(1)
-        numbers.append(torch.cat([norms, torch.linalg.vector_norm(found.v, dim=0), slack]))
+        sizes.append(torch.cat([norms, torch.linalg.vector_norm(found.v, dim=0), slack]))
         us.append(t / torch.where(norms > 0, norms, torch.ones_like(norms)))
-    flat = iter(torch.cat(numbers).tolist() if numbers else [])
+    flat = iter(torch.cat(sizes).tolist() if sizes else [])
     out = []
     for (problem, found), u in zip(pairs, us, strict=True):
         m, n = problem.weight.shape

@@ -18,8 +18,8 @@ from torch import Tensor
 from . import reference
 
 CAPACITY = 96  # vectors of a basis before it is restarted
-COLUMNS = 4  # of a block: finds repeated values, and is not held up by close ones as one vector is. More save reads,
-# a sixth with 6, and take longer for each: 2.6 and 1.8 reads of the matrix.
+COLUMNS = 4  # of a block: finds repeated values, and is not held up by close ones as one vector is. More save
+# reads, and take longer for each by as much or more.
 
 
 @dataclass(eq=False)
@@ -126,8 +126,8 @@ def _judge(run: Run, h: Tensor, theta: Tensor, s: Tensor, rtol: float, eps: floa
     vector that the start has missed, but for its share of sqrt(b / n), shows in the residual by that share, times what
     Lanczos has made of it since, cosh(2 k sqrt(2 rtol)) for a value larger by rtol (Kaniel and Saad; Parlett, 12.4).
     Hence the factor on the first, and a warm start is judged by the second alone, which asks where the next value may
-    lie. Extrapolating the values would end earlier, and was wrong in one hard spectrum of fifty. Values whose square is
-    below the rounding of the largest one's count as found only in a basis that is whole.
+    lie. Extrapolating the values would end earlier, and is wrong on some of the hard spectra of the tests. Values whose
+    square is below the rounding of the largest one's count as found only in a basis that is whole.
     """
     p, b = run.multiplied, run.columns
     n = run.basis.shape[1]
