@@ -64,6 +64,23 @@ bool normalize(const Borrower& from, py::handle weights, py::handle u, py::handl
   return true;
 }
 
+bool normalize_backward(const Borrower& from, py::handle grads, py::handle weights, py::handle u,
+                        py::handle v, py::handle sigma, py::handle outputs) {
+  const BorrowedList g(from, grads), w(from, weights), us(from, u), vs(from, v), out(from, outputs);
+  Operand values;
+  if (!g.good() || !w.good() || !us.good() || !vs.good() || !out.good() ||
+      !from.borrow(sigma.ptr(), values))
+    return false;
+  if (values.dim != 1 || (values.sizes[0] > 1 && values.strides[0] != 1)) return false;
+  const py::gil_scoped_release unlocked;
+  specnorm::check_normalize_backward(g.operands(), w.operands(), us.operands(), vs.operands(),
+                                     values);
+  if (!w.operands().empty())
+    specnorm::run_normalize_backward_cpu(g.operands(), w.operands(), us.operands(), vs.operands(),
+                                         out.operands(), values.data);
+  return true;
+}
+
 #if defined(SPECNORM_HAVE_CUDA_KERNELS)
 // torch.backends.cuda.matmul.fp32_precision == "tf32", however it was set. Looked up when the
 // module is imported, and never freed: at exit the interpreter may be gone.
@@ -95,6 +112,9 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("normalize", [](py::handle weights, py::handle u, py::handle v, py::handle values,
                         py::handle out) { return normalize(from, weights, u, v, values, out); });
+  m.def("normalize_backward",
+        [](py::handle grads, py::handle weights, py::handle u, py::handle v, py::handle values,
+           py::handle out) { return normalize_backward(from, grads, weights, u, v, values, out); });
   m.def("fingerprint", [](py::handle tensor) -> std::optional<uint64_t> {
     Operand x;
     if (!from.borrow(tensor.ptr(), x)) return std::nullopt;

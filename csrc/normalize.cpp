@@ -79,14 +79,24 @@ std::vector<Tensor> normalize_cpu_op(const std::vector<Tensor>& weights,
   return check_and_run(weights, u, v, sigma, run_normalize_cpu);
 }
 
+namespace {
+void launch_backward_cpu(const NormalizeParams& params) {
+  check_status("normalize_backward", cpu_kernels().normalize_backward(params, torch_pool()));
+}
+}  // namespace
+
+void run_normalize_backward_cpu(const Operands& grads, const Operands& weights, const Operands& u,
+                                const Operands& v, const Operands& out, const void* sigma) {
+  fill(weights, out, sigma, &grads, &u, &v, launch_backward_cpu);
+}
+
 std::vector<Tensor> normalize_backward_cpu_op(const std::vector<Tensor>& grads,
                                               const std::vector<Tensor>& weights,
                                               const std::vector<Tensor>& u,
                                               const std::vector<Tensor>& v, const Tensor& sigma) {
-  const auto launch = [](const Operands&, const NormalizeParams& params) {
-    check_status("normalize_backward", cpu_kernels().normalize_backward(params, torch_pool()));
-  };
-  return check_and_run_backward(grads, weights, u, v, sigma, launch);
+  return check_and_run_backward(
+      grads, weights, u, v, sigma,
+      [](const Operands&, const NormalizeParams& params) { launch_backward_cpu(params); });
 }
 
 #if defined(SPECNORM_HAVE_CUDA_KERNELS)

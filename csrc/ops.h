@@ -43,6 +43,8 @@ void run_power_iteration_cpu(const Operands& weights, const Operands& u, const O
                              int64_t n_iterations, double eps, void* sigma);
 void run_sigma_cpu(const Operands& weights, const Operands& u, const Operands& v, void* sigma);
 void run_normalize_cpu(const Operands& weights, const Operands& out, const void* sigma);
+void run_normalize_backward_cpu(const Operands& grads, const Operands& weights, const Operands& u,
+                                const Operands& v, const Operands& out, const void* sigma);
 
 // The same on a CUDA device; defined where this build has CUDA kernels.
 Tensor power_iteration_cuda_op(const std::vector<Tensor>& weights, const std::vector<Tensor>& u,

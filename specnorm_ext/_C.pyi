@@ -15,4 +15,12 @@ def sigma(weights: list[Tensor], u: list[Tensor], v: list[Tensor], out: Tensor) 
 def normalize(
     weights: list[Tensor], u: list[Tensor], v: list[Tensor], sigma: Tensor, out: list[Tensor]
 ) -> bool: ...
+def normalize_backward(
+    grads: list[Tensor],
+    weights: list[Tensor],
+    u: list[Tensor],
+    v: list[Tensor],
+    sigma: Tensor,
+    out: list[Tensor],
+) -> bool: ...
 def fingerprint(tensor: Tensor) -> int | None: ...

@@ -20,8 +20,9 @@ if hasattr(torch.ops.specnorm_ext, "power_iteration_") and __name__ + "._C" not 
     )
 
 from . import _C as _C
-from . import _embedding as _embedding  # these four register fake kernels, autograd and vmap rules
+from . import _embedding as _embedding  # these five register fake kernels, autograd and vmap rules
 from . import _krylov as _krylov
+from . import _linear as _linear
 from . import _linear_blocks as _linear_blocks
 from . import _ops as _ops
 from . import functional, reference

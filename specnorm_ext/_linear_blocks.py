@@ -14,16 +14,8 @@ from torch import Tensor
 
 from . import reference
 from ._checks import SIXTEEN_BIT, check_spectral_linear_blocks, raise_typed
-from ._ops import (
-    _below_autograd,
-    _impl,
-    _legacy_vmap,
-    _needs_composite,
-    _ops,
-    autocast,
-    autocast_factor,
-    is_plain,
-)
+from ._linear import autocast, autocast_factor
+from ._ops import _below_autograd, _impl, _legacy_vmap, _needs_composite, _ops, is_plain
 from .blocks import Blocks
 
 

@@ -1,4 +1,4 @@
-"""Fake kernels, autograd formulas, vmap rules and the no-kernel path of every op; schemas are in csrc/ops.cpp.
+"""Fake kernels, autograd formulas, vmap rules and the no-kernel path of the ops on lists; schemas are in csrc/ops.cpp.
 
 Why autograd sits on the `Autograd` key by hand: `torch.library.register_autograd` breaks torch.func.grad and makes jvp
 return 0 in silence for ops defined in C++ (pytorch#168393, #170834). The kernels here use the fused backward in plain
@@ -18,14 +18,11 @@ from torch.autograd.graph import increment_version
 
 from . import _C, reference
 from ._checks import (
-    SIXTEEN_BIT,
     check_lengths,
     check_normalize,
     check_normalize_backward,
     check_power_iteration,
     check_sigma,
-    check_spectral_linear,
-    check_spectral_linear_backward,
     raise_typed,
     state_dtype,
 )
@@ -166,6 +163,8 @@ class _Normalize(torch.autograd.Function):
         weights, u, v = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
         ctx.save_for_backward(sigma, *tensors)
         ctx.count = count
+        if keyset is None:
+            return tuple(normalize_direct(list(weights), list(u), list(v), sigma))
         return tuple(
             _ops.normalize.default.redispatch(keyset & _below_autograd, weights, u, v, sigma)
         )
@@ -184,7 +183,7 @@ class _Normalize(torch.autograd.Function):
             # is_grads_batched of torch.autograd.grad rests on an older vmap, which stops ops with lists before
             # any kernel of theirs is asked.
             batched = any(torch._C._dispatch_keys(x).has(_legacy_vmap) for x in given.values())
-            run = reference.normalize_backward if batched else _ops.normalize_backward
+            run = reference.normalize_backward if batched else _normalize_backward
             found = run(
                 list(given.values()),
                 [weights[i] for i in wanted],
@@ -195,6 +194,15 @@ class _Normalize(torch.autograd.Function):
             for i, x in zip(wanted, found, strict=True):
                 grads[i] = x
         return None, None, None, *grads
+
+
+def _normalize_backward(grads, weights, u, v, sigma):
+    """The op; without the dispatcher where nothing is to be recorded."""
+    if not torch.is_grad_enabled() and is_untraced() and not any(g.is_neg() for g in grads):
+        out = [torch.empty_like(w) for w in weights]
+        if _C.normalize_backward(grads, weights, u, v, sigma, out):
+            return out
+    return _ops.normalize_backward(grads, weights, u, v, sigma)
 
 
 def _normalize_autograd(keyset, weights, u, v, sigma):
@@ -226,152 +234,6 @@ def _normalize_backward_autograd(keyset, grads, weights, u, v, sigma):
 
 _impl.impl("normalize", _normalize_autograd, "Autograd", with_keyset=True)
 _impl.impl("normalize_backward", _normalize_backward_autograd, "Autograd", with_keyset=True)
-
-
-# ---- spectral_linear --------------------------------------------------------------------------------------------
-
-
-@torch.library.register_fake("specnorm_ext::spectral_linear")
-def _(x, weight, bias, u, v, sigma):
-    check_spectral_linear(x, weight, bias, u, v, sigma)
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-@torch.library.register_fake("specnorm_ext::spectral_linear_backward")
-def _(g, x, weight, bias, u, v, sigma, y, want_x, want_w):
-    check_spectral_linear_backward(g, x, weight, bias, u, v, sigma, y)
-    dx = x.new_empty(x.shape if want_x else 0)
-    return dx, torch.empty_like(weight) if want_w else weight.new_empty(0)
-
-
-class _SpectralLinear(torch.autograd.Function):
-    """dx = g W / sigma, db = sum g, dW = (g^T x - c u v^T) / sigma with c = <g, y - b> = <dx, x>.
-
-    c comes from data of the batch's size wherever that is there: dx, where it is wanted, has been computed anyway.
-    Else y, but only for a batch under a 64th of `in` rows. A plain layer frees its output as soon as nobody else
-    needs it, and kept for a backward of this layer alone a large one would be memory that a plain layer does not
-    take. Without y, the op takes one more pass over dW and W, which is little beside the product of a large batch
-    (and much beside that of a small one, where y is what costs next to nothing). So also where someone has
-    written to y since, an in-place ReLU, say; and where y, in 16 bits, has lost y - b to rounding.
-    """
-
-    @staticmethod
-    def forward(ctx, keyset, x, weight, bias, u, v, sigma):
-        y = _ops.spectral_linear.default.redispatch(
-            keyset & _below_autograd, x, weight, bias, u, v, sigma
-        )
-        needs = ctx.needs_input_grad
-        # a frozen weight keeps nothing of the input, and one that leads nowhere nothing at all: as in a plain layer
-        ctx.save_for_backward(x if needs[2] else None, weight, bias, u, v, sigma)
-        ctx.y = None
-        kept = bias is None or weight.dtype not in SIXTEEN_BIT
-        if kept and needs[2] and not needs[1] and 64 * y.numel() <= weight.numel():
-            ctx.y = y.detach()  # its version counter is that of the output
-            ctx.version = ctx.y._version
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor):
-        x, weight, bias, u, v, sigma = ctx.saved_tensors
-        want_x, want_w, want_b = ctx.needs_input_grad[1:4]
-        dx = dw = None
-        batched = torch._C._dispatch_keys(g).has(_legacy_vmap)
-        if want_x and not want_w and not batched:
-            # g W / sigma is a layer of W^T, and has v W^T u for its sigma
-            dx = _ops.spectral_linear(g, weight.mT, None, v, u, sigma)
-        elif want_x or want_w:
-            y = ctx.y if ctx.y is not None and ctx.y._version == ctx.version else None
-            # is_grads_batched of torch.autograd.grad rests on an older vmap, which would call the op row by row
-            if batched:
-                if x is None:  # only dW depends on it
-                    x = g.new_zeros(()).expand(*g.shape[:-1], weight.shape[-1])
-                dx, dw = reference.spectral_linear_backward(g, x, weight, u, v, sigma)
-            else:
-                dx, dw = _ops.spectral_linear_backward(
-                    g, x, weight, bias if y is not None else None, u, v, sigma, y, want_x, want_w
-                )
-        db = None
-        if want_b:
-            db = g.sum(tuple(range(g.dim() - 1))) if g.dim() > 1 else g
-        return None, dx if want_x else None, dw if want_w else None, db, None, None, None
-
-
-def _spectral_linear_autograd(keyset, x, weight, bias, u, v, sigma):
-    try:
-        if _needs_composite():
-            return reference.spectral_linear(x, weight, bias, u, v, sigma)
-        if torch.is_grad_enabled() and (
-            x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-        ):
-            return _SpectralLinear.apply(keyset, x, weight, bias, u, v, sigma)
-        return _ops.spectral_linear.default.redispatch(
-            keyset & _below_autograd, x, weight, bias, u, v, sigma
-        )
-    except RuntimeError as error:
-        raise_typed(error)
-
-
-def _spectral_linear_backward_wanted(g, x, weight, bias, u, v, sigma, y, want_x, want_w):
-    """The twin under the op's signature; differentiable, to any order."""
-    check_spectral_linear_backward(g, x, weight, bias, u, v, sigma, y)
-    dx, dw = reference.spectral_linear_backward(g, x, weight, u, v, sigma)
-    return dx if want_x else x.new_empty(0), dw if want_w else weight.new_empty(0)
-
-
-def _spectral_linear_backward_autograd(keyset, g, x, weight, *rest):
-    try:
-        if _needs_composite() or (
-            torch.is_grad_enabled() and (g.requires_grad or x.requires_grad or weight.requires_grad)
-        ):
-            return _spectral_linear_backward_wanted(g, x, weight, *rest)
-        return _ops.spectral_linear_backward.default.redispatch(
-            keyset & _below_autograd, g, x, weight, *rest
-        )
-    except RuntimeError as error:
-        raise_typed(error)
-
-
-_impl.impl("spectral_linear", _spectral_linear_autograd, "Autograd", with_keyset=True)
-_impl.impl(
-    "spectral_linear_backward", _spectral_linear_backward_autograd, "Autograd", with_keyset=True
-)
-
-
-def autocast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A linear layer's operand under autocast: float64 and integers are left alone."""
-    wanted = t is not None and t.is_floating_point() and t.dtype != torch.float64
-    return t.to(dtype) if t is not None and wanted else t
-
-
-def autocast_factor(weight: Tensor, sigma: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """For float16, whose range the weight may be out of: sigma's, or each one's, power of two, to multiply both by."""
-    if dtype != torch.float16 or weight.dtype not in (torch.float32, torch.bfloat16):
-        return None
-    exponent = torch.frexp(sigma.detach()).exponent.clamp(-126, 126)
-    return torch.ldexp(torch.ones_like(sigma), -exponent)
-
-
-def _spectral_linear_autocast(device: str):
-    excluded = torch._C.DispatchKeySet(
-        torch._C.DispatchKey.AutocastCUDA if device == "cuda" else torch._C.DispatchKey.AutocastCPU
-    )
-
-    def run(x, weight, bias, u, v, sigma):
-        """As nn.Linear under autocast: floating operands in the autocast dtype, float64 left alone."""
-        dtype = torch.get_autocast_dtype(device)
-
-        with torch._C._ExcludeDispatchKeyGuard(excluded):
-            factor = autocast_factor(weight, sigma, dtype)
-            if factor is not None:
-                weight, sigma = weight * factor, sigma * factor
-            x, weight, bias = (autocast(t, dtype) for t in (x, weight, bias))
-            return _ops.spectral_linear(x, weight, bias, u, v, sigma)
-
-    return run
-
-
-_impl.impl("spectral_linear", _spectral_linear_autocast("cpu"), "AutocastCPU")
-_impl.impl("spectral_linear", _spectral_linear_autocast("cuda"), "AutocastCUDA")
 
 
 # ---- short cuts around the dispatcher ---------------------------------------------------------------------------
@@ -439,6 +301,13 @@ def normalize_direct(
     for x, y in zip(out, found, strict=True):
         x.copy_(y)
     return out
+
+
+def normalize_recorded(
+    weights: list[Tensor], u: list[Tensor], v: list[Tensor], sigma: Tensor
+) -> list[Tensor]:
+    """normalize with gradients on, as above."""
+    return list(_Normalize.apply(None, len(weights), sigma, *weights, *u, *v))
 
 
 def sigma_direct(weights: list[Tensor], u: list[Tensor], v: list[Tensor]) -> Tensor:
@@ -529,32 +398,6 @@ def _(info, in_dims, grads, weights, u, v, sigma):
     return stacked, [0] * count
 
 
-def _per_sample(info, in_dims, args) -> list[tuple]:
-    """The arguments of each call of the batch; what is not batched is in every one."""
-    size = info.batch_size
-    return list(
-        zip(
-            *([x] * size if d is None else x.unbind(d) for x, d in zip(args, in_dims, strict=True)),
-            strict=True,
-        )
-    )
-
-
-@torch.library.register_vmap("specnorm_ext::spectral_linear")
-def _(info, in_dims, x, *rest):
-    if all(d is None for d in in_dims[1:]):  # one layer, a batch more: still one product
-        return _ops.spectral_linear(x.movedim(in_dims[0], 0), *rest), 0
-    return torch.stack(
-        [_ops.spectral_linear(*args) for args in _per_sample(info, in_dims, (x, *rest))]
-    ), 0
-
-
-@torch.library.register_vmap("specnorm_ext::spectral_linear_backward")
-def _(info, in_dims, *args):
-    out = [_ops.spectral_linear_backward(*each) for each in _per_sample(info, in_dims, args)]
-    return tuple(torch.stack(x) for x in zip(*out, strict=True)), (0, 0)
-
-
 # ---- devices without kernels ------------------------------------------------------------------------------------
 
 _warned: set[str] = set()
@@ -590,37 +433,3 @@ def _without_kernels(name: str):
 
 for _name in ("power_iteration_", "sigma", "normalize", "normalize_backward"):
     _impl.impl(_name, _without_kernels(_name), "CompositeExplicitAutograd")
-
-
-def _spectral_linear_in_parts(x, weight, bias, u, v, sigma):
-    """The product, then scaled and shifted in place: one pass over data of the batch's size more than the kernel."""
-    check_spectral_linear(x, weight, bias, u, v, sigma)
-    y = torch.nn.functional.linear(x, weight).mul_(reference._inverse(sigma.reshape(())))
-    return y if bias is None else y.add_(bias)
-
-
-def _inner(a: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:
-    """<a, b - shift> in float32 or wider."""
-    wide = state_dtype(a.dtype)
-    b = b.to(wide)
-    return (a.to(wide) * (b if shift is None else b - shift.to(wide))).sum()
-
-
-def _spectral_linear_backward_in_parts(g, x, weight, bias, u, v, sigma, y, want_x, want_w):
-    """Two products with g / sigma; the rank-one term is added to dW afterwards."""
-    check_spectral_linear_backward(g, x, weight, bias, u, v, sigma, y)
-    inverse = reference._inverse(sigma.reshape(()))
-    rows = (g * inverse).to(g.dtype).reshape(-1, weight.shape[0])
-    dx = torch.mm(rows, weight).view(x.shape) if want_x else x.new_empty(0)
-    if not want_w:
-        return dx, weight.new_empty(0)
-    dw = torch.empty_like(weight)
-    torch.mm(rows.mT, x.reshape(-1, weight.shape[1]), out=dw)
-    c = _inner(dx, x) if want_x else _inner(dw, weight) if y is None else _inner(g, y, bias)
-    return dx, dw.addr_((u * (-c * inverse)).to(dw.dtype), v.to(dw.dtype))
-
-
-_impl.impl("spectral_linear", _spectral_linear_in_parts, "CompositeExplicitAutograd")
-_impl.impl(
-    "spectral_linear_backward", _spectral_linear_backward_in_parts, "CompositeExplicitAutograd"
-)

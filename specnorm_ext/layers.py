@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from . import _ops
 from ._checks import check_like_weight
+from ._linear import fits, scaled_linear, spectral_linear_direct
+from ._ops import is_plain
 from .blocks import Blocks
 from .convolution_operator import Sizes, operator_of_layer
 from .state import SpectralState, scalar_inverse
@@ -200,8 +201,8 @@ class SpectralLinear(SpectralLayer, nn.Linear):
         weight, bias = self.weight, self.bias
         if not torch.is_grad_enabled() and spectral.is_simple:
             ready = spectral.ready(weight)
-            if ready is not None and _fits(input, weight):
-                return _scaled_linear(input, ready.transposed, bias, ready.inverse)
+            if ready is not None and fits(input, weight, bias):
+                return scaled_linear(input, ready.transposed, bias, ready.inverse)
         if spectral.training:
             _refuse(input, weight, spectral.blocks)
         if spectral.blocks is not None:
@@ -209,10 +210,11 @@ class SpectralLinear(SpectralLayer, nn.Linear):
         u, v, sigma = spectral.current(weight)
         scale = spectral._scale()
         if scale is None:
-            if not torch.is_grad_enabled() and _ops.is_plain(weight) and _fits(input, weight):
+            if is_plain(weight) and fits(input, weight, bias):
                 alpha = scalar_inverse(sigma.item())
                 if alpha is not None:
-                    return _scaled_linear(input, weight.t(), bias, alpha)
+                    args = (input, weight, bias, _leading(u), _leading(v), sigma)
+                    return spectral_linear_direct(alpha, *args)
             return torch.ops.specnorm_ext.spectral_linear(
                 input, weight, bias, _leading(u), _leading(v), sigma
             )
@@ -256,25 +258,6 @@ def _refuse(x: Tensor, weight: Tensor, blocks: Blocks | None) -> None:
         raise ValueError(
             f"{op}: expected x to have shape [{lead}, {weight.shape[-1]}], got {list(x.shape)}"
         )
-
-
-def _fits(x: Tensor, weight: Tensor) -> bool:
-    """Whether torch.addmm serves as it is, below the op's dispatch and its checks: matrices that fit, on the CPU."""
-    return (
-        type(x) is Tensor
-        and x.dim() == 2
-        and x.shape[1] == weight.shape[1]
-        and x.dtype == weight.dtype
-        and x.is_cpu
-        and weight.is_cpu
-        and not torch.is_autocast_enabled("cpu")  # which would round W before it is divided
-    )
-
-
-def _scaled_linear(x: Tensor, transposed: Tensor, bias: Tensor | None, alpha: float) -> Tensor:
-    if bias is None:
-        return torch.addmm(transposed.select(0, 0), x, transposed, beta=0, alpha=alpha)
-    return torch.addmm(bias, x, transposed, alpha=alpha)
 
 
 class _SpectralConv(SpectralLayer):

@@ -600,14 +600,16 @@ class SpectralState(nn.Module):
     ) -> Tensor:
         if self.operator is not None:
             return self.scaled(operator_norm.divided(self.operator, weight, u, v, d))
-        # straight to the kernels wherever gradients are not recorded
-        direct = not torch.is_grad_enabled() and is_plain(weight) and weight.is_cpu
-        if direct and self.blocks is not None and self.dim == 0:
+        direct = is_plain(weight) and weight.is_cpu and not weight.is_neg()
+        recorded = torch.is_grad_enabled() and weight.requires_grad
+        if direct and not recorded and self.blocks is not None and self.dim == 0:
             # Every block to its place. With gradients blocks come as tensors of their own, and are copied there.
             whole = torch.empty(weight.shape, dtype=weight.dtype)
             _ops.normalize_direct(parts, self._us(u), self._vs(v), d, self.matrices(whole))
             return self.scaled(whole)
-        run = _ops.normalize_direct if direct else torch.ops.specnorm_ext.normalize
+        run = torch.ops.specnorm_ext.normalize
+        if direct:
+            run = _ops.normalize_recorded if recorded else _ops.normalize_direct
         out = run(parts, self._us(u), self._vs(v), d)
         if parts[0] is weight:
             return self.scaled(out[0])

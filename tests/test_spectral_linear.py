@@ -21,7 +21,7 @@ from helpers import (
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from specnorm_ext import _ops, functional, reference
+from specnorm_ext import _linear, functional, reference
 
 op = functional.spectral_linear
 backward_op = torch.ops.specnorm_ext.spectral_linear_backward
@@ -432,12 +432,12 @@ def test_the_path_of_devices_without_a_kernel(bias):
     """The product, then scaled and shifted in place."""
     x, w, b, u, v, sigma = case(8, 16, (2, 3), F32, bias)
     y = op(x, w, b, u, v, sigma)
-    torch.testing.assert_close(_ops._spectral_linear_in_parts(x, w, b, u, v, sigma), y)
+    torch.testing.assert_close(_linear._spectral_linear_in_parts(x, w, b, u, v, sigma), y)
     g = torch.randn_like(y)
     for way in WAYS:
         rest = (y if way == "w from y" else None, "x" in way, "w" in way)
         args = (g, x, w, b, u, v, sigma, *rest)
-        in_parts = _ops._spectral_linear_backward_in_parts(*args)
+        in_parts = _linear._spectral_linear_backward_in_parts(*args)
         for a, e in zip(in_parts, backward_op(*args), strict=True):
             torch.testing.assert_close(a, e)
 
@@ -465,7 +465,7 @@ def test_messages_of_the_backward(what):
     with pytest.raises(error, match=message):
         backward_op(**args, want_x=True, want_w=True)
     with pytest.raises(error, match=message):
-        _ops._spectral_linear_backward_in_parts(*args.values(), True, True)
+        _linear._spectral_linear_backward_in_parts(*args.values(), True, True)
     with torch._subclasses.FakeTensorMode() as mode:
         like = {k: mode.from_tensor(t) for k, t in args.items()}
         with pytest.raises(error, match=message):

@@ -1,0 +1,279 @@
+"""spectral_linear: y = x W^T / sigma + b, its fake kernels, autograd formula, vmap and autocast rules.
+
+As in _ops.py, autograd sits on the `Autograd` key by hand, and transforms of torch.func go to reference.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._checks import (
+    SIXTEEN_BIT,
+    check_spectral_linear,
+    check_spectral_linear_backward,
+    raise_typed,
+    state_dtype,
+)
+from ._ops import (
+    _below_autograd,
+    _below_inplace,
+    _impl,
+    _legacy_vmap,
+    _needs_composite,
+    _ops,
+    is_untraced,
+)
+
+
+@torch.library.register_fake("specnorm_ext::spectral_linear")
+def _(x, weight, bias, u, v, sigma):
+    check_spectral_linear(x, weight, bias, u, v, sigma)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("specnorm_ext::spectral_linear_backward")
+def _(g, x, weight, bias, u, v, sigma, y, want_x, want_w):
+    check_spectral_linear_backward(g, x, weight, bias, u, v, sigma, y)
+    dx = x.new_empty(x.shape if want_x else 0)
+    return dx, torch.empty_like(weight) if want_w else weight.new_empty(0)
+
+
+class _SpectralLinear(torch.autograd.Function):
+    """dx = g W / sigma, db = sum g, dW = (g^T x - c u v^T) / sigma with c = <g, y - b> = <dx, x>.
+
+    c comes from data of the batch's size wherever that is there: dx, where it is wanted, has been computed anyway.
+    Else y, but only for a batch under a 64th of `in` rows. A plain layer frees its output as soon as nobody else
+    needs it, and kept for a backward of this layer alone a large one would be memory that a plain layer does not
+    take. Without y, the op takes one more pass over dW and W, which is little beside the product of a large batch
+    (and much beside that of a small one, where y is what costs next to nothing). So also where someone has
+    written to y since, an in-place ReLU, say; and where y, in 16 bits, has lost y - b to rounding.
+    """
+
+    @staticmethod
+    def forward(ctx, how, x, weight, bias, u, v, sigma):
+        if isinstance(how, float):
+            y = scaled_linear(x, weight.t(), bias, how)
+        else:
+            y = _ops.spectral_linear.default.redispatch(
+                how & _below_autograd, x, weight, bias, u, v, sigma
+            )
+        needs = ctx.needs_input_grad
+        # a frozen weight keeps nothing of the input, and one that leads nowhere nothing at all: as in a plain layer
+        ctx.save_for_backward(x if needs[2] else None, weight, bias, u, v, sigma)
+        ctx.y = None
+        kept = bias is None or weight.dtype not in SIXTEEN_BIT
+        if kept and needs[2] and not needs[1] and 64 * y.numel() <= weight.numel():
+            ctx.y = y.detach()  # its version counter is that of the output
+            ctx.version = ctx.y._version
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor):
+        x, weight, bias, u, v, sigma = ctx.saved_tensors
+        want_x, want_w, want_b = ctx.needs_input_grad[1:4]
+        dx = dw = None
+        keys = torch._C._dispatch_keys(g)
+        batched = keys.has(_legacy_vmap)
+        if want_x and not want_w and not batched:
+            # g W / sigma is a layer of W^T, and has v W^T u for its sigma
+            dx = _ops.spectral_linear(g, weight.mT, None, v, u, sigma)
+        elif want_x or want_w:
+            y = ctx.y if ctx.y is not None and ctx.y._version == ctx.version else None
+            # is_grads_batched of torch.autograd.grad rests on an older vmap, which would call the op row by row
+            if batched:
+                if x is None:  # only dW depends on it
+                    x = g.new_zeros(()).expand(*g.shape[:-1], weight.shape[-1])
+                dx, dw = reference.spectral_linear_backward(g, x, weight, u, v, sigma)
+            else:
+                shift = bias if y is not None else None
+                args = (g, x, weight, shift, u, v, sigma, y, want_x, want_w)
+                if torch.is_grad_enabled() or not is_untraced():
+                    dx, dw = _ops.spectral_linear_backward(*args)
+                else:  # nothing to record: below the op's Python, which is half the time of a small layer's
+                    dx, dw = _ops.spectral_linear_backward.default.redispatch(
+                        keys & _below_inplace, *args
+                    )
+        db = None
+        if want_b:
+            db = g.sum(tuple(range(g.dim() - 1))) if g.dim() > 1 else g
+        return None, dx if want_x else None, dw if want_w else None, db, None, None, None
+
+
+def fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether torch.addmm serves as it is, below the op's dispatch and its checks: matrices that fit, on the CPU."""
+    return (
+        type(x) is Tensor
+        and x.dim() == 2
+        and x.shape[1] == weight.shape[1]
+        and x.dtype == weight.dtype
+        and x.is_cpu
+        and weight.is_cpu
+        and (
+            bias is None
+            or (bias.dtype == weight.dtype and bias.shape == weight.shape[:1] and bias.is_cpu)
+        )
+        and not torch.is_autocast_enabled("cpu")  # which would round W before it is divided
+    )
+
+
+def scaled_linear(x: Tensor, transposed: Tensor, bias: Tensor | None, alpha: float) -> Tensor:
+    if bias is None:
+        return torch.addmm(transposed.select(0, 0), x, transposed, beta=0, alpha=alpha)
+    return torch.addmm(bias, x, transposed, alpha=alpha)
+
+
+def spectral_linear_direct(
+    alpha: float,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    u: Tensor,
+    v: Tensor,
+    sigma: Tensor,
+) -> Tensor:
+    """spectral_linear without the dispatcher, where the weight `is_plain` and all `fits`; alpha is 1 / sigma."""
+    if torch.is_grad_enabled():
+        return _SpectralLinear.apply(alpha, x, weight, bias, u, v, sigma)
+    return scaled_linear(x, weight.t(), bias, alpha)
+
+
+def _spectral_linear_autograd(keyset, x, weight, bias, u, v, sigma):
+    try:
+        if _needs_composite():
+            return reference.spectral_linear(x, weight, bias, u, v, sigma)
+        if torch.is_grad_enabled() and (
+            x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        ):
+            return _SpectralLinear.apply(keyset, x, weight, bias, u, v, sigma)
+        return _ops.spectral_linear.default.redispatch(
+            keyset & _below_autograd, x, weight, bias, u, v, sigma
+        )
+    except RuntimeError as error:
+        raise_typed(error)
+
+
+def _spectral_linear_backward_wanted(g, x, weight, bias, u, v, sigma, y, want_x, want_w):
+    """The twin under the op's signature; differentiable, to any order."""
+    check_spectral_linear_backward(g, x, weight, bias, u, v, sigma, y)
+    dx, dw = reference.spectral_linear_backward(g, x, weight, u, v, sigma)
+    return dx if want_x else x.new_empty(0), dw if want_w else weight.new_empty(0)
+
+
+def _spectral_linear_backward_autograd(keyset, g, x, weight, *rest):
+    try:
+        if _needs_composite() or (
+            torch.is_grad_enabled() and (g.requires_grad or x.requires_grad or weight.requires_grad)
+        ):
+            return _spectral_linear_backward_wanted(g, x, weight, *rest)
+        return _ops.spectral_linear_backward.default.redispatch(
+            keyset & _below_autograd, g, x, weight, *rest
+        )
+    except RuntimeError as error:
+        raise_typed(error)
+
+
+_impl.impl("spectral_linear", _spectral_linear_autograd, "Autograd", with_keyset=True)
+_impl.impl(
+    "spectral_linear_backward", _spectral_linear_backward_autograd, "Autograd", with_keyset=True
+)
+
+
+def autocast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A linear layer's operand under autocast: float64 and integers are left alone."""
+    wanted = t is not None and t.is_floating_point() and t.dtype != torch.float64
+    return t.to(dtype) if t is not None and wanted else t
+
+
+def autocast_factor(weight: Tensor, sigma: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """For float16, whose range the weight may be out of: sigma's, or each one's, power of two, to multiply both by."""
+    if dtype != torch.float16 or weight.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    exponent = torch.frexp(sigma.detach()).exponent.clamp(-126, 126)
+    return torch.ldexp(torch.ones_like(sigma), -exponent)
+
+
+def _spectral_linear_autocast(device: str):
+    excluded = torch._C.DispatchKeySet(
+        torch._C.DispatchKey.AutocastCUDA if device == "cuda" else torch._C.DispatchKey.AutocastCPU
+    )
+
+    def run(x, weight, bias, u, v, sigma):
+        """As nn.Linear under autocast: floating operands in the autocast dtype, float64 left alone."""
+        dtype = torch.get_autocast_dtype(device)
+
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            factor = autocast_factor(weight, sigma, dtype)
+            if factor is not None:
+                weight, sigma = weight * factor, sigma * factor
+            x, weight, bias = (autocast(t, dtype) for t in (x, weight, bias))
+            return _ops.spectral_linear(x, weight, bias, u, v, sigma)
+
+    return run
+
+
+_impl.impl("spectral_linear", _spectral_linear_autocast("cpu"), "AutocastCPU")
+_impl.impl("spectral_linear", _spectral_linear_autocast("cuda"), "AutocastCUDA")
+
+
+def _per_sample(info, in_dims, args) -> list[tuple]:
+    """The arguments of each call of the batch; what is not batched is in every one."""
+    size = info.batch_size
+    return list(
+        zip(
+            *([x] * size if d is None else x.unbind(d) for x, d in zip(args, in_dims, strict=True)),
+            strict=True,
+        )
+    )
+
+
+@torch.library.register_vmap("specnorm_ext::spectral_linear")
+def _(info, in_dims, x, *rest):
+    if all(d is None for d in in_dims[1:]):  # one layer, a batch more: still one product
+        return _ops.spectral_linear(x.movedim(in_dims[0], 0), *rest), 0
+    return torch.stack(
+        [_ops.spectral_linear(*args) for args in _per_sample(info, in_dims, (x, *rest))]
+    ), 0
+
+
+@torch.library.register_vmap("specnorm_ext::spectral_linear_backward")
+def _(info, in_dims, *args):
+    out = [_ops.spectral_linear_backward(*each) for each in _per_sample(info, in_dims, args)]
+    return tuple(torch.stack(x) for x in zip(*out, strict=True)), (0, 0)
+
+
+def _spectral_linear_in_parts(x, weight, bias, u, v, sigma):
+    """The product, then scaled and shifted in place: one pass over data of the batch's size more than the kernel."""
+    check_spectral_linear(x, weight, bias, u, v, sigma)
+    y = torch.nn.functional.linear(x, weight).mul_(reference._inverse(sigma.reshape(())))
+    return y if bias is None else y.add_(bias)
+
+
+def _inner(a: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:
+    """<a, b - shift> in float32 or wider."""
+    wide = state_dtype(a.dtype)
+    b = b.to(wide)
+    return (a.to(wide) * (b if shift is None else b - shift.to(wide))).sum()
+
+
+def _spectral_linear_backward_in_parts(g, x, weight, bias, u, v, sigma, y, want_x, want_w):
+    """Two products with g / sigma; the rank-one term is added to dW afterwards."""
+    check_spectral_linear_backward(g, x, weight, bias, u, v, sigma, y)
+    inverse = reference._inverse(sigma.reshape(()))
+    rows = (g * inverse).to(g.dtype).reshape(-1, weight.shape[0])
+    dx = torch.mm(rows, weight).view(x.shape) if want_x else x.new_empty(0)
+    if not want_w:
+        return dx, weight.new_empty(0)
+    dw = torch.empty_like(weight)
+    torch.mm(rows.mT, x.reshape(-1, weight.shape[1]), out=dw)
+    c = _inner(dx, x) if want_x else _inner(dw, weight) if y is None else _inner(g, y, bias)
+    return dx, dw.addr_((u * (-c * inverse)).to(dw.dtype), v.to(dw.dtype))
+
+
+_impl.impl("spectral_linear", _spectral_linear_in_parts, "CompositeExplicitAutograd")
+_impl.impl(
+    "spectral_linear_backward", _spectral_linear_backward_in_parts, "CompositeExplicitAutograd"
+)
