@@ -93,13 +93,44 @@ class Borrower {
   PyObject *tensor_ = nullptr, *parameter_ = nullptr;
 };
 
-// A number that tells a changed tensor from an unchanged one by 16 of its entries, spread evenly.
+// A number that tells a changed tensor from an unchanged one: by all of it up to kWhole entries, by
+// 16 of them, spread evenly, past that.
 inline uint64_t fingerprint(const Operand& x) {
-  int64_t count = 1;
+  constexpr int64_t kWhole = 1024;
+  constexpr uint64_t kFactor = 0x9e3779b97f4a7c15u;
+  int64_t count = 1, dense = 1;
+  bool end_to_end = true;
   for (int64_t d = 0; d < x.dim; ++d) count *= x.sizes[d];
-  const int64_t samples = count < 16 ? count : 16;
+  for (int64_t d = x.dim - 1; d >= 0; --d) {
+    end_to_end = end_to_end && (x.sizes[d] == 1 || x.strides[d] == dense);
+    dense *= x.sizes[d];
+  }
   const int bytes = x.dtype == ScalarType::Double ? 8 : x.dtype == ScalarType::Float ? 4 : 2;
+  const char* data = static_cast<const char*>(x.data);
   uint64_t hash = 0xcbf29ce484222325u;
+  const auto mix = [](uint64_t h, uint64_t entry) {
+    h = (h ^ entry) * kFactor;
+    return h ^ (h >> 29);
+  };
+  if (count <= kWhole && end_to_end) {
+    // four chains, each of which would wait for its own multiplications
+    uint64_t chains[4] = {hash, hash + 1, hash + 2, hash + 3};
+    int64_t at = 0;
+    const int64_t size = count * bytes;
+    for (; at + 32 <= size; at += 32) {
+      uint64_t words[4];
+      std::memcpy(words, data + at, 32);
+      for (int k = 0; k < 4; ++k) chains[k] = mix(chains[k], words[k]);
+    }
+    for (; at < size; at += bytes) {
+      uint64_t entry = 0;
+      std::memcpy(&entry, data + at, size_t(bytes));
+      hash = mix(hash, entry);
+    }
+    for (const uint64_t chain : chains) hash = mix(hash, chain);
+    return hash;
+  }
+  const int64_t samples = count <= kWhole ? count : 16;
   for (int64_t i = 0; i < samples; ++i) {
     // the quotient first: count may be near 2^63 / 16
     int64_t index = samples < 2 ? 0 : (count - 1) / (samples - 1) * i, offset = 0;
@@ -108,9 +139,8 @@ inline uint64_t fingerprint(const Operand& x) {
       index /= x.sizes[d];
     }
     uint64_t entry = 0;
-    std::memcpy(&entry, static_cast<const char*>(x.data) + offset * bytes, size_t(bytes));
-    hash = (hash ^ entry) * 0x9e3779b97f4a7c15u;
-    hash ^= hash >> 29;
+    std::memcpy(&entry, data + offset * bytes, size_t(bytes));
+    hash = mix(hash, entry);
   }
   return hash;
 }

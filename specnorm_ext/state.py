@@ -443,7 +443,8 @@ class SpectralState(nn.Module):
             self.verify(parts)
             book.kept = None
             book.seen = self._eye(weight, u, v)
-        if not self.keeps_sigma or not self._may_keep(weight):
+        recorded = torch.is_grad_enabled() and weight.requires_grad
+        if not self.keeps_sigma or not self._may_keep(weight, recorded):
             book.kept = None
             return self._bilinear(parts, u, v, direct)
         kept = book.kept
@@ -451,15 +452,19 @@ class SpectralState(nn.Module):
             with torch.inference_mode(False):  # it may serve in training's graphs later
                 values = self._bilinear(parts, u, v, direct)
             kept = book.kept = Values(weight, weight.data_ptr(), *values)
+        if recorded:
+            book.keep_until_gradient(weight)
         return kept.u, kept.v, kept.sigma
 
     @staticmethod
-    def _may_keep(weight: Tensor) -> bool:
-        # Fused optimizers step, and torch.autograd.gradcheck steps aside, without a trace in the version counter; who
-        # trains in eval calls with gradients.
-        if torch.is_grad_enabled() and weight.requires_grad:
+    def _may_keep(weight: Tensor, recorded: bool) -> bool:
+        if weight.is_cpu:
+            return True
+        # Where entries are not looked at, nothing tells of a fused optimizer's step between this forward and the
+        # next: who trains in eval calls with gradients, and before a step there is one.
+        if recorded and (not weight.is_leaf or weight.grad is not None):
             return False
-        return weight.is_cpu or not is_capturing(weight)
+        return not is_capturing(weight)
 
     @left_to_python
     def _given(self) -> Values | None:
@@ -708,7 +713,7 @@ class SpectralState(nn.Module):
 
 
 def trace_of(weight: Tensor) -> Any:
-    """What an in-place change of the weight changes; on the CPU a few entries, too: .data leaves no version behind."""
+    """What an in-place change of the weight changes; on the CPU entries, too: .data leaves no version behind."""
     version = version_of(weight)
     return (version, _C.fingerprint(weight)) if weight.is_cpu else version
 
