@@ -59,7 +59,7 @@ TORCH, TORCH_GRAPH = "torch's op sequence", "torch's op sequence, CUDA graph"
 TORCH_COMPILED = "torch's op sequence, compiled"
 READ = "one read of W (torch.sum)"
 PLAIN = "plain, no normalization"
-TORCH_LAYER, OUR_LAYER = "torch spectral_norm", "specnorm_ext.spectral_norm"
+TORCH_LAYER, OUR_DROP_IN = "torch spectral_norm", "specnorm_ext.spectral_norm"
 
 
 # ---- one power iteration on a list ------------------------------------------------------------------------------
@@ -182,6 +182,7 @@ class Pool:
         return Variant(name, work, per, launches), largest
 
 
+@torch.no_grad()
 def step_group(
     bench: Bench,
     name: str,
@@ -235,16 +236,26 @@ def layer_group(
     make: Callable[[], nn.Module],
     x_shape: Sequence[int],
     dtype: torch.dtype,
+    backward: bool = True,
 ) -> Group:
-    """Training forward and backward, gradients made anew as after zero_grad(), one to the input as inside a network."""
+    """Training forward and backward, gradients made anew as after zero_grad(), one to the input as inside a network.
+
+    backward=False: times the training forward alone, under no_grad. What is compared with float64 is the same.
+    """
     torch.manual_seed(0)
     kind = bench.device.kind
     plain = make().to(kind, dtype)
     theirs = parametrizations.spectral_norm(copy.deepcopy(plain))
-    ours = specnorm_ext.spectral_norm(copy.deepcopy(plain))
-    ours.load_state_dict(theirs.state_dict())
+    drop_in = specnorm_ext.spectral_norm(copy.deepcopy(plain))
+    drop_in.load_state_dict(theirs.state_dict())
+    layer = specnorm_ext.convert(copy.deepcopy(theirs))
     twin = copy.deepcopy(theirs).double()
-    models = {PLAIN: plain, TORCH_LAYER: theirs, OUR_LAYER: ours}
+    models = {
+        PLAIN: plain,
+        TORCH_LAYER: theirs,
+        OUR_DROP_IN: drop_in,
+        f"specnorm_ext.{type(layer).__name__}": layer,
+    }
     x = torch.randn(x_shape, device=kind).to(dtype)
     g = torch.randn_like(plain(x)).detach()
 
@@ -254,6 +265,10 @@ def layer_group(
         y = model(x)
         y.backward(g)
         return y
+
+    def forward(model: nn.Module, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model(x)
 
     x64, g64 = x.double().requires_grad_(), g.double()
     expected = step(twin, x64, g64)
@@ -268,18 +283,23 @@ def layer_group(
             errors = [require_close(f"output of {title}", y, expected, rtol)]
             pairs = dict(model.named_parameters())
             for key, value in twin.named_parameters():
-                errors.append(
-                    require_close(f"gradient of {key}, {title}", pairs[key].grad, value.grad, rtol)
-                )
+                own = pairs[key if key in pairs else "weight"]  # of the layer W itself
+                what = f"gradient of {key}, {title}"
+                errors.append(require_close(what, own.grad, value.grad, rtol))
             errors.append(
                 require_close(f"gradient of x, {title}", inputs[title].grad, x64.grad, rtol)
             )
-            largest = max(errors) if title == OUR_LAYER else largest
+            largest = largest if title == TORCH_LAYER else max(largest, *errors)
     group = Group(name, facts={"largest error": largest})
     bench.time(
         group,
         [
-            Variant(title, lambda _, m=model, x=inputs[title]: step(m, x, g))
+            Variant(
+                title,
+                (lambda _, m=model, x=inputs[title]: step(m, x, g))
+                if backward
+                else (lambda _, m=model: forward(m, x)),
+            )
             for title, model in models.items()
         ],
     )
@@ -292,6 +312,7 @@ def layer_group(
 # ---- the list ---------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def ceilings(bench: Bench) -> Group:
     """The two rates that the shares refer to: a copy (bytes read and written) and a sum."""
     size = (2 << 30) if bench.device.kind == "cuda" else 1 << 20
@@ -346,14 +367,15 @@ def builders(options: argparse.Namespace) -> list[tuple[str, Builder]]:
     ):  # fmt: skip
         k = 1 if small else 32
         shape = (x_shape[0] * k, x_shape[1] * k)
-        found.append(
-            (
-                f"{name}, forward + backward",
-                lambda b, a=name, f=make, s=shape, d=dtype, k=k: layer_group(
-                    b, f"{a}, forward + backward", lambda: f(k), s, d
-                ),
+        for title, backward in ((f"{name}, forward", False), (f"{name}, forward + backward", True)):
+            found.append(
+                (
+                    title,
+                    lambda b, a=title, f=make, s=shape, d=dtype, k=k, w=backward: layer_group(
+                        b, a, lambda: f(k), s, d, w
+                    ),
+                )
             )
-        )
     c, batch = (8, 2) if small else (128, 64)
     conv = "Conv2d 128 to 128, 3 x 3, 64 images of 16 x 16, float32, forward + backward"
     found.append(
@@ -557,8 +579,7 @@ def add_group(bench: Bench, title: str, build: Builder) -> int:
         note = "out of budget"
     else:
         try:
-            with contextlib.nullcontext() if "backward" in title else torch.no_grad():
-                bench.groups.append(build(bench))
+            bench.groups.append(build(bench))
             return 0
         except WrongResult as error:
             note = f"WRONG: {error}"
