@@ -7,7 +7,7 @@ import numbers
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,18 @@ from torch import Tensor, nn
 from . import certificates, functional, krylov, subspace
 from ._checks import DTYPES, MAX_COLUMNS, state_dtype
 from .matrices import Matrix, collect_matrices
+from .search import (
+    Certified,
+    Found,
+    Options,
+    Problem,
+    by_iterations,
+    by_krylov,
+    by_whole_spectrum,
+)
 
 METHODS = ("auto", "krylov", "lanczos", "power", "subspace", "gram", "svd")
 CERTIFICATES = ("cholesky", "gram", "probabilistic")
-Certified = bool | Literal["cholesky", "gram", "probabilistic"]
 
 _UNIT = 2.0**-53
 _SMALL = 32  # min(m, n) up to which method="auto" computes the whole spectrum
@@ -62,170 +70,6 @@ class Estimate:
         return self.values[0] if self.values else float(self.value)
 
 
-@dataclass
-class _Options:
-    method: str = "auto"
-    rtol: float = 1e-3
-    k: int = 1
-    max_reads: int = 1000
-    certified: Certified = False
-    failure_probability: float = 0.01
-    generator: torch.Generator | None = None
-    vectors: bool = True
-
-
-@dataclass
-class _Found:
-    """What an iteration leaves: right vectors [n, k] of the matrix as iterated on, in float64."""
-
-    v: Tensor
-    reads: int
-    converged: bool
-    unit: float = 1.0  # a power of two that takes W into the middle of its range
-    krylov_steps: int = 0  # from a random start, without a restart, for a probabilistic bound
-
-
-class _Problem:
-    """One matrix, stored by rows or seen as its transposed, and its start."""
-
-    def __init__(self, index: int, weight: Tensor, start: tuple[Tensor, Tensor] | None) -> None:
-        self.index = index
-        self.original = weight
-        w = weight.detach()
-        m, n = w.shape
-        by_rows = n == 1 or w.stride(1) == 1
-        self.transposed = not by_rows and (m == 1 or w.stride(0) == 1)
-        if self.transposed:
-            w = w.mT
-        elif not by_rows:
-            w = w.contiguous()
-        self.weight = w
-        self.gram_bound = math.nan
-        self.start = (start[::-1] if self.transposed else start) if start is not None else None
-
-    def draw(self, columns: int, generator: torch.Generator, which: int = 1) -> Tensor:
-        """[n, columns] (which = 1), or [m, columns] (0): the warm start first, the rest normal."""
-        rows = self.weight.shape[which]
-        device = generator.device
-        x = torch.randn(rows, columns, generator=generator, device=device, dtype=torch.float32)
-        x = x.to(self.weight.device, state_dtype(self.weight.dtype))
-        if self.start is not None:
-            given = self.start[which].detach().to(x)
-            given = (given.unsqueeze(1) if given.dim() == 1 else given)[:, :columns]
-            # a column that holds nothing usable stays as it was drawn
-            good = torch.isfinite(given).all(0) & (given != 0).any(0)
-            k = given.shape[1]
-            x[:, :k] = torch.where(good, torch.where(good, given, 0.0), x[:, :k])
-        return x
-
-
-# ---- finding vectors --------------------------------------------------------------------------------------------
-
-
-def _krylov(
-    problems: list[_Problem],
-    dtype: torch.dtype,
-    columns: int,
-    options: _Options,
-    generator: torch.Generator,
-    found: Callable[[_Problem, _Found], None],
-) -> None:
-    """All of one dtype, device and block size."""
-    by_index = {p.index: p for p in problems}
-    weights = {p.index: p.weight.to(dtype) for p in problems}
-    runs = []
-    for p in problems:
-        # beside a start that was given there is a random vector: what it misses must be able to show
-        width = columns if p.start is None else max(columns, 2)
-        start = p.draw(width, generator).to(state_dtype(dtype))
-        if p.start is not None:
-            start[:, -1:] = torch.randn(
-                len(start), 1, generator=generator, device=generator.device
-            ).to(start)
-        rank = min(p.weight.shape)
-        runs.append(krylov.new_run(p.index, start, options.k, rank=rank, warm=p.start is not None))
-
-    def done(run: krylov.Run, converged: bool) -> None:
-        problem = by_index[run.index]
-        if not math.isfinite(run.unit):
-            v = run.basis.new_full((run.basis.shape[1], options.k), math.nan, dtype=torch.float64)
-            return found(problem, _Found(v, run.reads, False))
-        steps = 0 if run.kept or problem.start is not None else run.reads
-        found(problem, _Found(run.right_vectors(), run.reads, converged, run.unit, steps))
-
-    expand = krylov.expand_matrices(weights)
-    for width in sorted({run.columns for run in runs}):
-        alike = [run for run in runs if run.columns == width]
-        krylov.leading(alike, expand, options.rtol, max(options.max_reads - options.k, 1), done)
-
-
-def _iterations(
-    problems: list[_Problem],
-    dtype: torch.dtype,
-    columns: int,
-    options: _Options,
-    generator: torch.Generator,
-    found: Callable[[_Problem, _Found], None],
-) -> None:
-    """Power (one column) or subspace iteration."""
-    by_index = {p.index: p for p in problems}
-    runs = []
-    for p in problems:
-        v, u = (p.draw(columns, generator, which).to(state_dtype(dtype)) for which in (1, 0))
-        if columns == 1:
-            u, v = u[:, 0].contiguous(), v[:, 0].contiguous()
-        runs.append(subspace.Run(p.index, p.weight.to(dtype), u, v))
-
-    def done(run: subspace.Run, converged: bool) -> None:
-        v = (run.v.unsqueeze(1) if run.v.dim() == 1 else run.v[:, :1]).double()
-        if not math.isfinite(run.sigma):
-            v = torch.full_like(v, math.nan)
-        elif run.sigma == 0:
-            v = torch.nan_to_num(v, nan=0.0)
-        unit = _unit_of(run.sigma)
-        found(by_index[run.index], _Found(v, run.reads, converged, unit))
-
-    eps = torch.finfo(state_dtype(dtype)).eps
-    subspace.iterate(runs, options.rtol, max(options.max_reads - 1, 1), eps, done)
-
-
-def _unit_of(size: float) -> float:
-    """A power of two that takes `size` near 1, as far as powers of two go."""
-    if not 0 < size < math.inf:
-        return 1.0
-    return math.ldexp(1.0, max(-1000, min(1000, -math.frexp(size)[1])))
-
-
-def _whole(problem: _Problem, options: _Options, method: str) -> _Found:
-    """All of the spectrum at once, in float64: an SVD, or the eigenvalues of the smaller Gram matrix.
-
-    The SVD's values are off by a few eps of the largest, the eigenvalues' squares by a few eps of its square, r times
-    that at most (Golub and Van Loan, "Matrix Computations", 8.6). Smaller ones are not known to be right, and are
-    zero for all that can be said; it is 0 that they count as.
-    """
-    w = problem.weight.double()
-    top = w.abs().amax().item()
-    if not math.isfinite(top):
-        return _Found(w.new_full((w.shape[1], options.k), math.nan), 2, False)
-    unit = _unit_of(top)
-    w = w * unit
-    floor = max(w.shape) * torch.finfo(torch.float64).eps
-    if method == "svd":
-        _, sizes, right = torch.linalg.svd(w, full_matrices=False)
-        v, errors = right[: options.k].mT, floor * sizes[0] / sizes[: options.k]
-        zero = sizes[: options.k] <= floor * sizes[0]
-    else:
-        wide = w.shape[0] < w.shape[1]
-        squares, vectors = torch.linalg.eigh(w @ w.mT if wide else w.mT @ w)
-        squares, v = squares.flip(0)[: options.k], vectors.flip(1)[:, : options.k]
-        if wide:
-            # of what has no image W^T u is rounding; QR makes of it what is orthogonal to the rest
-            v = torch.linalg.qr(w.mT @ v).Q
-        errors, zero = floor * squares[0] / squares, squares <= floor * squares[0]
-    good = bool((zero | (errors <= options.rtol)).all()) and floor <= options.rtol
-    return _Found(v.contiguous(), 2, good, unit)
-
-
 # ---- what they attain -------------------------------------------------------------------------------------------
 
 
@@ -242,7 +86,7 @@ def _within(x: float) -> float:
     return min(x, sys.float_info.max) if x == x else x
 
 
-def _attained(pairs: Sequence[tuple[_Problem, _Found]]) -> list[_Attained]:
+def _attained(pairs: Sequence[tuple[Problem, Found]]) -> list[_Attained]:
     r"""What the vectors found attain, of matrices of one dtype on one device.
 
     t = W v and a = |W| |v| come in float64, each entry of t within (n + 2) 2^-53 times a's of the exact one. So
@@ -282,7 +126,7 @@ def _attained(pairs: Sequence[tuple[_Problem, _Found]]) -> list[_Attained]:
 
 
 def _upper_bound(
-    problem: _Problem, found: _Found, value: float, options: _Options
+    problem: Problem, found: Found, value: float, options: Options
 ) -> tuple[float, float]:
     """The bound asked for, and the chance that it is too low."""
     if options.certified == "gram":
@@ -300,7 +144,7 @@ def _upper_bound(
 
 
 def _conclude(
-    problem: _Problem, found: _Found, attained: _Attained, method: str, options: _Options
+    problem: Problem, found: Found, attained: _Attained, method: str, options: Options
 ) -> Estimate:
     values, lower, u, v = attained.values, attained.lower, attained.u, attained.v
     # of values that agree to rounding, any may have come first
@@ -338,7 +182,7 @@ def _conclude(
     )
 
 
-def _empty(weight: Tensor, options: _Options) -> Estimate:
+def _empty(weight: Tensor, options: Options) -> Estimate:
     state = state_dtype(weight.dtype)
     m, n = weight.shape
     u, v = (weight.new_zeros(s, dtype=state) if options.vectors else None for s in (m, n))
@@ -372,7 +216,7 @@ def _working_dtype(method: str, dtype: torch.dtype, rtol: float, k: int) -> torc
 def _estimate_list(
     weights: Sequence[Tensor],
     starts: Sequence[tuple[Tensor, Tensor] | None],
-    options: _Options,
+    options: Options,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Estimate]:
     total = len(weights)
@@ -412,21 +256,21 @@ def _estimate_list(
                 method, method
             )
             for batch in _batches(weights, members, dtype):
-                problems = [_Problem(i, weights[i], starts[i]) for i in batch]
-                ready: list[tuple[_Problem, _Found]] = []
+                problems = [Problem(i, weights[i], starts[i]) for i in batch]
+                ready: list[tuple[Problem, Found]] = []
 
-                def found(problem: _Problem, result: _Found, ready: list[Any] = ready) -> None:
+                def found(problem: Problem, result: Found, ready: list[Any] = ready) -> None:
                     ready.append((problem, result))
                     if not options.certified:
                         count()
 
                 if method in ("gram", "svd"):
                     for problem in problems:
-                        found(problem, _whole(problem, options, method))
+                        found(problem, by_whole_spectrum(problem, options, method))
                 elif method in ("krylov", "lanczos"):
-                    _krylov(problems, dtype, columns, options, generator, found)
+                    by_krylov(problems, dtype, columns, options, generator, found)
                 else:
-                    _iterations(problems, dtype, columns, options, generator, found)
+                    by_iterations(problems, dtype, columns, options, generator, found)
                 if options.certified == "gram":
                     found_bounds = certificates.gram_bounds([p.weight for p, _ in ready])
                     for (problem, _), bound in zip(ready, found_bounds, strict=True):
@@ -469,7 +313,7 @@ def _check_number(name: str, value: object, least: int) -> None:
         raise ValueError(f"estimate: expected {name} >= {least}, got {value}")
 
 
-def _check(weights: Sequence[Tensor], options: _Options) -> None:
+def _check(weights: Sequence[Tensor], options: Options) -> None:
     for i, w in enumerate(weights):
         if not isinstance(w, Tensor):
             raise TypeError(
@@ -643,7 +487,7 @@ def estimate(
     weights = [weight] if single else list(weight)
     _check_number("k", k, 1)
     _check_number("max_reads", max_reads, 1)
-    options = _Options(
+    options = Options(
         method, rtol, int(k), int(max_reads), certified, failure_probability, generator
     )
     _check(weights, options)
@@ -669,7 +513,7 @@ def estimate_matrices(
             f"spectral_norms: expected certified to be False, True or one of {', '.join(CERTIFICATES)}, "
             f"got {certified!r}"
         )
-    options = _Options(rtol=tol, max_reads=max_reads, certified=certified, vectors=False)
+    options = Options(rtol=tol, max_reads=max_reads, certified=certified, vectors=False)
     with torch.no_grad():
         weights = [m.weight for m in matrices]
         return _estimate_list(weights, [None] * len(weights), options, progress)

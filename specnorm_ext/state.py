@@ -612,7 +612,7 @@ class SpectralState(nn.Module):
             whole = torch.empty(weight.shape, dtype=weight.dtype)
             _ops.normalize_direct(parts, self._us(u), self._vs(v), d, self.matrices(whole))
             return self.scaled(whole)
-        run = torch.ops.specnorm_ext.normalize
+        run: Any = torch.ops.specnorm_ext.normalize
         if direct:
             run = _ops.normalize_recorded if recorded else _ops.normalize_direct
         out = run(parts, self._us(u), self._vs(v), d)
