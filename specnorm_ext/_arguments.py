@@ -99,6 +99,13 @@ def recording() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def products_on(device: torch.device) -> Iterator[None]:
+    """Recording, and without autocast: it would round every product to 16 bits."""
+    with recording(), torch.autocast(device.type, enabled=False):
+        yield
+
+
 def loss_of(op: str, loss: Any) -> Tensor:
     """The scalar loss: given, or computed now with its graph."""
     if callable(loss) and not isinstance(loss, Tensor):

@@ -413,6 +413,7 @@ def perturbed(
     try:
         with torch.inference_mode(False), torch.no_grad():
             change()
+        torch.clear_autocast_cache()  # it holds what was cast from the old values
         versions = [t._version for t in tensors]
         _open.blocks.append((tensors, versions))
         try:
@@ -424,6 +425,7 @@ def perturbed(
         with torch.inference_mode(False), torch.no_grad():
             for t, old in zip(tensors, kept, strict=True):
                 t.copy_(old)
+        torch.clear_autocast_cache()
         # What this block wrote is no foreign write to the one around it, nor, at its end, to those around that.
         for t, first in zip(tensors, entered, strict=True):
             _expect(t, t._version - first)

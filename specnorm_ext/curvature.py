@@ -20,7 +20,7 @@ from ._arguments import (
     loss_of,
     number,
     parameters_of,
-    recording,
+    products_on,
     shape_of,
 )
 from ._directions import wide
@@ -51,7 +51,7 @@ class Curvature:
             dtype = torch.promote_types(dtype, wide(p.dtype))
         self.dtype = dtype
         self._outputs = outputs
-        with recording():
+        with products_on(self.device):
             if outputs is None:
                 self._hessian(op, loss)
             else:
@@ -110,7 +110,7 @@ class Curvature:
         heads = [x for _, x in self._live]
         tails = [parts[i] for i, _ in self._live]
         keep: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
-        with recording():
+        with products_on(self.device):
             if self._outputs is None:
                 return self.flat(grad(heads, self.parameters, tails, **keep))
             jv = grad(heads, self._seed, tails, retain_graph=True)[0]
@@ -244,8 +244,9 @@ class _Lanczos:
 
     def _orthogonal(self, w: Tensor, done: int) -> Tensor:
         basis = self.basis[:done]
-        for _ in range(2):  # twice is enough (Parlett, "The Symmetric Eigenvalue Problem", 6.9)
-            w = w - basis.mT @ (basis @ w)
+        with torch.autocast(basis.device.type, enabled=False):
+            for _ in range(2):  # twice is enough (Parlett, "The Symmetric Eigenvalue Problem", 6.9)
+                w = w - basis.mT @ (basis @ w)
         return w
 
     def run(self, start: int, stop: int) -> None:
@@ -320,7 +321,8 @@ def lanczos(
     result = Eigenvalues(theta[order], residuals[order], converged, done)
     if not vectors:
         return result, None
-    return result, s[:, order].mT.to(device, dtype) @ process.basis[:done]
+    with torch.autocast(device.type, enabled=False):
+        return result, s[:, order].mT.to(device, dtype) @ process.basis[:done]
 
 
 def hessian_eigenvalues(

@@ -225,6 +225,24 @@ def test_autocast() -> None:
     assert abs(hessian_norm(loss, case.params).value / exact - 1) < 16 * eps_of(BF16)
 
 
+def test_products_and_lanczos_stay_out_of_autocast() -> None:
+    small, seen = Case(F32), []
+    loss = small.loss()
+    v = split(torch.randn(sum(p.numel() for p in small.params)), small.params)
+    wanted = hessian_eigenvalues(loss, small.params, 3, tol=1e-5, vectors=True)
+    product = hessian_vector_product(loss, small.params, v)
+    with torch.autocast("cpu", dtype=BF16):
+        got = hessian_eigenvalues(loss, small.params, 3, tol=1e-5, vectors=True)
+        assert all(map(torch.equal, hessian_vector_product(loss, small.params, v), product))
+        # the loss itself is the caller's: it is computed as autocast has it
+        hessian_norm(lambda: seen.append(small.outputs()) or small.loss(), small.params)
+    assert seen[0].dtype == BF16
+    assert same_bits(got.values, wanted.values)
+    basis = torch.stack([flat(x) for x in got.vectors])
+    # orthonormal to float32: sums of up to 31 terms
+    torch.testing.assert_close(basis @ basis.mT, torch.eye(3), rtol=0, atol=64 * eps_of(F32))
+
+
 # ---- eigenvalues ------------------------------------------------------------------------------------------------
 
 

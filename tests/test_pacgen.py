@@ -64,6 +64,30 @@ def test_rho_of_a_quadratic_is_zero_and_of_nan_is_nan() -> None:
     assert math.isnan(hessian_lipschitz(lambda: (bad**3).sum(), bad))
 
 
+def test_rho_under_autocast_is_that_of_the_perturbed_weights() -> None:
+    """Autocast keeps what it has cast: of the weights as they were, if nobody tells it."""
+    net, x, y = small_net()
+    net, x, y = net.float(), x.float(), y.float()
+    params = list(net.parameters())
+
+    def rho() -> float:
+        return hessian_lipschitz(
+            lambda: (net(x) - y).square().mean(),
+            params,
+            gamma=1.0,
+            epsilon=1.0,
+            n_perturbations=1,
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    plain = rho()
+    with torch.autocast("cpu", dtype=BF16):
+        cast = rho()
+    # Two Hessians through two layers in bfloat16, some ten roundings each; their difference is of their own size, for
+    # perturbations are as large as the weights.
+    assert abs(cast / plain - 1) < 2 * 10 * eps_of(BF16)
+
+
 def test_rho_restores_the_weights_when_the_loss_raises() -> None:
     w = torch.randn(3, requires_grad=True)
     before = w.detach().clone()
