@@ -387,7 +387,7 @@ def perturbed(
         op: the name that messages begin with.
 
     Raises:
-        ValueError: a tensor made under inference_mode, which has no version to look at.
+        ValueError: a tensor that is no leaf; one made under inference_mode, which has no version to look at.
         RuntimeError: the block wrote to one of them itself (an optimizer's step, say), which would be lost. They have
             been restored. Backward belongs into the block, too: behind it torch finds the weights modified in place.
 
@@ -402,6 +402,11 @@ def perturbed(
         tensor([1., 1.])
     """
     for i, t in enumerate(tensors):
+        if not t.is_leaf:
+            raise ValueError(
+                f"{op}: expected leaves, got tensor {i}, the result of a computation; of a parametrized "
+                "module pass module.parametrizations.weight.original"
+            )
         if t.is_inference():
             raise ValueError(
                 f"{op}: expected an ordinary tensor, got tensor {i} made under inference_mode; clone() it outside"

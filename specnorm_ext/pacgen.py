@@ -12,7 +12,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ._arguments import Loss, Parameters, choice, count, floating, number, parameters_of, shape_of
+from ._arguments import (
+    Loss,
+    Parameters,
+    choice,
+    count,
+    fraction,
+    function,
+    number,
+    once_each,
+    parameters_of,
+    same_shapes,
+    tensors_in,
+)
 from ._directions import moved_by
 from .adversarial import perturbed
 from .curvature import Curvature, diagonal_of, lanczos
@@ -36,27 +48,6 @@ def _noise(level: Tensor, distribution: str, generator: torch.Generator | None) 
     return level * math.sqrt(2) * torch.erfinv(u * math.erf(math.sqrt(2)))
 
 
-def _diagonal(op: str, diagonal: Any, parameters: Sequence[Tensor]) -> list[Tensor]:
-    given = [diagonal] if isinstance(diagonal, Tensor) else list(diagonal)
-    return _one_each(op, "diagonal", given, parameters)
-
-
-def _one_each(
-    op: str, name: str, given: list[Tensor], parameters: Sequence[Tensor]
-) -> list[Tensor]:
-    if len(given) != len(parameters):
-        raise ValueError(
-            f"{op}: expected {len(parameters)} tensors in {name}, as parameters, got {len(given)}"
-        )
-    for i, (x, p) in enumerate(zip(given, parameters, strict=True)):
-        floating(op, f"{name}[{i}]", x)
-        if x.shape != p.shape:
-            raise ValueError(
-                f"{op}: expected {name}[{i}] of shape {shape_of(p)}, got {shape_of(x)}"
-            )
-    return [x.detach() for x in given]
-
-
 def hessian_lipschitz(
     loss_fn: Callable[[], Tensor],
     parameters: Parameters,
@@ -77,12 +68,14 @@ def hessian_lipschitz(
     one loss and graph a product, and have their old bits again at the end.
 
     Args:
-        loss_fn: the loss with the parameters as they are then, one number; the same function each time (dropout in
-            eval, or seeded by you).
-        parameters: as in :func:`specnorm_ext.curvature.hessian_vector_product`.
+        loss_fn: the loss with the parameters as they are then, one number; called up to 2 max_steps times for each
+            perturbation, and the same function each time. Put the model in eval: in training dropout's masks would be
+            taken for curvature, and BatchNorm's statistics and u and v of spectral normalization would move.
+        parameters: as in :func:`specnorm_ext.curvature.hessian_vector_product`, and leaves.
         gamma, epsilon: size of the neighborhood, >= 0, not both 0.
         n_perturbations: how many u; the largest ratio counts.
-        max_steps, tol: of Lanczos.
+        max_steps, tol: of Lanczos, as in :func:`specnorm_ext.curvature.hessian_eigenvalues`; what has not converged by
+            then still counts, a lower estimate.
         generator: of u, on the parameters' device.
 
     Returns:
@@ -90,7 +83,7 @@ def hessian_lipschitz(
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`specnorm_ext.curvature.hessian_vector_product`; gamma or epsilon
-            < 0, or both 0.
+            < 0, or both 0; tol outside (0, 1); a loss that is no function; parameters that are no leaves.
 
     Source: definition in Wang, Keskar, Xiong, Socher, "Identifying generalization properties in neural networks",
     arXiv 1809.07402.
@@ -107,12 +100,8 @@ def hessian_lipschitz(
     a, b = _neighborhood(op, gamma, epsilon)
     times = count(op, "n_perturbations", n_perturbations)
     steps = count(op, "max_steps", max_steps)
-    limit = number(op, "tol", tol, above=True)
-    if not callable(loss_fn) or isinstance(loss_fn, Tensor):
-        raise TypeError(
-            f"{op}: expected loss to be a function, evaluated again at perturbed parameters, got "
-            f"{type(loss_fn).__name__}; pass a function, or rho"
-        )
+    limit = fraction(op, "tol", tol)
+    function(op, "loss_fn", loss_fn)
     here = Curvature(op, loss_fn, tensors)
     size, dtype, device = here.size, here.dtype, here.device
     del here  # and its graph
@@ -187,6 +176,8 @@ def pacgen(
     diagonal: Sequence[Tensor] | None = None,
     n_samples: int | None = 32,
     n_perturbations: int = 3,
+    max_steps: int = 20,
+    tol: float = 1e-2,
     generator: torch.Generator | None = None,
 ) -> PacGen:
     r"""The PACGen metric of generalization: scales of the parameters, curvature and its rate of change in one number.
@@ -205,11 +196,12 @@ def pacgen(
         rho: None for :func:`hessian_lipschitz`, a lower estimate.
         diagonal: of the Hessian; None for :func:`specnorm_ext.curvature.hessian_diagonal`.
         n_samples: of the diagonal; None for the exact one.
-        n_perturbations: of rho.
+        n_perturbations, max_steps, tol: of rho, as in :func:`hessian_lipschitz`.
         generator: of both, on the parameters' device.
 
     Returns:
-        :class:`PacGen`, summed in float64. -inf where rho = 0 and a curvature is not positive.
+        :class:`PacGen`, summed in float64. -inf where rho = 0 and a curvature is not positive, or epsilon = 0 and a
+        parameter is 0.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`hessian_lipschitz`; rho < 0, a diagonal that does not fit.
@@ -228,7 +220,11 @@ def pacgen(
     tensors = parameters_of(op, parameters)
     a, b = _neighborhood(op, gamma, epsilon)
     samples = None if n_samples is None else count(op, "n_samples", n_samples)
-    times = count(op, "n_perturbations", n_perturbations)
+    how: dict[str, Any] = {
+        "n_perturbations": count(op, "n_perturbations", n_perturbations),
+        "max_steps": count(op, "max_steps", max_steps),
+        "tol": fraction(op, "tol", tol),
+    }
     if rho is not None:
         rho = number(op, "rho", rho)
     elif not callable(loss) or isinstance(loss, Tensor):
@@ -242,7 +238,7 @@ def pacgen(
             known = product.split(diagonal_of(product, samples, generator))
         del product
     else:
-        known = _diagonal(op, diagonal, tensors)
+        known = same_shapes(op, "diagonal", diagonal, tensors)
     if rho is None:
         assert callable(loss)
         rho = hessian_lipschitz(
@@ -250,8 +246,8 @@ def pacgen(
             tensors,
             gamma=a,
             epsilon=b,
-            n_perturbations=times,
             generator=generator,
+            **how,
         )
     total = 0.0
     with torch.no_grad():
@@ -306,10 +302,8 @@ def perturbation_levels(
         [tensor([0.0500, 0.2000])]
     """
     op = "perturbation_levels"
-    tensors = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    for i, p in enumerate(tensors):
-        floating(op, f"parameters[{i}]", p)
-    known = _diagonal(op, diagonal, tensors)
+    tensors = tensors_in(op, "parameters", parameters)
+    known = same_shapes(op, "diagonal", diagonal, tensors)
     r, a, b = number(op, "rho", rho), number(op, "gamma", gamma), number(op, "epsilon", epsilon)
     e = number(op, "eta", eta, above=True)
     return [
@@ -356,11 +350,9 @@ def weight_noise(
         tensor([0., 0.])
     """
     op = "weight_noise"
-    tensors = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    for i, p in enumerate(tensors):
-        floating(op, f"parameters[{i}]", p)
-    given = [levels] if isinstance(levels, Tensor) else list(levels)
-    sigmas = _one_each(op, "levels", given, tensors)
+    tensors = tensors_in(op, "parameters", parameters)
+    once_each(op, tensors)
+    sigmas = same_shapes(op, "levels", levels, tensors)
     choice(op, "distribution", distribution, ("uniform", "normal"))
 
     def move() -> None:

@@ -498,7 +498,8 @@ def test_refused(case: Case) -> None:
     with pytest.raises(ValueError, match="hessian_diagonal: expected n_samples >= 1, got 0"):
         hessian_diagonal(loss, w, n_samples=0)
     with pytest.raises(
-        ValueError, match="hessian_vector_product: expected 1 vectors, as parameters, got 2"
+        ValueError,
+        match="hessian_vector_product: expected 1 tensors in vectors, as parameters, got 2",
     ):
         hessian_vector_product(loss, w, [torch.ones(3), torch.ones(3)])
     with pytest.raises(ValueError, match=r"expected vectors\[0\] of shape \[3\], got \[2\]"):

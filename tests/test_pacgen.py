@@ -10,6 +10,7 @@ import torch
 from helpers import BF16, DTYPES, F32, F64, eps_of, same_bits
 from torch import Tensor, nn
 
+from specnorm_ext.curvature import hessian_vector_product
 from specnorm_ext.pacgen import (
     PerturbedOptimizer,
     hessian_lipschitz,
@@ -173,7 +174,9 @@ def test_refused() -> None:
         match="pacgen: expected loss to be a function, evaluated again at perturbed param",
     ):
         pacgen(loss, w)
-    with pytest.raises(TypeError, match="hessian_lipschitz: expected loss to be a function"):
+    with pytest.raises(
+        TypeError, match="hessian_lipschitz: expected loss_fn to be a function, got Tensor"
+    ):
         hessian_lipschitz(loss, w)  # type: ignore[arg-type]
     with pytest.raises(
         ValueError, match="pacgen: expected gamma or epsilon to be > 0, got 0 for both"
@@ -202,6 +205,58 @@ def test_refused() -> None:
         ValueError, match="perturbation_levels: expected eta to be finite and > 0, got 0"
     ):
         perturbation_levels(w, torch.ones(3), 0.0, eta=0)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda w: hessian_vector_product((w**3).sum(), w, 1.0),
+        lambda w: pacgen((w**3).sum(), w, rho=1.0, diagonal=1.0),
+        lambda w: perturbation_levels(w, 1.0, 0.0),
+        lambda w: weight_noise(w, 0.1).__enter__(),
+    ],
+)
+def test_a_number_in_place_of_tensors_is_refused_by_name(call) -> None:
+    with pytest.raises(TypeError, match=r"^\w+: expected \w+ to be tensors, got float"):
+        call(torch.ones(2, requires_grad=True))
+
+
+def test_modules_repeated_and_computed_tensors_are_refused() -> None:
+    net = nn.Linear(2, 2)
+    levels = [torch.ones(2, 2), torch.ones(2)]
+    with pytest.raises(TypeError, match=r"parameters to be tensors, got Linear; pass its param"):
+        perturbation_levels(net, levels, 0.0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"weight_noise: expected parameters to be tensors, got L"):
+        weight_noise(net, levels).__enter__()  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"weight_noise: expected every parameter once, got par"):
+        weight_noise([net.bias] * 2, [torch.ones(2)] * 2).__enter__()
+    # of a parametrized layer: another tensor at each access, so that the noise would reach nobody
+    nn.utils.parametrizations.spectral_norm(net)
+    with pytest.raises(ValueError, match=r"weight_noise: expected leaves, got tensor 0, the resu"):
+        weight_noise(net.weight, torch.ones(2, 2)).__enter__()
+    w = 2 * torch.ones(2, requires_grad=True)
+    with pytest.raises(ValueError, match="hessian_lipschitz: expected leaves, got tensor 0"):
+        hessian_lipschitz(lambda: (w**3).sum(), w)
+
+
+def test_the_effort_for_rho_is_bounded_by_what_pacgen_is_told() -> None:
+    w = torch.linspace(0.5, 2, 30, dtype=F64).requires_grad_()
+    calls = []
+
+    def loss() -> Tensor:
+        calls.append(1)
+        return (w**3).sum()
+
+    known = {"diagonal": [torch.ones(30)], "n_perturbations": 1}
+    pacgen(loss, w, max_steps=3, **known)
+    assert len(calls) == 1 + 2 * 3
+    loose, exact = (pacgen(loss, w, max_steps=30, tol=tol, **known) for tol in (0.9, 1e-9))
+    assert loose.rho != exact.rho
+    for name in (pacgen, hessian_lipschitz):
+        with pytest.raises(ValueError, match=f"{name.__name__}: expected tol between 0 and 1, got"):
+            name(loss, w, tol=2.0)
+        with pytest.raises(ValueError, match=f"{name.__name__}: expected max_steps >= 1, got 0"):
+            name(loss, w, max_steps=0)
 
 
 # ---- levels and noise -------------------------------------------------------------------------------------------
