@@ -367,7 +367,12 @@ def margin_distribution(
     model.eval()
     try:
         with torch.no_grad():
-            for x, y in batches:
+            for batch in batches:
+                if not isinstance(batch, Sequence) or len(batch) != 2:
+                    raise TypeError(
+                        f"{op}: expected batches to hold pairs (x, targets), got {type(batch).__name__}"
+                    )
+                x, y = batch
                 found.append(_margins(op, model(x), y).double().cpu())
                 floating(op, "x", x)
                 squares += float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2

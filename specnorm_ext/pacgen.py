@@ -17,6 +17,7 @@ from ._arguments import (
     Parameters,
     choice,
     count,
+    floating,
     fraction,
     function,
     number,
@@ -363,28 +364,30 @@ def weight_noise(
         yield
 
 
-class PerturbedOptimizer:
+class PerturbedOptimizer(torch.optim.Optimizer):
     r"""An optimizer that steps by the gradient at perturbed weights ("perturbed OPT").
 
     .. math:: g = \nabla L(w + \sigma \odot \varepsilon),\qquad w \leftarrow \mathrm{OPT}(w, g)
 
     sigma are the :func:`perturbation_levels` of a running mean of the Hessian's diagonal, which :meth:`update` feeds
     (once in many steps; each costs a few Hessian-vector products). Before the first update steps are plain ones.
-    A learning rate schedule goes on the inner optimizer. A gradient scaler's step takes no closure: with one, write the
-    loop yourself around :func:`weight_noise`.
+    Groups, state and hooks are those of the optimizer within: learning rate schedules,
+    :class:`specnorm_ext.SpectralNormGroup` and projection hooks take either of the two. A gradient scaler's step takes
+    no closure: with one, write the loop yourself around :func:`weight_noise`. A copy or pickle is one of both.
 
     Args:
-        optimizer: any of torch's, over the parameters to be perturbed; frozen ones stay as they are.
+        optimizer: any of torch's but LBFGS, over the parameters to be perturbed; frozen ones stay as they are.
         rho: Lipschitz constant of the Hessian (:func:`hessian_lipschitz`), >= 0; an attribute, to be set anew at will.
         gamma, epsilon, eta: as in :func:`perturbation_levels`.
         decay: of the running mean, in [0, 1).
         distribution, generator: as in :func:`weight_noise`.
 
     Raises:
-        TypeError: optimizer is none.
+        TypeError: optimizer is none, LBFGS, or a PerturbedOptimizer.
         ValueError: numbers out of range, another distribution.
 
-    Source: Wang, Keskar, Xiong, Socher, arXiv 1809.07402.
+    Source: Wang, Keskar, Xiong, Socher, arXiv 1809.07402, perturbed OPT; that the diagonal comes from Hutchinson's
+    method, and rho from outside, is ours.
 
     Example:
         >>> import torch
@@ -416,10 +419,16 @@ class PerturbedOptimizer:
         distribution: Distribution = "uniform",
         generator: torch.Generator | None = None,
     ) -> None:
+        # Not the constructor of torch's: it would make groups, state and hooks of its own. See __getattr__.
         op = "PerturbedOptimizer"
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
                 f"{op}: expected optimizer to be a torch.optim.Optimizer, got {type(optimizer).__name__}"
+            )
+        if isinstance(optimizer, torch.optim.LBFGS | PerturbedOptimizer):
+            raise TypeError(
+                f"{op}: expected an optimizer that steps by the gradients it finds, got {type(optimizer).__name__}, "
+                "which evaluates the loss itself; take SGD or Adam"
             )
         self.optimizer = optimizer
         self.rho = number(op, "rho", rho)
@@ -430,15 +439,29 @@ class PerturbedOptimizer:
             raise ValueError(f"{op}: expected decay to be below 1, got {self.decay:g}")
         self.distribution = choice(op, "distribution", distribution, ("uniform", "normal"))
         self.generator = generator
-        self._mean: dict[Tensor, Tensor] = {}  # running sum of decayed diagonals
-        self._weight = 0.0  # of all of them, which the mean is divided by
+        self._mean: dict[Tensor, Tensor] = {}
+        # 1 - decay^updates, of each parameter's own updates: one may have been frozen, or added later
+        self._weight: dict[Tensor, float] = {}
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self.optimizer.param_groups
+    def __getattr__(self, name: str) -> Any:
+        """Groups, state, defaults and hooks: the inner optimizer's."""
+        if name == "optimizer":  # not there yet, while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # "step" is there once a learning rate schedule has wrapped it, for this very object
+        return {k: v for k, v in self.__dict__.items() if k != "step"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As the optimizer's."""
+        self.optimizer.add_param_group(param_group)
 
     def _parameters(self) -> list[Tensor]:
-        return [p for g in self.param_groups for p in g["params"] if p.requires_grad]
+        return [p for p in self._all() if p.requires_grad]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the optimizer's."""
@@ -462,17 +485,18 @@ class PerturbedOptimizer:
             fresh = product.split(diagonal_of(product, samples, self.generator))
             for p, h in zip(parameters, fresh, strict=True):
                 old = self._mean.get(p, torch.zeros_like(h))
+                weight = self.decay * self._weight.get(p, 0.0) + 1 - self.decay
                 # one bad batch is left out: it would stay in the mean for good
-                h = torch.where(h.isfinite(), h, old / self._weight if self._weight else 0)
-                self._mean[p] = self.decay * old + (1 - self.decay) * h
-        self._weight = self.decay * self._weight + 1 - self.decay
+                h = torch.where(h.isfinite(), h, old)
+                self._mean[p] = old + (1 - self.decay) / weight * (h - old)
+                self._weight[p] = weight
 
     def levels(self) -> dict[Tensor, Tensor]:
         """sigma of every parameter that an update has seen."""
         known = {p: h for p, h in self._mean.items() if p.requires_grad}
         found = perturbation_levels(
             list(known),
-            [h / self._weight for h in known.values()],
+            list(known.values()),
             self.rho,
             gamma=self.gamma,
             epsilon=self.epsilon,
@@ -480,10 +504,11 @@ class PerturbedOptimizer:
         )
         return dict(zip(known, found, strict=True))
 
-    def step(self, closure: Callable[[], Any]) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Evaluate the closure (zero_grad, loss, backward) at perturbed weights, restore them, and step.
 
-        A closure that raises leaves the weights as they were, and no step is taken.
+        A closure that raises leaves the weights as they were, and no step is taken. BatchNorm's statistics are those of
+        the perturbed weights.
 
         Returns:
             what the closure returned.
@@ -513,11 +538,11 @@ class PerturbedOptimizer:
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's, the running mean by position, rho."""
-        mean = {i: self._mean[p] for i, p in enumerate(self._all()) if p in self._mean}
+        known = [(i, p) for i, p in enumerate(self._all()) if p in self._mean]
         return {
             "optimizer": self.optimizer.state_dict(),
-            "diagonal": mean,
-            "weight": self._weight,
+            "diagonal": {i: self._mean[p] for i, p in known},
+            "weight": {i: self._weight[p] for i, p in known},
             "rho": self.rho,
         }
 
@@ -529,16 +554,19 @@ class PerturbedOptimizer:
             raise ValueError(
                 f"{op}: expected its own state dict, got one without {sorted(missing)}"
             )
+        rho = number(op, "rho", state["rho"])
         everything = self._all()
-        mean = {}
+        mean, weight = {}, {}
         for i, h in state["diagonal"].items():
+            floating(op, f"diagonal[{i}]", h)
             if not 0 <= i < len(everything) or everything[i].shape != h.shape:
                 raise ValueError(
                     f"{op}: expected a diagonal for each parameter, got one for number {i} that fits none"
                 )
             mean[everything[i]] = h.to(everything[i].device, copy=True)
+            weight[everything[i]] = float(state["weight"][i])
         self.optimizer.load_state_dict(state["optimizer"])
-        self._mean, self._weight, self.rho = mean, float(state["weight"]), float(state["rho"])
+        self._mean, self._weight, self.rho = mean, weight, rho
 
     def _all(self) -> list[Tensor]:
         return [p for g in self.param_groups for p in g["params"]]

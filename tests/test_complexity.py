@@ -246,9 +246,7 @@ def test_refused() -> None:
         ValueError, match=rf"{op}: expected a norm for each of 3 matrices, got none for \['2.wei"
     ):
         spectral_complexity(net, norms={"0.weight": 1.0, "4.weight": 2.0})
-    with pytest.raises(
-        ValueError, match=rf"{op}: expected norms\['0.weight'\] to be >= 0, got -1"
-    ):
+    with pytest.raises(ValueError, match=rf"{op}: expected norms\['0.weight'\] to be >= 0, got -1"):
         spectral_complexity(net, norms=dict.fromkeys(norms_of(net), -1.0))
     with pytest.raises(
         TypeError, match=rf"{op}: expected norms\['0.weight'\] to be a number, got str"
@@ -385,6 +383,12 @@ def test_refused_margins() -> None:
         ValueError, match="margin_distribution: expected at least one batch, got none"
     ):
         margin_distribution(nn.Linear(2, 3), [], 1.0)
+    for batch in (torch.randn(2, 2), {"x": logits, "y": y}, (logits, y, y)):
+        with pytest.raises(
+            TypeError,
+            match=r"margin_distribution: expected batches to hold pairs \(x, targets\), got",
+        ):
+            margin_distribution(nn.Linear(2, 3), [batch], 1.0)
     with pytest.raises(
         TypeError, match="margin_distribution: expected model to be a module, got function"
     ):
