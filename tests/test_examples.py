@@ -241,6 +241,19 @@ def test_table(beside, capsys) -> None:
     assert common.mean_spread([1.0], 2) == "1.00"
 
 
+def test_progress_is_a_bar_on_stderr(beside, capsys, monkeypatch) -> None:
+    import common
+
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    with common.progress(3) as begin:
+        begin("first work")
+        begin("second work")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "1/3" in err
+    assert "second work" in err
+
+
 def test_tile(beside) -> None:
     import common
 
