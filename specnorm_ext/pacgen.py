@@ -439,8 +439,8 @@ class PerturbedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{op}: expected decay to be below 1, got {self.decay:g}")
         self.distribution = choice(op, "distribution", distribution, ("uniform", "normal"))
         self.generator = generator
-        self._mean: dict[Tensor, Tensor] = {}
-        # 1 - decay^updates, of each parameter's own updates: one may have been frozen, or added later
+        self._sum: dict[Tensor, Tensor] = {}  # of decayed diagonals
+        # What the sum is divided by. Each parameter has its own: one may have been frozen, or added later.
         self._weight: dict[Tensor, float] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -484,16 +484,15 @@ class PerturbedOptimizer(torch.optim.Optimizer):
         with torch.no_grad():
             fresh = product.split(diagonal_of(product, samples, self.generator))
             for p, h in zip(parameters, fresh, strict=True):
-                old = self._mean.get(p, torch.zeros_like(h))
-                weight = self.decay * self._weight.get(p, 0.0) + 1 - self.decay
+                old, weight = self._sum.get(p, torch.zeros_like(h)), self._weight.get(p, 0.0)
                 # one bad batch is left out: it would stay in the mean for good
-                h = torch.where(h.isfinite(), h, old)
-                self._mean[p] = old + (1 - self.decay) / weight * (h - old)
-                self._weight[p] = weight
+                h = torch.where(h.isfinite(), h, old / weight if weight else 0)
+                self._sum[p] = self.decay * old + (1 - self.decay) * h
+                self._weight[p] = self.decay * weight + 1 - self.decay
 
     def levels(self) -> dict[Tensor, Tensor]:
         """sigma of every parameter that an update has seen."""
-        known = {p: h for p, h in self._mean.items() if p.requires_grad}
+        known = {p: h / self._weight[p] for p, h in self._sum.items() if p.requires_grad}
         found = perturbation_levels(
             list(known),
             list(known.values()),
@@ -538,10 +537,10 @@ class PerturbedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's, the running mean by position, rho."""
-        known = [(i, p) for i, p in enumerate(self._all()) if p in self._mean]
+        known = [(i, p) for i, p in enumerate(self._all()) if p in self._sum]
         return {
             "optimizer": self.optimizer.state_dict(),
-            "diagonal": {i: self._mean[p] for i, p in known},
+            "diagonal": {i: self._sum[p] for i, p in known},
             "weight": {i: self._weight[p] for i, p in known},
             "rho": self.rho,
         }
@@ -556,17 +555,17 @@ class PerturbedOptimizer(torch.optim.Optimizer):
             )
         rho = number(op, "rho", state["rho"])
         everything = self._all()
-        mean, weight = {}, {}
+        total, weight = {}, {}
         for i, h in state["diagonal"].items():
             floating(op, f"diagonal[{i}]", h)
             if not 0 <= i < len(everything) or everything[i].shape != h.shape:
                 raise ValueError(
                     f"{op}: expected a diagonal for each parameter, got one for number {i} that fits none"
                 )
-            mean[everything[i]] = h.to(everything[i].device, copy=True)
+            total[everything[i]] = h.to(everything[i].device, copy=True)
             weight[everything[i]] = float(state["weight"][i])
         self.optimizer.load_state_dict(state["optimizer"])
-        self._mean, self._weight, self.rho = mean, weight, rho
+        self._sum, self._weight, self.rho = total, weight, rho
 
     def _all(self) -> list[Tensor]:
         return [p for g in self.param_groups for p in g["params"]]

@@ -124,6 +124,16 @@ def test_no_critic_estimates_more_than_its_lipschitz_constant_allows(printed) ->
         assert found["estimate"] - half <= bound, row
 
 
+def test_a_file_in_place_of_a_directory_is_refused(tmp_path, capsys, beside) -> None:
+    import common
+
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stopped:
+        common.options("", ["--out", str(tmp_path / "file")])
+    assert stopped.value.code == 2
+    assert "expected --out to be a directory" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [["--threads", "0"], ["--seeds", "1"], ["--seed", "x"]])
 def test_bad_options_are_refused(arguments, tmp_path, monkeypatch, capsys, beside) -> None:
     import common
