@@ -348,8 +348,8 @@ def hessian_eigenvalues(
         generator: of the start, on the parameters' device.
 
     Returns:
-        :class:`Eigenvalues`. Exact to rounding, and converged, where the parameters have no more than max_steps
-        elements.
+        :class:`Eigenvalues`, of the accuracy that its residuals tell. Always converged where the parameters have no
+        more than max_steps elements: after as many steps they are exact to rounding.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`hessian_vector_product`; k out of range, max_steps < k,

@@ -349,6 +349,10 @@ def test_what_is_random_in_random_labels(beside) -> None:
     assert abs(noise.mean() - x.mean()) < 5 * x.std() / math.sqrt(x.numel())
     assert script.apart([1.0, 2.0], [3.0])
     assert not script.apart([1.0, 3.0], [2.0])
+    assert script.against([3.0, 5.0], [1.0, 3.0]) == ("2.00", "no")
+    assert script.against([3.0, 5.0], [1.0, 1.0]) == ("4.00", "yes")
+    # no ratio of the steps of runs that were given up
+    assert script.against([3.0, None], [1.0, 1.0]) == ("some never", "")
 
 
 def test_averages_follow(beside) -> None:
