@@ -38,6 +38,8 @@ def options(description: str | None, argv: Sequence[str] | None = None) -> argpa
     found = parser.parse_args(argv)
     if found.threads < 1:
         parser.error(f"expected --threads to be at least 1, got {found.threads}")
+    if found.out.exists() and not found.out.is_dir():
+        parser.error(f"expected --out to be a directory, got the file {found.out}")
     torch.set_num_threads(found.threads)
     torch.manual_seed(found.seed)
     found.out.mkdir(parents=True, exist_ok=True)

@@ -175,24 +175,20 @@ def tell(found: dict[str, list[Run]]) -> None:
     print(
         "Random labels against true ones, of the means, and whether all runs of the one are beyond all of the other:\n"
     )
-    values = {
-        "steps to fit": {w: [float(r.steps_to_fit or r.steps) for r in found[w]] for w in found},
-        "product of norms": {w: [r.lipschitz for r in found[w]] for w in found},
-        "distance moved": {w: [r.distance for r in found[w]] for w in found},
-        "R_A": {w: [r.complexity for r in found[w]] for w in found},
-        "median margin": {w: [r.margin for r in found[w]] for w in found},
-        "normalized median margin": medians,
+    values: dict[str, dict[str, list[float | None]]] = {
+        name: {w: [getattr(r, attribute) for r in found[w]] for w in (TRUE, RANDOM)}
+        for name, attribute in (
+            ("steps to fit", "steps_to_fit"),
+            ("product of norms", "lipschitz"),
+            ("distance moved", "distance"),
+            ("R_A", "complexity"),
+            ("median margin", "margin"),
+        )
     }
+    values["normalized median margin"] = {w: list(medians[w]) for w in (TRUE, RANDOM)}
     print_table(
         ("measure", "random / true", "apart"),
-        [
-            (
-                name,
-                f"{mean(v[RANDOM]) / mean(v[TRUE]):.2f}",
-                "yes" if apart(v[TRUE], v[RANDOM]) else "no",
-            )
-            for name, v in values.items()
-        ],
+        [(name, *against(v[RANDOM], v[TRUE])) for name, v in values.items()],
     )
     labels = [w for w in found if w in (TRUE, *RANDOM_PART)]
     for what, some in (("The true and random labels", labels), ("All of the sets", list(found))):
@@ -203,6 +199,14 @@ def tell(found: dict[str, list[Run]]) -> None:
         ordered = sorted(range(len(some)), key=r_a.__getitem__)
         same = ordered == sorted(range(len(some)), key=error.__getitem__)
         print(f"{what} have the order of their errors by R_A: {'yes' if same else 'no'}.")
+
+
+def against(random: Sequence[float | None], true: Sequence[float | None]) -> tuple[str, str]:
+    """The ratio of the means, and whether all of the one are beyond all of the other; None: never fitted."""
+    a, b = ([x for x in some if x is not None] for some in (random, true))
+    if len(a) + len(b) < len(random) + len(true):
+        return "some never", ""
+    return f"{statistics.fmean(a) / statistics.fmean(b):.2f}", "yes" if apart(b, a) else "no"
 
 
 def apart(a: Sequence[float], b: Sequence[float]) -> bool:

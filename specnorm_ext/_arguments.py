@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, SupportsFloat, SupportsIndex, TypeAlias
 
@@ -31,6 +31,13 @@ def number(
     return x
 
 
+def fraction(op: str, name: str, value: Any) -> float:
+    x = number(op, name, value, above=True)
+    if x >= 1:
+        raise ValueError(f"{op}: expected {name} between 0 and 1, got {x:g}")
+    return x
+
+
 def count(op: str, name: str, value: Any, low: int = 1) -> int:
     if isinstance(value, bool | Tensor) or not isinstance(value, SupportsIndex):
         raise TypeError(f"{op}: expected {name} to be an int, got {type(value).__name__}")
@@ -55,23 +62,47 @@ def floating(op: str, name: str, x: Any, fix: str = "") -> Tensor:
     return x
 
 
+def tensors_in(op: str, name: str, given: Any) -> list[Tensor]:
+    """One floating-point tensor or several, as a list."""
+    if isinstance(given, Tensor):
+        given = [given]
+    if isinstance(given, nn.Module) or not isinstance(given, Iterable):
+        fix = "; pass its parameters()" if isinstance(given, nn.Module) else ""
+        raise TypeError(f"{op}: expected {name} to be tensors, got {type(given).__name__}{fix}")
+    return [floating(op, f"{name}[{i}]", x) for i, x in enumerate(given)]
+
+
+def same_shapes(op: str, name: str, given: Any, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """One tensor for each parameter, of its shape, detached."""
+    found = tensors_in(op, name, given)
+    if len(found) != len(parameters):
+        raise ValueError(
+            f"{op}: expected {len(parameters)} tensors in {name}, as parameters, got {len(found)}"
+        )
+    for i, (x, p) in enumerate(zip(found, parameters, strict=True)):
+        if x.shape != p.shape:
+            raise ValueError(
+                f"{op}: expected {name}[{i}] of shape {shape_of(p)}, got {shape_of(x)}"
+            )
+    return [x.detach() for x in found]
+
+
+def once_each(op: str, parameters: Sequence[Tensor]) -> None:
+    seen: set[int] = set()
+    for i, p in enumerate(parameters):
+        if id(p) in seen:
+            raise ValueError(
+                f"{op}: expected every parameter once, got parameters[{i}] twice; a shared one counts once"
+            )
+        seen.add(id(p))
+
+
 def parameters_of(op: str, parameters: Any) -> list[Tensor]:
     """The tensors to differentiate in: each once, all trainable, on one device."""
-    if isinstance(parameters, nn.Module):
-        raise TypeError(
-            f"{op}: expected parameters to be tensors, got {type(parameters).__name__}; pass its parameters()"
-        )
-    if isinstance(parameters, Tensor):
-        tensors = [parameters]
-    elif isinstance(parameters, Iterable):
-        tensors = list(parameters)
-    else:
-        raise TypeError(f"{op}: expected parameters to be tensors, got {type(parameters).__name__}")
+    tensors = tensors_in(op, "parameters", parameters)
     if not tensors:
         raise ValueError(f"{op}: expected at least one parameter, got an empty list")
-    seen: set[int] = set()
     for i, p in enumerate(tensors):
-        floating(op, f"parameters[{i}]", p)
         if not p.requires_grad:
             raise ValueError(
                 f"{op}: expected parameters[{i}] to require grad, got a frozen one; leave it out: "
@@ -82,11 +113,7 @@ def parameters_of(op: str, parameters: Any) -> list[Tensor]:
                 f"{op}: expected parameters on one device, parameters[0] is on {tensors[0].device}, "
                 f"got {p.device} for parameters[{i}]"
             )
-        if id(p) in seen:
-            raise ValueError(
-                f"{op}: expected every parameter once, got parameters[{i}] twice; a shared one counts once"
-            )
-        seen.add(id(p))
+    once_each(op, tensors)
     if not sum(p.numel() for p in tensors):
         raise ValueError(f"{op}: expected parameters with elements, got {len(tensors)} empty ones")
     return tensors
@@ -96,6 +123,13 @@ def parameters_of(op: str, parameters: Any) -> list[Tensor]:
 def recording() -> Iterator[None]:
     """Gradients are recorded, whatever the caller has switched off."""
     with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+@contextmanager
+def products_on(device: torch.device) -> Iterator[None]:
+    """Recording, and without autocast: it would round every product to 16 bits."""
+    with recording(), torch.autocast(device.type, enabled=False):
         yield
 
 

@@ -18,7 +18,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm as OldSpectralNorm
 from ._checks import DTYPES, state_dtype
 from ._ops import is_plain
 from .layers import SpectralLayer
-from .matrices import Matrix, _kind_by_module, _matrix, _tensors_of
+from .matrices import Matrix, kind_by_module, matrix_of, tensors_of
 from .state import SpectralState
 
 KINDS = ("linear", "conv", "conv_transpose", "embedding", "recurrent", "other")
@@ -150,7 +150,7 @@ def find(op: str, model: nn.Module, select: Select) -> list[Found]:
     """The model's weights that `select` takes, shared ones once, without those that are spectrally normalized."""
     takes = _selector(op, select)
     found = []
-    for name, module, x in _tensors_of(model):
+    for name, module, x in tensors_of(model):
         if is_lazy(x):
             raise ValueError(
                 f"{op}: expected parameters with a shape, {name} is uninitialized; run the model once first"
@@ -162,8 +162,8 @@ def find(op: str, model: nn.Module, select: Select) -> list[Found]:
         key = name.rpartition(".")[2]
         if _is_normalized(module, key):
             continue
-        kind = _kind_by_module(module, x)
-        if takes(_matrix(name, x, kind)):
+        kind = kind_by_module(module, x)
+        if takes(matrix_of(name, x, kind)):
             found.append(Found(name, kind, module, key, parametrize.is_parametrized(module, key)))
     return found
 

@@ -387,7 +387,7 @@ def perturbed(
         op: the name that messages begin with.
 
     Raises:
-        ValueError: a tensor made under inference_mode, which has no version to look at.
+        ValueError: a tensor that is no leaf; one made under inference_mode, which has no version to look at.
         RuntimeError: the block wrote to one of them itself (an optimizer's step, say), which would be lost. They have
             been restored. Backward belongs into the block, too: behind it torch finds the weights modified in place.
 
@@ -402,6 +402,11 @@ def perturbed(
         tensor([1., 1.])
     """
     for i, t in enumerate(tensors):
+        if not t.is_leaf:
+            raise ValueError(
+                f"{op}: expected leaves, got tensor {i}, the result of a computation; of a parametrized "
+                "module pass module.parametrizations.weight.original"
+            )
         if t.is_inference():
             raise ValueError(
                 f"{op}: expected an ordinary tensor, got tensor {i} made under inference_mode; clone() it outside"
@@ -413,6 +418,7 @@ def perturbed(
     try:
         with torch.inference_mode(False), torch.no_grad():
             change()
+        torch.clear_autocast_cache()  # it holds what was cast from the old values
         versions = [t._version for t in tensors]
         _open.blocks.append((tensors, versions))
         try:
@@ -424,6 +430,7 @@ def perturbed(
         with torch.inference_mode(False), torch.no_grad():
             for t, old in zip(tensors, kept, strict=True):
                 t.copy_(old)
+        torch.clear_autocast_cache()
         # What this block wrote is no foreign write to the one around it, nor, at its end, to those around that.
         for t, first in zip(tensors, entered, strict=True):
             _expect(t, t._version - first)

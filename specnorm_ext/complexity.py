@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ._arguments import floating, number, shape_of
 from .estimate import Estimate, estimate_matrices
-from .matrices import Matrix, collect_matrices
+from .matrices import Matrix, collect_matrices, flattened
 
 Norms = str | Mapping[str, Any] | Callable[[Mapping[str, Tensor]], Mapping[str, Any]]
 
@@ -23,10 +23,10 @@ def _estimated(matrices: Sequence[Matrix]) -> dict[str, Estimate]:
     return {m.name: e for m, e in zip(matrices, estimate_matrices(matrices), strict=True)}
 
 
-def _certified(matrices: Sequence[Matrix]) -> dict[str, Estimate]:
-    """The norms from above."""
+def _certified(matrices: Sequence[Matrix]) -> dict[str, float]:
+    """The norms from above, also where nothing below inf is proved."""
     found = estimate_matrices(matrices, certified=True)
-    return {m.name: e for m, e in zip(matrices, found, strict=True)}
+    return {m.name: e.upper for m, e in zip(matrices, found, strict=True)}
 
 
 # What `norms` may be called: functions of the matrices that give for each name a number or an Estimate, whose upper
@@ -64,7 +64,7 @@ def _number_of(op: str, name: str, value: Any) -> float:
         value = value.item()
     if isinstance(value, float) and math.isnan(value):
         return value  # of a weight that is not finite
-    return number(op, f"norms[{name!r}]", value)
+    return number(op, f"norms[{name!r}]", value, finite=False)
 
 
 def _norms(op: str, matrices: Sequence[Matrix], norms: Any) -> dict[str, float]:
@@ -90,10 +90,6 @@ def _norms(op: str, matrices: Sequence[Matrix], norms: Any) -> dict[str, float]:
             f"{op}: expected a norm for each of {len(matrices)} matrices, got none for {missing[:5]}"
         )
     return {m.name: _number_of(op, m.name, given[m.name]) for m in matrices}
-
-
-def _as_matrix(x: Tensor, transposed: bool) -> Tensor:
-    return (x.movedim(1, 0) if transposed else x).flatten(1)
 
 
 def _two_one(matrix: Matrix, reference: Tensor | None) -> float:
@@ -129,7 +125,7 @@ def _references(op: str, matrices: Sequence[Matrix], reference: Any) -> dict[str
             m.kind == "conv_transpose" and other.kind != m.kind
         )  # of a mapping, kinds go by names
         found[m.name] = (
-            _as_matrix(other.weight.reshape(other.shape), True) if transposed else other.weight
+            flattened(other.weight.reshape(other.shape), m.kind) if transposed else other.weight
         )
     return found
 
@@ -152,14 +148,15 @@ def spectral_complexity(
 
     Args:
         model: a module (weights as its layers apply them), or a mapping of names to weights. Every tensor
-            of rank 2 and more counts as a layer, in a chain; biases and normalization layers are outside the theorem
-            and left out. Convolutions count as their kernels, flattened: for the operator pass its norms.
+            of rank 2 and more counts as a layer, in a chain; vectors (biases, the weights of BatchNorm) are outside the
+            theorem and left out. A module's weight that several layers share counts once, and as often as it has a name
+            in a mapping. Convolutions count as their kernels, flattened: for the operator pass its norms.
         norms: "estimate" (:func:`specnorm_ext.spectral_norms`, from below); "certified" (upper bounds that are proofs);
             a mapping of every name to a number or an
             :class:`specnorm_ext.Estimate`, whose upper bound is used where it is finite; or a function from the mapping
             of names to matrices [m, n] to such a mapping.
-        reference: M, with the same names and shapes (a copy of the model at initialization, its state dict); 0 where
-            None.
+        reference: M, with the same names and shapes: a copy of the model at initialization, or its state dict (which of
+            normalized and parametrized layers holds other weights than they apply: take the copy); 0 where None.
         lipschitz: rho of the activations, one for all layers or one for each.
 
     Returns:
@@ -370,7 +367,12 @@ def margin_distribution(
     model.eval()
     try:
         with torch.no_grad():
-            for x, y in batches:
+            for batch in batches:
+                if not isinstance(batch, Sequence) or len(batch) != 2:
+                    raise TypeError(
+                        f"{op}: expected batches to hold pairs (x, targets), got {type(batch).__name__}"
+                    )
+                x, y = batch
                 found.append(_margins(op, model(x), y).double().cpu())
                 floating(op, "x", x)
                 squares += float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2

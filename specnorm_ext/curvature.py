@@ -17,11 +17,11 @@ from ._arguments import (
     choice,
     count,
     floating,
+    fraction,
     loss_of,
-    number,
     parameters_of,
-    recording,
-    shape_of,
+    products_on,
+    same_shapes,
 )
 from ._directions import wide
 
@@ -51,7 +51,7 @@ class Curvature:
             dtype = torch.promote_types(dtype, wide(p.dtype))
         self.dtype = dtype
         self._outputs = outputs
-        with recording():
+        with products_on(self.device):
             if outputs is None:
                 self._hessian(op, loss)
             else:
@@ -110,7 +110,7 @@ class Curvature:
         heads = [x for _, x in self._live]
         tails = [parts[i] for i, _ in self._live]
         keep: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
-        with recording():
+        with products_on(self.device):
             if self._outputs is None:
                 return self.flat(grad(heads, self.parameters, tails, **keep))
             jv = grad(heads, self._seed, tails, retain_graph=True)[0]
@@ -142,7 +142,8 @@ def hessian_vector_product(
 
     Args:
         loss: one number with its graph, or a function that returns one. The graph is kept and serves every product:
-            dropout has one mask throughout, and the parameters must not be written to meanwhile.
+            dropout has one mask throughout, and the parameters must not be written to meanwhile. Autocast counts for
+            the loss that a function computes, and for nothing behind it.
         parameters: a tensor or several that require grad, of one device; any mix of floating-point dtypes
             (16-bit ones round every product: go to float32 for figures that matter).
         vectors: one for each parameter, of its shape.
@@ -172,17 +173,7 @@ def hessian_vector_product(
     """
     op = "hessian_vector_product"
     product = Curvature(op, loss, parameters, outputs)
-    given = [vectors] if isinstance(vectors, Tensor) else list(vectors)
-    if len(given) != len(product.parameters):
-        raise ValueError(
-            f"{op}: expected {len(product.parameters)} vectors, as parameters, got {len(given)}"
-        )
-    for i, (v, p) in enumerate(zip(given, product.parameters, strict=True)):
-        floating(op, f"vectors[{i}]", v)
-        if v.shape != p.shape:
-            raise ValueError(
-                f"{op}: expected vectors[{i}] of shape {shape_of(p)}, got {shape_of(v)}"
-            )
+    given = same_shapes(op, "vectors", vectors, product.parameters)
     return product.split(product(product.flat(given)))
 
 
@@ -209,7 +200,7 @@ class Eigenvalues:
 
     @property
     def value(self) -> float:
-        """The first value."""
+        """The first value, signed."""
         return float(self.values[0])
 
 
@@ -234,7 +225,9 @@ class _Lanczos:
     ) -> None:
         self.product, self.size, self.steps = product, size, steps
         self.how: dict[str, Any] = {"dtype": dtype, "device": device}
-        self.generator = generator or torch.Generator(device).manual_seed(0)
+        if generator is None:
+            generator = torch.Generator(device).manual_seed(0)
+        self.generator = generator
         self.basis = torch.empty((0, size), **self.how)  # [steps so far, size], orthonormal rows
         self.alpha = torch.zeros(steps, **self.how)
         self.beta = torch.zeros(steps, **self.how)
@@ -244,8 +237,9 @@ class _Lanczos:
 
     def _orthogonal(self, w: Tensor, done: int) -> Tensor:
         basis = self.basis[:done]
-        for _ in range(2):  # twice is enough (Parlett, "The Symmetric Eigenvalue Problem", 6.9)
-            w = w - basis.mT @ (basis @ w)
+        with torch.autocast(basis.device.type, enabled=False):
+            for _ in range(2):  # twice is enough (Parlett, "The Symmetric Eigenvalue Problem", 6.9)
+                w = w - basis.mT @ (basis @ w)
         return w
 
     def run(self, start: int, stop: int) -> None:
@@ -320,7 +314,8 @@ def lanczos(
     result = Eigenvalues(theta[order], residuals[order], converged, done)
     if not vectors:
         return result, None
-    return result, s[:, order].mT.to(device, dtype) @ process.basis[:done]
+    with torch.autocast(device.type, enabled=False):
+        return result, s[:, order].mT.to(device, dtype) @ process.basis[:done]
 
 
 def hessian_eigenvalues(
@@ -353,8 +348,8 @@ def hessian_eigenvalues(
         generator: of the start, on the parameters' device.
 
     Returns:
-        :class:`Eigenvalues`. Exact to rounding, and converged, where the parameters have no more than max_steps
-        elements.
+        :class:`Eigenvalues`, of the accuracy that its residuals tell. Always converged where the parameters have no
+        more than max_steps elements: after as many steps they are exact to rounding.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`hessian_vector_product`; k out of range, max_steps < k,
@@ -400,9 +395,7 @@ def _eigenvalues(
     wanted = count(op, "k", k)
     choice(op, "which", which, ("magnitude", "largest", "smallest"))
     steps = count(op, "max_steps", max_steps, wanted)
-    limit = number(op, "tol", tol, above=True)
-    if limit >= 1:
-        raise ValueError(f"{op}: expected tol between 0 and 1, got {tol:g}")
+    limit = fraction(op, "tol", tol)
     product = Curvature(op, loss, parameters, outputs)
     if wanted > product.size:
         raise ValueError(
@@ -437,11 +430,12 @@ def hessian_norm(
     vectors: bool = False,
     generator: torch.Generator | None = None,
 ) -> Eigenvalues:
-    r"""The eigenvalue of the Hessian that is largest in magnitude: with its sign, the spectral norm.
+    r"""The eigenvalue of the Hessian that is largest in magnitude, signed: its absolute value is |H|_2.
 
-    .. math:: |H|_2 = \max_i |\lambda_i(H)|
+    .. math:: |H|_2 = |\lambda|,\qquad \lambda = \lambda_i(H) \text{ with } i = \arg\max_i |\lambda_i(H)|
 
-    ``hessian_norm(loss, parameters).value`` is the number; :func:`hessian_eigenvalues` with k = 1 otherwise.
+    ``hessian_norm(loss, parameters).value`` is :math:`\lambda`, negative where the loss bends down most:
+    ``abs(...value)`` is the norm. :func:`hessian_eigenvalues` with k = 1 otherwise.
 
     Args, returns, raises, source: as :func:`hessian_eigenvalues`.
 

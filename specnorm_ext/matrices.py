@@ -36,7 +36,7 @@ class Matrix:
 
 # ---- which tensors ----------------------------------------------------------------------------------------------
 
-_STATE_KEY = re.compile(r"(^|\.)parametrizations\..+\.\d+\._[uv]$")
+_STATE_KEY = re.compile(r"(^|\.)(parametrizations\..+\.\d+|spectral)\._[uv]$")
 _RECURRENT = re.compile(r"weight_(ih|hh)|\brecurrent")
 _EMBEDDING = re.compile(r"embed|\bemb\b|\bwte\b|\bwpe\b", re.IGNORECASE)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -47,12 +47,15 @@ def _is_matrix(x: object) -> bool:
     return isinstance(x, Tensor) and x.dtype in DTYPES and x.dim() >= 2 and not x.is_meta
 
 
-def _matrix(name: str, x: Tensor, kind: str) -> Matrix:
-    view = x.detach()
+def flattened(x: Tensor, kind: str) -> Tensor:
+    """A weight of that kind as [m, n], outputs first."""
     if kind == "conv_transpose":
-        view = view.movedim(1, 0)
-    view = view if view.dim() == 2 else view.flatten(1)
-    return Matrix(name, view, tuple(x.shape), x.dtype, kind)
+        x = x.movedim(1, 0)
+    return x if x.dim() == 2 else x.flatten(1)
+
+
+def matrix_of(name: str, x: Tensor, kind: str) -> Matrix:
+    return Matrix(name, flattened(x.detach(), kind), tuple(x.shape), x.dtype, kind)
 
 
 def _kind_by_name(name: str, x: Tensor) -> str:
@@ -65,7 +68,7 @@ def _kind_by_name(name: str, x: Tensor) -> str:
     return "embedding" if _EMBEDDING.search(name) else "linear"
 
 
-def _kind_by_module(module: nn.Module, x: Tensor) -> str:
+def kind_by_module(module: nn.Module, x: Tensor) -> str:
     if isinstance(module, _TRANSPOSED):
         return "conv_transpose"
     if isinstance(module, _CONV):
@@ -79,7 +82,8 @@ def _kind_by_module(module: nn.Module, x: Tensor) -> str:
     return "linear"
 
 
-def _tensors_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
+def tensors_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
+    """Every parameter once, as its layer applies it: name, layer, tensor."""
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         if isinstance(module, parametrize.ParametrizationList):
@@ -120,13 +124,13 @@ def collect_matrices(source: nn.Module | Mapping[str, Tensor] | Sequence[Tensor]
     """
     if isinstance(source, nn.Module):
         return [
-            _matrix(name, x, _kind_by_module(module, x))
-            for name, module, x in _tensors_of(source)
+            matrix_of(name, x, kind_by_module(module, x))
+            for name, module, x in tensors_of(source)
             if _is_matrix(x)
         ]
     if isinstance(source, Mapping):
         return [
-            _matrix(name, x, _kind_by_name(name, x))
+            matrix_of(name, x, _kind_by_name(name, x))
             for name, x in source.items()
             if _is_matrix(x) and not _STATE_KEY.search(name)
         ]
@@ -142,7 +146,7 @@ def collect_matrices(source: nn.Module | Mapping[str, Tensor] | Sequence[Tensor]
                     f"spectral_norms: expected tensor {i} to be a floating-point matrix or of higher rank, got {what}"
                 )
         return [
-            _matrix(str(i), x, "conv" if x.dim() > 2 else "linear") for i, x in enumerate(source)
+            matrix_of(str(i), x, "conv" if x.dim() > 2 else "linear") for i, x in enumerate(source)
         ]
     raise TypeError(
         f"spectral_norms: expected a module, a mapping of names to tensors or a list of tensors, got "
@@ -150,4 +154,4 @@ def collect_matrices(source: nn.Module | Mapping[str, Tensor] | Sequence[Tensor]
     )
 
 
-__all__ = ["Matrix", "collect_matrices"]
+__all__ = ["Matrix", "collect_matrices", "flattened", "kind_by_module", "matrix_of", "tensors_of"]

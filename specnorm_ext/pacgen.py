@@ -12,7 +12,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ._arguments import Loss, Parameters, choice, count, floating, number, parameters_of, shape_of
+from ._arguments import (
+    Loss,
+    Parameters,
+    choice,
+    count,
+    floating,
+    fraction,
+    function,
+    number,
+    once_each,
+    parameters_of,
+    same_shapes,
+    tensors_in,
+)
 from ._directions import moved_by
 from .adversarial import perturbed
 from .curvature import Curvature, diagonal_of, lanczos
@@ -36,27 +49,6 @@ def _noise(level: Tensor, distribution: str, generator: torch.Generator | None) 
     return level * math.sqrt(2) * torch.erfinv(u * math.erf(math.sqrt(2)))
 
 
-def _diagonal(op: str, diagonal: Any, parameters: Sequence[Tensor]) -> list[Tensor]:
-    given = [diagonal] if isinstance(diagonal, Tensor) else list(diagonal)
-    return _one_each(op, "diagonal", given, parameters)
-
-
-def _one_each(
-    op: str, name: str, given: list[Tensor], parameters: Sequence[Tensor]
-) -> list[Tensor]:
-    if len(given) != len(parameters):
-        raise ValueError(
-            f"{op}: expected {len(parameters)} tensors in {name}, as parameters, got {len(given)}"
-        )
-    for i, (x, p) in enumerate(zip(given, parameters, strict=True)):
-        floating(op, f"{name}[{i}]", x)
-        if x.shape != p.shape:
-            raise ValueError(
-                f"{op}: expected {name}[{i}] of shape {shape_of(p)}, got {shape_of(x)}"
-            )
-    return [x.detach() for x in given]
-
-
 def hessian_lipschitz(
     loss_fn: Callable[[], Tensor],
     parameters: Parameters,
@@ -77,12 +69,14 @@ def hessian_lipschitz(
     one loss and graph a product, and have their old bits again at the end.
 
     Args:
-        loss_fn: the loss with the parameters as they are then, one number; the same function each time (dropout in
-            eval, or seeded by you).
-        parameters: as in :func:`specnorm_ext.curvature.hessian_vector_product`.
+        loss_fn: the loss with the parameters as they are then, one number; called up to 2 max_steps times for each
+            perturbation, and the same function each time. Put the model in eval: in training dropout's masks would be
+            taken for curvature, and BatchNorm's statistics and u and v of spectral normalization would move.
+        parameters: as in :func:`specnorm_ext.curvature.hessian_vector_product`, and leaves.
         gamma, epsilon: size of the neighborhood, >= 0, not both 0.
         n_perturbations: how many u; the largest ratio counts.
-        max_steps, tol: of Lanczos.
+        max_steps, tol: of Lanczos, as in :func:`specnorm_ext.curvature.hessian_eigenvalues`; what has not converged by
+            then still counts, a lower estimate.
         generator: of u, on the parameters' device.
 
     Returns:
@@ -90,7 +84,7 @@ def hessian_lipschitz(
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`specnorm_ext.curvature.hessian_vector_product`; gamma or epsilon
-            < 0, or both 0.
+            < 0, or both 0; tol outside (0, 1); a loss that is no function; parameters that are no leaves.
 
     Source: definition in Wang, Keskar, Xiong, Socher, "Identifying generalization properties in neural networks",
     arXiv 1809.07402.
@@ -107,12 +101,8 @@ def hessian_lipschitz(
     a, b = _neighborhood(op, gamma, epsilon)
     times = count(op, "n_perturbations", n_perturbations)
     steps = count(op, "max_steps", max_steps)
-    limit = number(op, "tol", tol, above=True)
-    if not callable(loss_fn) or isinstance(loss_fn, Tensor):
-        raise TypeError(
-            f"{op}: expected loss to be a function, evaluated again at perturbed parameters, got "
-            f"{type(loss_fn).__name__}; pass a function, or rho"
-        )
+    limit = fraction(op, "tol", tol)
+    function(op, "loss_fn", loss_fn)
     here = Curvature(op, loss_fn, tensors)
     size, dtype, device = here.size, here.dtype, here.device
     del here  # and its graph
@@ -187,6 +177,8 @@ def pacgen(
     diagonal: Sequence[Tensor] | None = None,
     n_samples: int | None = 32,
     n_perturbations: int = 3,
+    max_steps: int = 20,
+    tol: float = 1e-2,
     generator: torch.Generator | None = None,
 ) -> PacGen:
     r"""The PACGen metric of generalization: scales of the parameters, curvature and its rate of change in one number.
@@ -205,11 +197,12 @@ def pacgen(
         rho: None for :func:`hessian_lipschitz`, a lower estimate.
         diagonal: of the Hessian; None for :func:`specnorm_ext.curvature.hessian_diagonal`.
         n_samples: of the diagonal; None for the exact one.
-        n_perturbations: of rho.
+        n_perturbations, max_steps, tol: of rho, as in :func:`hessian_lipschitz`.
         generator: of both, on the parameters' device.
 
     Returns:
-        :class:`PacGen`, summed in float64. -inf where rho = 0 and a curvature is not positive.
+        :class:`PacGen`, summed in float64. -inf where rho = 0 and a curvature is not positive, or epsilon = 0 and a
+        parameter is 0.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`hessian_lipschitz`; rho < 0, a diagonal that does not fit.
@@ -228,7 +221,11 @@ def pacgen(
     tensors = parameters_of(op, parameters)
     a, b = _neighborhood(op, gamma, epsilon)
     samples = None if n_samples is None else count(op, "n_samples", n_samples)
-    times = count(op, "n_perturbations", n_perturbations)
+    how: dict[str, Any] = {
+        "n_perturbations": count(op, "n_perturbations", n_perturbations),
+        "max_steps": count(op, "max_steps", max_steps),
+        "tol": fraction(op, "tol", tol),
+    }
     if rho is not None:
         rho = number(op, "rho", rho)
     elif not callable(loss) or isinstance(loss, Tensor):
@@ -242,7 +239,7 @@ def pacgen(
             known = product.split(diagonal_of(product, samples, generator))
         del product
     else:
-        known = _diagonal(op, diagonal, tensors)
+        known = same_shapes(op, "diagonal", diagonal, tensors)
     if rho is None:
         assert callable(loss)
         rho = hessian_lipschitz(
@@ -250,8 +247,8 @@ def pacgen(
             tensors,
             gamma=a,
             epsilon=b,
-            n_perturbations=times,
             generator=generator,
+            **how,
         )
     total = 0.0
     with torch.no_grad():
@@ -306,10 +303,8 @@ def perturbation_levels(
         [tensor([0.0500, 0.2000])]
     """
     op = "perturbation_levels"
-    tensors = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    for i, p in enumerate(tensors):
-        floating(op, f"parameters[{i}]", p)
-    known = _diagonal(op, diagonal, tensors)
+    tensors = tensors_in(op, "parameters", parameters)
+    known = same_shapes(op, "diagonal", diagonal, tensors)
     r, a, b = number(op, "rho", rho), number(op, "gamma", gamma), number(op, "epsilon", epsilon)
     e = number(op, "eta", eta, above=True)
     return [
@@ -356,11 +351,9 @@ def weight_noise(
         tensor([0., 0.])
     """
     op = "weight_noise"
-    tensors = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    for i, p in enumerate(tensors):
-        floating(op, f"parameters[{i}]", p)
-    given = [levels] if isinstance(levels, Tensor) else list(levels)
-    sigmas = _one_each(op, "levels", given, tensors)
+    tensors = tensors_in(op, "parameters", parameters)
+    once_each(op, tensors)
+    sigmas = same_shapes(op, "levels", levels, tensors)
     choice(op, "distribution", distribution, ("uniform", "normal"))
 
     def move() -> None:
@@ -371,28 +364,30 @@ def weight_noise(
         yield
 
 
-class PerturbedOptimizer:
+class PerturbedOptimizer(torch.optim.Optimizer):
     r"""An optimizer that steps by the gradient at perturbed weights ("perturbed OPT").
 
     .. math:: g = \nabla L(w + \sigma \odot \varepsilon),\qquad w \leftarrow \mathrm{OPT}(w, g)
 
     sigma are the :func:`perturbation_levels` of a running mean of the Hessian's diagonal, which :meth:`update` feeds
     (once in many steps; each costs a few Hessian-vector products). Before the first update steps are plain ones.
-    A learning rate schedule goes on the inner optimizer. A gradient scaler's step takes no closure: with one, write the
-    loop yourself around :func:`weight_noise`.
+    Groups, state and hooks are those of the optimizer within: learning rate schedules,
+    :class:`specnorm_ext.SpectralNormGroup` and projection hooks take either of the two. A gradient scaler's step takes
+    no closure: with one, write the loop yourself around :func:`weight_noise`. A copy or pickle is one of both.
 
     Args:
-        optimizer: any of torch's, over the parameters to be perturbed; frozen ones stay as they are.
+        optimizer: any of torch's but LBFGS, over the parameters to be perturbed; frozen ones stay as they are.
         rho: Lipschitz constant of the Hessian (:func:`hessian_lipschitz`), >= 0; an attribute, to be set anew at will.
         gamma, epsilon, eta: as in :func:`perturbation_levels`.
         decay: of the running mean, in [0, 1).
         distribution, generator: as in :func:`weight_noise`.
 
     Raises:
-        TypeError: optimizer is none.
+        TypeError: optimizer is none, LBFGS, or a PerturbedOptimizer.
         ValueError: numbers out of range, another distribution.
 
-    Source: Wang, Keskar, Xiong, Socher, arXiv 1809.07402.
+    Source: Wang, Keskar, Xiong, Socher, arXiv 1809.07402, perturbed OPT; that the diagonal comes from Hutchinson's
+    method, and rho from outside, is ours.
 
     Example:
         >>> import torch
@@ -424,10 +419,16 @@ class PerturbedOptimizer:
         distribution: Distribution = "uniform",
         generator: torch.Generator | None = None,
     ) -> None:
+        # Not the constructor of torch's: it would make groups, state and hooks of its own. See __getattr__.
         op = "PerturbedOptimizer"
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
                 f"{op}: expected optimizer to be a torch.optim.Optimizer, got {type(optimizer).__name__}"
+            )
+        if isinstance(optimizer, torch.optim.LBFGS | PerturbedOptimizer):
+            raise TypeError(
+                f"{op}: expected an optimizer that steps by the gradients it finds, got {type(optimizer).__name__}, "
+                "which evaluates the loss itself; take SGD or Adam"
             )
         self.optimizer = optimizer
         self.rho = number(op, "rho", rho)
@@ -438,15 +439,29 @@ class PerturbedOptimizer:
             raise ValueError(f"{op}: expected decay to be below 1, got {self.decay:g}")
         self.distribution = choice(op, "distribution", distribution, ("uniform", "normal"))
         self.generator = generator
-        self._mean: dict[Tensor, Tensor] = {}  # running sum of decayed diagonals
-        self._weight = 0.0  # of all of them, which the mean is divided by
+        self._sum: dict[Tensor, Tensor] = {}  # of decayed diagonals
+        # What the sum is divided by. Each parameter has its own: one may have been frozen, or added later.
+        self._weight: dict[Tensor, float] = {}
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self.optimizer.param_groups
+    def __getattr__(self, name: str) -> Any:
+        """Groups, state, defaults and hooks: the inner optimizer's."""
+        if name == "optimizer":  # not there yet, while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # "step" is there once a learning rate schedule has wrapped it, for this very object
+        return {k: v for k, v in self.__dict__.items() if k != "step"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As the optimizer's."""
+        self.optimizer.add_param_group(param_group)
 
     def _parameters(self) -> list[Tensor]:
-        return [p for g in self.param_groups for p in g["params"] if p.requires_grad]
+        return [p for p in self._all() if p.requires_grad]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the optimizer's."""
@@ -469,18 +484,18 @@ class PerturbedOptimizer:
         with torch.no_grad():
             fresh = product.split(diagonal_of(product, samples, self.generator))
             for p, h in zip(parameters, fresh, strict=True):
-                old = self._mean.get(p, torch.zeros_like(h))
+                old, weight = self._sum.get(p, torch.zeros_like(h)), self._weight.get(p, 0.0)
                 # one bad batch is left out: it would stay in the mean for good
-                h = torch.where(h.isfinite(), h, old / self._weight if self._weight else 0)
-                self._mean[p] = self.decay * old + (1 - self.decay) * h
-        self._weight = self.decay * self._weight + 1 - self.decay
+                h = torch.where(h.isfinite(), h, old / weight if weight else 0)
+                self._sum[p] = self.decay * old + (1 - self.decay) * h
+                self._weight[p] = self.decay * weight + 1 - self.decay
 
     def levels(self) -> dict[Tensor, Tensor]:
         """sigma of every parameter that an update has seen."""
-        known = {p: h for p, h in self._mean.items() if p.requires_grad}
+        known = {p: h / self._weight[p] for p, h in self._sum.items() if p.requires_grad}
         found = perturbation_levels(
             list(known),
-            [h / self._weight for h in known.values()],
+            list(known.values()),
             self.rho,
             gamma=self.gamma,
             epsilon=self.epsilon,
@@ -488,10 +503,11 @@ class PerturbedOptimizer:
         )
         return dict(zip(known, found, strict=True))
 
-    def step(self, closure: Callable[[], Any]) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Evaluate the closure (zero_grad, loss, backward) at perturbed weights, restore them, and step.
 
-        A closure that raises leaves the weights as they were, and no step is taken.
+        A closure that raises leaves the weights as they were, and no step is taken. BatchNorm's statistics are those of
+        the perturbed weights.
 
         Returns:
             what the closure returned.
@@ -521,11 +537,11 @@ class PerturbedOptimizer:
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's, the running mean by position, rho."""
-        mean = {i: self._mean[p] for i, p in enumerate(self._all()) if p in self._mean}
+        known = [(i, p) for i, p in enumerate(self._all()) if p in self._sum]
         return {
             "optimizer": self.optimizer.state_dict(),
-            "diagonal": mean,
-            "weight": self._weight,
+            "diagonal": {i: self._sum[p] for i, p in known},
+            "weight": {i: self._weight[p] for i, p in known},
             "rho": self.rho,
         }
 
@@ -537,16 +553,19 @@ class PerturbedOptimizer:
             raise ValueError(
                 f"{op}: expected its own state dict, got one without {sorted(missing)}"
             )
+        rho = number(op, "rho", state["rho"])
         everything = self._all()
-        mean = {}
+        total, weight = {}, {}
         for i, h in state["diagonal"].items():
+            floating(op, f"diagonal[{i}]", h)
             if not 0 <= i < len(everything) or everything[i].shape != h.shape:
                 raise ValueError(
                     f"{op}: expected a diagonal for each parameter, got one for number {i} that fits none"
                 )
-            mean[everything[i]] = h.to(everything[i].device, copy=True)
+            total[everything[i]] = h.to(everything[i].device, copy=True)
+            weight[everything[i]] = float(state["weight"][i])
         self.optimizer.load_state_dict(state["optimizer"])
-        self._mean, self._weight, self.rho = mean, float(state["weight"]), float(state["rho"])
+        self._sum, self._weight, self.rho = total, weight, rho
 
     def _all(self) -> list[Tensor]:
         return [p for g in self.param_groups for p in g["params"]]

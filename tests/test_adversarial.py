@@ -553,6 +553,18 @@ def test_refused_weights() -> None:
         assert e.weight.sum() != 0
 
 
+def test_a_block_under_autocast_sees_the_moved_weights_and_then_the_old_ones() -> None:
+    net = nn.Linear(3, 2, bias=False)
+    x = torch.randn(4, 3)
+    with torch.autocast("cpu", dtype=BF16):
+        before = net(x)
+        with perturbed([net.weight], lambda: net.weight.mul_(2)):
+            moved = net(x)
+        after = net(x)
+    assert same_bits(moved, 2 * before)  # a power of two is exact
+    assert same_bits(after, before)
+
+
 def test_perturbed_under_inference_mode_and_no_grad() -> None:
     w = nn.Parameter(torch.ones(3))
     for mode in (torch.inference_mode, torch.no_grad):

@@ -35,6 +35,16 @@ def test_quick_run(bench, tmp_path, only):
     assert group["facts"]["largest error"] < bench.RTOL
 
 
+def test_the_promise_for_twenty_layers_is_a_target_beside_a_twin(bench):
+    title, build = bench.groups()[0]
+    assert title.startswith("20 Linear")
+    group = build(bench.harness.parser("").parse_args(["--quick"]))
+    variants = {v.name: v for v in group.variants}
+    assert bench.SPECTRAL_TWIN in variants
+    assert group.unit == bench.PLAIN
+    assert any(t.than == "" and t.limit <= 1.15 for t in variants[bench.SPECTRAL].targets)
+
+
 @pytest.mark.parametrize(
     ("name", "only", "message"),
     [

@@ -105,6 +105,14 @@ def test_certified_norms_bound_the_complexity_from_above() -> None:
     assert exact.value * (1 - 1e-12) <= above.value <= exact.value * (1 + 1e-6)
 
 
+def test_a_certified_norm_that_is_not_bounded_is_inf_and_not_an_estimate() -> None:
+    huge = {"a": torch.full((2, 2), 1.7e308, dtype=F64)}  # its norm, 3.4e308, is past float64
+    got = spectral_complexity(huge, norms="certified")
+    assert got.norms == {"a": math.inf}
+    assert got.lipschitz == math.inf
+    assert spectral_complexity({"a": torch.eye(2)}, norms={"a": math.inf}).lipschitz == math.inf
+
+
 def test_the_product_of_the_norms_bounds_the_slope_of_a_relu_network() -> None:
     net = relu_net()
     bound = spectral_complexity(net, norms=norms_of(net)).lipschitz
@@ -206,6 +214,25 @@ def test_spectrally_normalized_layers_count_as_applied_and_stay_as_they_are() ->
     assert net.training
 
 
+def test_u_and_v_in_a_state_dict_are_no_layers() -> None:
+    net = nn.Sequential(
+        specnorm_ext.SpectralLinear(6, 5, n_vectors=3),
+        specnorm_ext.spectral_norm(nn.Linear(5, 4), n_vectors=2),
+    )
+    got = spectral_complexity(net.state_dict())
+    assert set(got.norms) == {"0.weight", "1.parametrizations.weight.original"}
+
+
+def test_a_shared_weight_counts_once_and_by_its_names_in_a_mapping() -> None:
+    layer = nn.Linear(3, 3, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(2 * torch.eye(3))
+    net = nn.Sequential(layer, nn.ReLU(), layer)
+    # one layer: 3 rows of length 2; two: 4 (3^(2/3) + 3^(2/3))^(3/2)
+    assert abs(spectral_complexity(net).value - 6) < 6 * 1e-3
+    assert abs(spectral_complexity(net.state_dict()).value - 12 * 2**1.5) < 12 * 2**1.5 * 2e-3
+
+
 def test_refused() -> None:
     net = relu_net()
     op = "spectral_complexity"
@@ -219,9 +246,7 @@ def test_refused() -> None:
         ValueError, match=rf"{op}: expected a norm for each of 3 matrices, got none for \['2.wei"
     ):
         spectral_complexity(net, norms={"0.weight": 1.0, "4.weight": 2.0})
-    with pytest.raises(
-        ValueError, match=rf"{op}: expected norms\['0.weight'\] to be finite and >= 0, got -1"
-    ):
+    with pytest.raises(ValueError, match=rf"{op}: expected norms\['0.weight'\] to be >= 0, got -1"):
         spectral_complexity(net, norms=dict.fromkeys(norms_of(net), -1.0))
     with pytest.raises(
         TypeError, match=rf"{op}: expected norms\['0.weight'\] to be a number, got str"
@@ -358,6 +383,12 @@ def test_refused_margins() -> None:
         ValueError, match="margin_distribution: expected at least one batch, got none"
     ):
         margin_distribution(nn.Linear(2, 3), [], 1.0)
+    for batch in (torch.randn(2, 2), {"x": logits, "y": y}, (logits, y, y)):
+        with pytest.raises(
+            TypeError,
+            match=r"margin_distribution: expected batches to hold pairs \(x, targets\), got",
+        ):
+            margin_distribution(nn.Linear(2, 3), [batch], 1.0)
     with pytest.raises(
         TypeError, match="margin_distribution: expected model to be a module, got function"
     ):

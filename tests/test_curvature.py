@@ -225,6 +225,24 @@ def test_autocast() -> None:
     assert abs(hessian_norm(loss, case.params).value / exact - 1) < 16 * eps_of(BF16)
 
 
+def test_products_and_lanczos_stay_out_of_autocast() -> None:
+    small, seen = Case(F32), []
+    loss = small.loss()
+    v = split(torch.randn(sum(p.numel() for p in small.params)), small.params)
+    wanted = hessian_eigenvalues(loss, small.params, 3, tol=1e-5, vectors=True)
+    product = hessian_vector_product(loss, small.params, v)
+    with torch.autocast("cpu", dtype=BF16):
+        got = hessian_eigenvalues(loss, small.params, 3, tol=1e-5, vectors=True)
+        assert all(map(torch.equal, hessian_vector_product(loss, small.params, v), product))
+        # the loss itself is the caller's: it is computed as autocast has it
+        hessian_norm(lambda: seen.append(small.outputs()) or small.loss(), small.params)
+    assert seen[0].dtype == BF16
+    assert same_bits(got.values, wanted.values)
+    basis = torch.stack([flat(x) for x in got.vectors])
+    # orthonormal to float32: sums of up to 31 terms
+    torch.testing.assert_close(basis @ basis.mT, torch.eye(3), rtol=0, atol=64 * eps_of(F32))
+
+
 # ---- eigenvalues ------------------------------------------------------------------------------------------------
 
 
@@ -480,7 +498,8 @@ def test_refused(case: Case) -> None:
     with pytest.raises(ValueError, match="hessian_diagonal: expected n_samples >= 1, got 0"):
         hessian_diagonal(loss, w, n_samples=0)
     with pytest.raises(
-        ValueError, match="hessian_vector_product: expected 1 vectors, as parameters, got 2"
+        ValueError,
+        match="hessian_vector_product: expected 1 tensors in vectors, as parameters, got 2",
     ):
         hessian_vector_product(loss, w, [torch.ones(3), torch.ones(3)])
     with pytest.raises(ValueError, match=r"expected vectors\[0\] of shape \[3\], got \[2\]"):

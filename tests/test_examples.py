@@ -124,6 +124,16 @@ def test_no_critic_estimates_more_than_its_lipschitz_constant_allows(printed) ->
         assert found["estimate"] - half <= bound, row
 
 
+def test_a_file_in_place_of_a_directory_is_refused(tmp_path, capsys, beside) -> None:
+    import common
+
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stopped:
+        common.options("", ["--out", str(tmp_path / "file")])
+    assert stopped.value.code == 2
+    assert "expected --out to be a directory" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [["--threads", "0"], ["--seeds", "1"], ["--seed", "x"]])
 def test_bad_options_are_refused(arguments, tmp_path, monkeypatch, capsys, beside) -> None:
     import common
@@ -241,6 +251,19 @@ def test_table(beside, capsys) -> None:
     assert common.mean_spread([1.0], 2) == "1.00"
 
 
+def test_progress_is_a_bar_on_stderr(beside, capsys, monkeypatch) -> None:
+    import common
+
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    with common.progress(3) as begin:
+        begin("first work")
+        begin("second work")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "1/3" in err
+    assert "second work" in err
+
+
 def test_tile(beside) -> None:
     import common
 
@@ -326,6 +349,10 @@ def test_what_is_random_in_random_labels(beside) -> None:
     assert abs(noise.mean() - x.mean()) < 5 * x.std() / math.sqrt(x.numel())
     assert script.apart([1.0, 2.0], [3.0])
     assert not script.apart([1.0, 3.0], [2.0])
+    assert script.against([3.0, 5.0], [1.0, 3.0]) == ("2.00", "no")
+    assert script.against([3.0, 5.0], [1.0, 1.0]) == ("4.00", "yes")
+    # no ratio of the steps of runs that were given up
+    assert script.against([3.0, None], [1.0, 1.0]) == ("some never", "")
 
 
 def test_averages_follow(beside) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
 from helpers import BF16, DTYPES, F32, F64, eps_of, same_bits
 from torch import Tensor, nn
 
+import specnorm_ext
+from specnorm_ext.curvature import hessian_vector_product
 from specnorm_ext.pacgen import (
     PerturbedOptimizer,
     hessian_lipschitz,
@@ -17,6 +20,7 @@ from specnorm_ext.pacgen import (
     perturbation_levels,
     weight_noise,
 )
+from specnorm_ext.projections import ProjectionHook
 
 
 def small_net() -> tuple[nn.Module, Tensor, Tensor]:
@@ -62,6 +66,30 @@ def test_rho_of_a_quadratic_is_zero_and_of_nan_is_nan() -> None:
     assert hessian_lipschitz(lambda: (w**2).sum(), w) == 0
     bad = torch.tensor([1.0, math.nan], dtype=F64, requires_grad=True)
     assert math.isnan(hessian_lipschitz(lambda: (bad**3).sum(), bad))
+
+
+def test_rho_under_autocast_is_that_of_the_perturbed_weights() -> None:
+    """Autocast keeps what it has cast: of the weights as they were, if nobody tells it."""
+    net, x, y = small_net()
+    net, x, y = net.float(), x.float(), y.float()
+    params = list(net.parameters())
+
+    def rho() -> float:
+        return hessian_lipschitz(
+            lambda: (net(x) - y).square().mean(),
+            params,
+            gamma=1.0,
+            epsilon=1.0,
+            n_perturbations=1,
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    plain = rho()
+    with torch.autocast("cpu", dtype=BF16):
+        cast = rho()
+    # Two Hessians through two layers in bfloat16, some ten roundings each; their difference is of their own size, for
+    # perturbations are as large as the weights.
+    assert abs(cast / plain - 1) < 2 * 10 * eps_of(BF16)
 
 
 def test_rho_restores_the_weights_when_the_loss_raises() -> None:
@@ -149,7 +177,9 @@ def test_refused() -> None:
         match="pacgen: expected loss to be a function, evaluated again at perturbed param",
     ):
         pacgen(loss, w)
-    with pytest.raises(TypeError, match="hessian_lipschitz: expected loss to be a function"):
+    with pytest.raises(
+        TypeError, match="hessian_lipschitz: expected loss_fn to be a function, got Tensor"
+    ):
         hessian_lipschitz(loss, w)  # type: ignore[arg-type]
     with pytest.raises(
         ValueError, match="pacgen: expected gamma or epsilon to be > 0, got 0 for both"
@@ -178,6 +208,58 @@ def test_refused() -> None:
         ValueError, match="perturbation_levels: expected eta to be finite and > 0, got 0"
     ):
         perturbation_levels(w, torch.ones(3), 0.0, eta=0)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda w: hessian_vector_product((w**3).sum(), w, 1.0),
+        lambda w: pacgen((w**3).sum(), w, rho=1.0, diagonal=1.0),
+        lambda w: perturbation_levels(w, 1.0, 0.0),
+        lambda w: weight_noise(w, 0.1).__enter__(),
+    ],
+)
+def test_a_number_in_place_of_tensors_is_refused_by_name(call) -> None:
+    with pytest.raises(TypeError, match=r"^\w+: expected \w+ to be tensors, got float"):
+        call(torch.ones(2, requires_grad=True))
+
+
+def test_modules_repeated_and_computed_tensors_are_refused() -> None:
+    net = nn.Linear(2, 2)
+    levels = [torch.ones(2, 2), torch.ones(2)]
+    with pytest.raises(TypeError, match=r"parameters to be tensors, got Linear; pass its param"):
+        perturbation_levels(net, levels, 0.0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"weight_noise: expected parameters to be tensors, got L"):
+        weight_noise(net, levels).__enter__()  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"weight_noise: expected every parameter once, got par"):
+        weight_noise([net.bias] * 2, [torch.ones(2)] * 2).__enter__()
+    # of a parametrized layer: another tensor at each access, so that the noise would reach nobody
+    nn.utils.parametrizations.spectral_norm(net)
+    with pytest.raises(ValueError, match=r"weight_noise: expected leaves, got tensor 0, the resu"):
+        weight_noise(net.weight, torch.ones(2, 2)).__enter__()
+    w = 2 * torch.ones(2, requires_grad=True)
+    with pytest.raises(ValueError, match="hessian_lipschitz: expected leaves, got tensor 0"):
+        hessian_lipschitz(lambda: (w**3).sum(), w)
+
+
+def test_the_effort_for_rho_is_bounded_by_what_pacgen_is_told() -> None:
+    w = torch.linspace(0.5, 2, 30, dtype=F64).requires_grad_()
+    calls = []
+
+    def loss() -> Tensor:
+        calls.append(1)
+        return (w**3).sum()
+
+    known = {"diagonal": [torch.ones(30)], "n_perturbations": 1}
+    pacgen(loss, w, max_steps=3, **known)
+    assert len(calls) == 1 + 2 * 3
+    loose, exact = (pacgen(loss, w, max_steps=30, tol=tol, **known) for tol in (0.9, 1e-9))
+    assert loose.rho != exact.rho
+    for name in (pacgen, hessian_lipschitz):
+        with pytest.raises(ValueError, match=f"{name.__name__}: expected tol between 0 and 1, got"):
+            name(loss, w, tol=2.0)
+        with pytest.raises(ValueError, match=f"{name.__name__}: expected max_steps >= 1, got 0"):
+            name(loss, w, max_steps=0)
 
 
 # ---- levels and noise -------------------------------------------------------------------------------------------
@@ -304,6 +386,35 @@ def test_the_running_mean_of_the_diagonal() -> None:
     torch.testing.assert_close(ours.levels()[w], torch.full((2,), (1.75 / 0.75) ** -0.5, dtype=F64))
 
 
+def test_a_parameter_that_comes_late_has_a_mean_of_its_own() -> None:
+    """Divided by the weight of all updates, what one says of it would be nearly lost: 2.5 times the noise."""
+    early, late, added = (torch.ones(2, dtype=F64, requires_grad=True) for _ in range(3))
+    ours = PerturbedOptimizer(
+        torch.optim.SGD([early, late.requires_grad_(False)], lr=0.1),
+        eta=1.0,
+        gamma=0.0,
+        epsilon=1e6,
+    )
+    for _ in range(10):
+        ours.update(2 * (early**2).sum())
+    late.requires_grad_()
+    ours.add_param_group({"params": [added]})
+    ours.update(2 * (early**2 + late**2 + added**2).sum())
+    assert len(ours.optimizer.param_groups) == 2
+    for p in (early, late, added):
+        torch.testing.assert_close(ours.levels()[p], torch.full((2,), 0.5, dtype=F64))
+    other = PerturbedOptimizer(ours.optimizer, eta=1.0, gamma=0.0, epsilon=1e6)
+    other.load_state_dict(copy.deepcopy(ours.state_dict()))
+    for optimizer in (ours, other):
+        optimizer.update(8 * (early**2 + late**2 + added**2).sum())
+    # 4 with weight 0.9 * 0.1, 16 with weight 0.1
+    mean = (4 * 0.09 + 16 * 0.1) / 0.19
+    for optimizer in (ours, other):
+        torch.testing.assert_close(
+            optimizer.levels()[late], torch.full((2,), mean**-0.5, dtype=F64)
+        )
+
+
 def test_a_bad_batch_is_left_out_of_the_running_mean() -> None:
     w = torch.ones(2, dtype=F64, requires_grad=True)
     ours = PerturbedOptimizer(
@@ -356,6 +467,58 @@ def test_frozen_parameters_groups_and_gradients_off() -> None:
     assert ours.param_groups[0]["lr"] == pytest.approx(0.01)
 
 
+def test_it_is_an_optimizer_to_learning_rate_schedules() -> None:
+    net, x, y = small_net()
+    ours = PerturbedOptimizer(torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9))
+    scheduler = torch.optim.lr_scheduler.StepLR(ours, 1)
+    ours.step(training(net, x, y, ours))
+    scheduler.step()
+    assert ours.optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
+    assert ours.state is ours.optimizer.state
+    cycle = torch.optim.lr_scheduler.OneCycleLR(ours, 1.0, 10)  # reads the defaults
+    assert cycle.optimizer is ours
+    ours.update(lambda: (net(x) - y).square().mean())
+    # a copy steps what was copied, not what the schedule has wrapped
+    twin, other = copy.deepcopy((net, ours))
+    third = pickle.loads(pickle.dumps(ours))
+    assert [len(o.levels()) for o in (other, third)] == [4, 4]
+    before = copy.deepcopy(net.state_dict())
+    other.step(training(twin, x, y, other))
+    assert all(same_bits(v, before[k]) for k, v in net.state_dict().items())
+    assert not torch.equal(twin[0].weight, net[0].weight)
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_groups_and_projections_follow_it(inner: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(specnorm_ext.SpectralLinear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    x, y = torch.randn(8, 3), torch.randn(8, 1)
+    ours = PerturbedOptimizer(torch.optim.SGD(net.parameters(), lr=5.0), eta=0.1)
+    followed = ours.optimizer if inner else ours
+    group = specnorm_ext.SpectralNormGroup(net, optimizer=followed)
+    hook = ProjectionHook(net, followed, bound=0.5, select=lambda m: m.name == "2.weight")
+    seen = []
+    followed.register_step_pre_hook(lambda *_: seen.append(net[2].weight.detach().clone()))
+    for _ in range(5):
+        ours.update(lambda: (net(x) - y).square().mean())
+        start = net[2].weight.detach().clone()
+        ours.step(training(net, x, y, ours))
+        assert same_bits(seen[-1], start)  # hooks see the weights, not the perturbed ones
+        # one row: its norm is exact after any iteration
+        assert net[2].weight.norm() <= 0.5 * (1 + 8 * eps_of(F32))
+    assert len(seen) == 5
+    assert (net[2].weight.norm() - 0.5).abs() <= 8 * eps_of(F32)  # the bound was met
+    hook.remove()
+    # after some further steps of rate 0 u and v have converged: the layer divides by the norm of the clean weight
+    ours.param_groups[0]["lr"] = 0.0
+    for _ in range(60):
+        ours.step(training(net, x, y, ours))
+    (sigma,) = group.sigmas().values()
+    exact = torch.linalg.matrix_norm(net[0].weight.detach().double(), 2)
+    assert abs(sigma.item() / exact.item() - 1) < 1e-4
+    group.remove()
+
+
 def test_training_goes_on_from_its_state() -> None:
     net, x, y = small_net()
 
@@ -397,11 +560,24 @@ def test_refused_optimizers() -> None:
     ):
         PerturbedOptimizer(inner, rho=-1)
     ours = PerturbedOptimizer(inner)
-    with pytest.raises(
-        TypeError,
-        match="expected closure to be a function that computes the loss and its gradients",
-    ):
-        ours.step(None)  # type: ignore[arg-type]
+    for whole in (ours, torch.optim.LBFGS(net.parameters())):
+        with pytest.raises(
+            TypeError,
+            match=f"expected an optimizer that steps by the .*, got {type(whole).__name__}",
+        ):
+            PerturbedOptimizer(whole)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale((net(x) - y).square().mean()).backward()
+    for step in (ours.step, lambda: scaler.step(ours)):
+        with pytest.raises(
+            TypeError,
+            match="expected closure to be a function that computes the loss and its gradients",
+        ):
+            step()
+    with pytest.raises(ValueError, match=r"load_state_dict: expected rho to be .*, got -1"):
+        ours.load_state_dict({**ours.state_dict(), "rho": -1.0})
+    with pytest.raises(TypeError, match=r"load_state_dict: expected diagonal\[0\] to be a tensor"):
+        ours.load_state_dict({**ours.state_dict(), "diagonal": {0: 1.0}})
     with pytest.raises(
         ValueError, match=r"PerturbedOptimizer.update: expected loss to be one number"
     ):
