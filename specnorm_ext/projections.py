@@ -50,14 +50,17 @@ def _distinct(weights: Sequence[Tensor]) -> list[int]:
     return out
 
 
-def _shrink(weight: Tensor, norm: Tensor, bound: float) -> None:
-    """W / max(1, norm / bound), in place; W as it is where the norm is not a number."""
-    if is_plain(norm) and norm.is_cpu and not norm.item() > bound:
+def _shrink(weight: Tensor, norm: Tensor, bound: float, unit: Tensor | float = 1.0) -> None:
+    """W / max(1, unit norm / bound), in place; W as it is where the norm is not finite."""
+    if is_plain(norm) and norm.is_cpu and not bound / float(unit) < norm.item() < math.inf:
         return  # nothing to write
     if math.prod(weight.shape) == 0:
         return
-    # bound / norm would be 0 / norm for a denormal bound, and is never above 1
-    factor = torch.where(norm > bound, bound / norm, torch.ones_like(norm))
+    norm = norm.double()
+    # torch takes a number over a tensor by the reciprocal, which is Inf for a denormal norm
+    limit = torch.full_like(norm, bound) / unit
+    outside = (norm > limit) & norm.isfinite()
+    factor = torch.where(outside, limit / norm, torch.ones_like(norm))
     if weight.dtype in (torch.float32, torch.float64):
         weight.mul_(factor.to(weight.dtype))
     else:
@@ -103,13 +106,14 @@ def clip_weights_(weights: Tensor | Iterable[Tensor], limit: float = 0.01) -> No
             x.clamp_(-c, c)
 
 
-def _frobenius(x: Tensor) -> Tensor:
-    """|x|_F in float64, where squares of every other dtype stay in range; float64 itself is divided by its largest."""
+def _frobenius(x: Tensor) -> tuple[Tensor, Tensor | float]:
+    """|x|_F as a number and its unit, in float64, where squares of every other dtype stay in range; the unit of float64
+    itself is its largest entry."""
     if x.dtype != torch.float64 or x.numel() == 0:
-        return torch.linalg.vector_norm(x, dtype=torch.float64)
+        return torch.linalg.vector_norm(x, dtype=torch.float64), 1.0
     top = x.abs().amax()
-    safe = torch.where(torch.isfinite(top) & (top > 0), top, torch.ones_like(top))
-    return torch.linalg.vector_norm(x / safe) * safe
+    unit = torch.where(torch.isfinite(top) & (top > 0), top, torch.ones_like(top))
+    return torch.linalg.vector_norm(x / unit), unit
 
 
 def clip_frobenius_(weights: Tensor | Iterable[Tensor], bound: float = 1.0) -> Tensor:
@@ -123,8 +127,8 @@ def clip_frobenius_(weights: Tensor | Iterable[Tensor], bound: float = 1.0) -> T
         bound: c, positive.
 
     Returns:
-        the norms before, [len(weights)] or a scalar for a single weight, float64. A weight that holds NaN or Inf keeps
-        its values.
+        the norms before, [len(weights)] on the first weight's device, or a scalar for a single weight, float64. A weight
+        that holds NaN or Inf keeps its values.
 
     The result meets the bound to the rounding of its entries: relatively eps of the dtype.
 
@@ -147,13 +151,19 @@ def clip_frobenius_(weights: Tensor | Iterable[Tensor], bound: float = 1.0) -> T
     bound = check_number(op, "bound", bound, positive=True)
     _writable(op, found)
     with torch.no_grad():
-        norms = [_frobenius(x) for x in found]
+        measured = [_frobenius(x) for x in found]
         for i, first in enumerate(_distinct(found)):
             if first == i:
-                _shrink(found[i], norms[i], bound)
-    if isinstance(weights, Tensor):
-        return norms[0]
-    return torch.stack(norms) if norms else torch.zeros(0, dtype=torch.float64)
+                norm, unit = measured[i]
+                _shrink(found[i], norm, bound, unit)
+        norms = [norm * unit for norm, unit in measured]
+        if isinstance(weights, Tensor):
+            return norms[0]
+        return (
+            torch.stack([x.to(norms[0].device) for x in norms])
+            if norms
+            else torch.zeros(0, dtype=torch.float64)
+        )
 
 
 def project_spectral_norm_(
