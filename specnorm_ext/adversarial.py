@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -158,6 +158,10 @@ def _trace_in_input(
         return total if samples is None else total / samples
 
 
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a.to(wide(a.dtype)) * b.to(wide(b.dtype))).sum()
+
+
 def _curvature_in_input(
     op: str, loss: Tensor, x: Tensor, outputs: Tensor | None
 ) -> Callable[[Tensor], Tensor]:
@@ -174,7 +178,7 @@ def _curvature_in_input(
             h = None
             if g.requires_grad:
                 h = grad(g, x, v, create_graph=True, allow_unused=True)[0]
-            return loss.new_zeros(()) if h is None else (h * v).sum().to(loss.dtype)
+            return loss.new_zeros(()) if h is None else _dot(h, v).to(loss.dtype)
 
         return product
     floating(op, "outputs", outputs)
@@ -199,7 +203,7 @@ def _curvature_in_input(
             if slope.requires_grad
             else None
         )
-        return loss.new_zeros(()) if h is None else (h * jv).sum().to(loss.dtype)
+        return loss.new_zeros(()) if h is None else _dot(h, jv).to(loss.dtype)
 
     return gauss_newton
 
@@ -349,7 +353,10 @@ def pgd(
         g = _input_gradient(op, loss_fn, (clean + delta).to(x.dtype))
         delta = project(delta + alpha * unit(g, norm, per_sample), eps, norm, per_sample)
     moved = moved_by(x, delta)
-    return moved if bounds is None else moved.clamp(low, high)
+    if bounds is None:
+        return moved
+    # clamp would stop the gradient where rounding has led over the edge
+    return moved.detach().clamp(low, high) + (x - x.detach())
 
 
 # ---- adversarial weights ----------------------------------------------------------------------------------------
@@ -375,18 +382,20 @@ def _expect(t: Tensor, writes: int) -> None:
 
 @contextmanager
 def perturbed(
-    tensors: Sequence[Tensor], change: Callable[[], object], op: str = "perturbed"
+    tensors: Tensor | Iterable[Tensor], change: Callable[[], object], op: str = "perturbed"
 ) -> Iterator[None]:
     """A block in which weights are changed, and after which they have their old bits again, whatever happens in it.
 
-    Blocks may be nested, on the same weights too.
+    Blocks may be nested, on the same weights too. Under autocast the casts that it keeps of weights are dropped at both
+    ends, so that the block sees the changed ones.
 
     Args:
-        tensors: leaves that ``change`` writes to; a copy of each is kept.
+        tensors: leaves that ``change`` writes to, a tensor or several; a copy of each is kept.
         change: writes the perturbed values in place. Runs without recording gradients.
         op: the name that messages begin with.
 
     Raises:
+        TypeError: tensors that are none, change that is no function.
         ValueError: a tensor made under inference_mode, which has no version to look at.
         RuntimeError: the block wrote to one of them itself (an optimizer's step, say), which would be lost. They have
             been restored. Backward belongs into the block, too: behind it torch finds the weights modified in place.
@@ -401,7 +410,16 @@ def perturbed(
         >>> w
         tensor([1., 1.])
     """
+    function(op, "change", change)
+    if isinstance(tensors, nn.Module) or not isinstance(tensors, Iterable):
+        raise TypeError(
+            f"{op}: expected tensors to be a tensor or several, got {type(tensors).__name__}"
+            + ("; pass its parameters()" if isinstance(tensors, nn.Module) else "")
+        )
+    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     for i, t in enumerate(tensors):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: expected tensors[{i}] to be a tensor, got {type(t).__name__}")
         if t.is_inference():
             raise ValueError(
                 f"{op}: expected an ordinary tensor, got tensor {i} made under inference_mode; clone() it outside"
@@ -413,6 +431,7 @@ def perturbed(
     try:
         with torch.inference_mode(False), torch.no_grad():
             change()
+        torch.clear_autocast_cache()  # its casts of the weights as they were
         versions = [t._version for t in tensors]
         _open.blocks.append((tensors, versions))
         try:
@@ -424,6 +443,7 @@ def perturbed(
         with torch.inference_mode(False), torch.no_grad():
             for t, old in zip(tensors, kept, strict=True):
                 t.copy_(old)
+        torch.clear_autocast_cache()
         # What this block wrote is no foreign write to the one around it, nor, at its end, to those around that.
         for t, first in zip(tensors, entered, strict=True):
             _expect(t, t._version - first)
@@ -561,6 +581,7 @@ def pgd_embedding(
                 g = _gradient(op, loss_fn, weight, "weight")
             delta = project(delta + alpha * unit(g, norm, False), eps, norm, False)
             weight.copy_(clean + delta)
+            torch.clear_autocast_cache()  # of the weight before this step
 
     with perturbed([weight], climb, op):
         yield

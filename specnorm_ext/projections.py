@@ -127,7 +127,7 @@ def clip_frobenius_(weights: Tensor | Iterable[Tensor], bound: float = 1.0) -> T
         bound: c, positive.
 
     Returns:
-        the norms before, [len(weights)] on the first weight's device, or a scalar for a single weight, float64. A weight
+        the norms before, [len(weights)] on the first one's device, or a scalar for a single weight, float64. A weight
         that holds NaN or Inf keeps its values.
 
     The result meets the bound to the rounding of its entries: relatively eps of the dtype.

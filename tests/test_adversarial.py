@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import BF16, DTYPES, F32, F64, eps_of, same_bits
+from helpers import BF16, DTYPES, F16, F32, F64, eps_of, same_bits
 from torch import Tensor, nn
 
 import specnorm_ext
@@ -135,6 +135,15 @@ def test_hutchinson_of_the_noise_penalty_is_unbiased_and_trains() -> None:
     assert abs(estimate.item() - exact.item()) < 5 * error
     (g,) = torch.autograd.grad(exact, h)
     torch.testing.assert_close(g, 0.5 * torch.eye(6, dtype=F64))
+
+
+def test_noise_penalty_of_many_half_precision_inputs() -> None:
+    # a trace of 2 * 40000, which float16 does not hold; every summand and both estimates are exact
+    x = torch.ones(40_000, dtype=F16, requires_grad=True)
+    y = x * 1
+    for outputs in (None, y):
+        loss = y.float().square().sum()
+        assert noise_penalty(loss, x, 1.0, outputs=outputs).item() == 40_000
 
 
 def test_noise_penalty_of_a_linear_loss_is_zero_and_refusals() -> None:
@@ -277,6 +286,18 @@ def test_pgd_stays_in_the_ball_and_the_bounds_and_climbs() -> None:
             assert z.max() <= 1
             assert loss(z) > loss(fgm(loss, x, 0.3, norm=norm).clamp(0, 1)) * 0.95
             assert loss(z) > loss(x)
+
+
+def test_gradients_pass_through_pgd_at_the_bounds() -> None:
+    torch.manual_seed(0)
+    x = torch.rand(100, 10, requires_grad=True)
+    # far steps, so that every x' is at a bound, of which clean + (bound - clean) may be on either side by a rounding
+    y = pgd(lambda z: (z * torch.linspace(-1, 1, 10)).sum(), x, 2.0, norm=math.inf, bounds=(-0.3, 0.7))  # fmt: skip
+    low, high = torch.tensor([-0.3, 0.7])
+    assert ((y >= low) & (y <= high)).all()
+    assert torch.minimum((y - low).abs(), (y - high).abs()).max() <= 2 * eps_of(F32)
+    (g,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(g, torch.ones_like(x))
 
 
 def test_pgd_finds_the_maximum_of_a_concave_loss_in_the_ball() -> None:
@@ -445,6 +466,44 @@ def test_the_gradients_of_the_block_are_those_at_the_moved_weight() -> None:
         late.backward()
 
 
+def test_blocks_under_autocast() -> None:
+    """Which keeps the casts of weights that it has made: the block is to see others."""
+    torch.manual_seed(0)
+    net, x = nn.Linear(4, 3, bias=False), torch.randn(5, 4)
+
+    def outputs() -> Tensor:
+        return net(x).float()
+
+    g = torch.ones_like(net.weight)
+    with torch.autocast("cpu", dtype=BF16):
+        clean = outputs()
+        for block in (
+            lambda: perturbed([net.weight], lambda: net.weight.add_(1)),
+            lambda: fgm_embedding(net.weight, 5.0, grad=g),
+            lambda: pgd_embedding(net.weight, lambda: outputs().square().sum(), 5.0),
+        ):
+            with block():
+                moved = outputs()
+                with torch.autocast("cpu", enabled=False):
+                    exact = outputs()
+            # products of 4 numbers of 8 bits each
+            bound = 4 * eps_of(BF16) * x.abs().sum(1).max() * 5
+            assert (moved - exact).abs().max() < bound
+            assert (moved - clean).abs().max() > bound
+            assert torch.equal(outputs(), clean)
+
+        # each step climbs from where the last one has led, and not from the start
+        seen: list[Tensor] = []
+
+        def loss() -> Tensor:
+            seen.append(outputs().detach())
+            return outputs().square().sum()
+
+        with pgd_embedding(net.weight, loss, 5.0, n_steps=3):
+            assert not torch.equal(seen[0], seen[1])
+            assert not torch.equal(seen[1], seen[2])
+
+
 def test_a_write_within_the_block_is_not_lost_in_silence() -> None:
     e, ids = embedding()
     before = e.weight.detach().clone()
@@ -551,6 +610,38 @@ def test_refused_weights() -> None:
         pass
     with fgm_embedding(e.weight, 0.1, grad=torch.ones(10, 4)):  # no gradient is taken of it
         assert e.weight.sum() != 0
+
+
+def test_perturbed_takes_one_tensor_and_iterators() -> None:
+    net = nn.Linear(2, 2)
+    before = copy.deepcopy(net.state_dict())
+
+    def add() -> None:
+        for p in net.parameters():
+            p.add_(1)
+
+    for tensors in (net.parameters(), (p for p in net.parameters())):
+        with perturbed(tensors, add):
+            assert torch.equal(net.bias, before["bias"] + 1)
+        assert all(same_bits(x, before[k]) for k, x in net.state_dict().items())
+    with (
+        pytest.raises(RuntimeError, match="expected the block to leave tensor 1 alone"),
+        perturbed(net.parameters(), add),
+        torch.no_grad(),
+    ):
+        net.bias.zero_()
+    with perturbed(net.bias, lambda: net.bias.add_(1)):
+        assert torch.equal(net.bias, before["bias"] + 1)
+    assert all(same_bits(x, before[k]) for k, x in net.state_dict().items())
+    for tensors, change, message in (
+        (net, add, "expected tensors to be a tensor or several, got Linear; pass its parameters"),
+        (3, add, "expected tensors to be a tensor or several, got int"),
+        ([net.bias, 3], add, r"expected tensors\[1\] to be a tensor, got int"),
+        (net.bias, 3, "expected change to be a function, got int"),
+    ):
+        with pytest.raises(TypeError, match=f"perturbed: {message}"), perturbed(tensors, change):
+            pass
+    assert all(same_bits(x, before[k]) for k, x in net.state_dict().items())
 
 
 def test_perturbed_under_inference_mode_and_no_grad() -> None:

@@ -434,7 +434,7 @@ def test_hook_of_the_other_kinds():
 
 
 def test_hook_of_a_model_on_two_devices():
-    """The norms of several devices are no one tensor: meta stands for the other one, where a norm is known to nobody."""
+    """The norms of several devices are no one tensor; meta stands for the other one, whose norms nobody knows."""
     model = nn.Sequential(nn.Linear(3, 3, device="meta"), nn.Linear(3, 3))
     with torch.no_grad():
         model[1].weight.fill_(2.0)
