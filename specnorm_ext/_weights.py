@@ -3,8 +3,6 @@ them."""
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm as OldSpectralNorm
 
+from ._arguments import count, number
 from ._checks import DTYPES, state_dtype
 from ._ops import is_plain
 from .layers import SpectralLayer
@@ -31,27 +30,6 @@ Select = Collection[str] | Callable[[Matrix], bool]
 
 
 # ---- arguments ----------------------------------------------------------------------------------------------------
-
-
-def check_number(
-    op: str, name: str, value: Any, *, positive: bool = False, any_sign: bool = False
-) -> float:
-    """A finite number; by default one that is not negative."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{op}: expected {name} to be a number, got {type(value).__name__}")
-    x = float(value)
-    wanted = "finite" if any_sign else "positive and finite" if positive else "finite and >= 0"
-    if not math.isfinite(x) or (not any_sign and (x < 0 or (positive and x == 0))):
-        raise ValueError(f"{op}: expected {name} to be {wanted}, got {x:g}")
-    return x
-
-
-def check_count(op: str, name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{op}: expected {name} to be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{op}: expected {name} >= 1, got {value}")
-    return int(value)
 
 
 def tensor_list(op: str, weights: Tensor | Iterable[Tensor], least_rank: int = 0) -> list[Tensor]:
@@ -252,9 +230,9 @@ class Tracked(nn.Module):
         op = type(self).__name__
         require_module(op, model)
         _selector(op, select)
-        self.n_power_iterations = check_count(op, "n_power_iterations", n_power_iterations)
-        self.n_vectors = check_count(op, "n_vectors", n_vectors)
-        self.eps = check_number(op, "eps", eps)
+        self.n_power_iterations = count(op, "n_power_iterations", n_power_iterations)
+        self.n_vectors = count(op, "n_vectors", n_vectors)
+        self.eps = number(op, "eps", eps)
         self.keeps_uv = keeps_uv
         self.in_place = in_place
         self._select = select

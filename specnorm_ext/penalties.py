@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
+from ._arguments import count, number
 from ._checks import state_dtype
 from ._weights import (
     DEFAULT_KINDS,
     Select,
     Tracked,
     as_matrix,
-    check_count,
-    check_number,
     tensor_list,
     weights_of,
 )
@@ -117,8 +116,8 @@ class SpectralNormPenalty(Tracked):
         eps: float = 1e-12,
     ) -> None:
         op = type(self).__name__
-        coefficient = check_number(op, "coefficient", coefficient)
-        bound = None if bound is None else check_number(op, "bound", bound)
+        coefficient = number(op, "coefficient", coefficient)
+        bound = None if bound is None else number(op, "bound", bound)
         super().__init__(model, n_power_iterations, n_vectors, eps, select)
         self.coefficient = coefficient
         self.bound = bound
@@ -202,8 +201,8 @@ def frobenius_penalty(
     """
     op = "frobenius_penalty"
     found = tensor_list(op, weights)
-    coefficient = check_number(op, "coefficient", coefficient)
-    bound = None if bound is None else check_number(op, "bound", bound)
+    coefficient = number(op, "coefficient", coefficient)
+    bound = None if bound is None else number(op, "bound", bound)
     terms = []
     for w in found:
         x = w.to(state_dtype(w.dtype))
@@ -250,7 +249,7 @@ def orthogonality_penalty(
     """
     op = "orthogonality_penalty"
     found = tensor_list(op, weights, least_rank=2)
-    coefficient = check_number(op, "coefficient", coefficient)
+    coefficient = number(op, "coefficient", coefficient)
     terms = []
     for w in found:
         x = as_matrix(w.to(state_dtype(w.dtype)))
@@ -308,7 +307,7 @@ def power_iteration(weight: Tensor, r: int = 5, *, through_iteration: bool = Tru
     if not isinstance(weight, Tensor):
         raise TypeError(f"{op}: expected weight to be a tensor, got {type(weight).__name__}")
     (weight,) = tensor_list(op, weight, least_rank=2)
-    r = check_count(op, "r", r)
+    r = count(op, "r", r)
     w = weight.reshape(math.prod(weight.shape[:-1]), weight.shape[-1])
     if not through_iteration:
         # of W^T, whose v is this u: the op then ends a round where the listing does

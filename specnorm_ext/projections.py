@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
+from ._arguments import count, number
 from ._ops import is_plain
-from ._weights import DEFAULT_KINDS, KINDS, Select, Tracked, as_matrix, check_number, tensor_list
+from ._weights import DEFAULT_KINDS, KINDS, Select, Tracked, as_matrix, tensor_list
 from .estimate import estimate_matrices
 from .matrices import Matrix
 
@@ -20,6 +21,10 @@ from .matrices import Matrix
 def _writable(op: str, weights: Sequence[Tensor]) -> None:
     """Each can be written in place, with the result that was meant."""
     for i, x in enumerate(weights):
+        if x.layout != torch.strided:
+            raise TypeError(
+                f"{op}: expected weights[{i}] to be dense, got {x.layout}; pass x.to_dense()"
+            )
         if any(s > 1 and st == 0 for s, st in zip(x.shape, x.stride(), strict=True)):
             raise ValueError(
                 f"{op}: expected weights[{i}] to be writable, got an expanded tensor; pass a clone()"
@@ -96,7 +101,7 @@ def clip_weights_(weights: Tensor | Iterable[Tensor], limit: float = 0.01) -> No
     """
     op = "clip_weights_"
     found = tensor_list(op, weights)
-    limit = check_number(op, "limit", limit, positive=True)
+    limit = number(op, "limit", limit, above=True)
     _writable(op, found)
     with torch.no_grad():
         for x in found:
@@ -148,7 +153,7 @@ def clip_frobenius_(weights: Tensor | Iterable[Tensor], bound: float = 1.0) -> T
     """
     op = "clip_frobenius_"
     found = tensor_list(op, weights)
-    bound = check_number(op, "bound", bound, positive=True)
+    bound = number(op, "bound", bound, above=True)
     _writable(op, found)
     with torch.no_grad():
         measured = [_frobenius(x) for x in found]
@@ -219,8 +224,14 @@ def project_spectral_norm_(
     """
     op = "project_spectral_norm_"
     found = tensor_list(op, weights, least_rank=2)
-    bound = check_number(op, "bound", bound, positive=True)
+    bound = number(op, "bound", bound, above=True)
     _writable(op, found)
+    steps = count(op, "n_power_iterations", n_power_iterations)
+    for name, x in (("u", u), ("v", v)):
+        if not (x is None or isinstance(x, (Tensor, Sequence))):
+            raise TypeError(
+                f"{op}: expected {name} to be a tensor or a list of tensors, got {type(x).__name__}"
+            )
     if (u is None) != (v is None):
         raise ValueError(
             f"{op}: expected u and v both or neither, got {'v' if u is None else 'u'} alone"
@@ -235,9 +246,9 @@ def project_spectral_norm_(
                 )
             us, vs = ([x] if isinstance(x, Tensor) else list(x) for x in (u, v))
             matrices = [as_matrix(x) for x in found]
-            sigma = functional.power_iteration(matrices, us, vs, n_power_iterations).double()
+            sigma = functional.power_iteration(matrices, us, vs, steps).double()
         else:
-            if not check_number(op, "rtol", rtol, positive=True) < 1:
+            if not number(op, "rtol", rtol, above=True) < 1:
                 raise ValueError(f"{op}: expected rtol below 1, got {rtol:g}")
             sigma = _cold(op, found, rtol)
         for i, first in enumerate(_distinct(found)):
@@ -324,7 +335,7 @@ class ProjectionHook(Tracked):
             raise ValueError(
                 f"{op}: expected kind to be 'spectral', 'frobenius' or 'clip', got {kind!r}"
             )
-        bound = check_number(op, "bound", bound, positive=True)
+        bound = number(op, "bound", bound, above=True)
         if optimizer is not None and not hasattr(optimizer, "register_step_post_hook"):
             raise TypeError(
                 f"{op}: expected a torch.optim.Optimizer, got {type(optimizer).__name__}"

@@ -340,10 +340,11 @@ def test_nothing_is_written_where_one_is_refused(function):
         (w * 2, ValueError, "to be a parameter or a view of one, got a result of autograd"),
         (torch.ones(3, 3, dtype=torch.int32), TypeError, "got torch.int32"),
         (None, TypeError, "to be a tensor, got NoneType"),
+        (torch.eye(3).to_sparse(), TypeError, "to be dense, got torch.sparse_coo"),
     ):
         with pytest.raises(error, match=rf"^{name}: expected weights\[1\] {message}|{message}"):
             function([good, bad], 0.1)
-    for value, error in ((0, ValueError), (-1, ValueError), (math.inf, ValueError), ("1", TypeError)):  # fmt: skip
+    for value, error in ((0, ValueError), (-1, ValueError), (10**400, ValueError), ("1", TypeError)):  # fmt: skip
         with pytest.raises(error, match=rf"^{name}: expected (bound|limit) to be "):
             function([good], value)
     with pytest.raises(TypeError, match=rf"^{name}: .*got a module"):
@@ -364,8 +365,14 @@ def test_bad_u_and_v():
     ):
         with pytest.raises(error, match=message):
             project_spectral_norm_(w, 0.1, *args)
-    with pytest.raises(ValueError, match="expected n_iterations >= 1, got 0"):
-        project_spectral_norm_(w, 0.1, u, v, n_power_iterations=0)
+    for steps, error, message in (
+        (0, ValueError, "n_power_iterations >= 1, got 0"),
+        (1.5, TypeError, "n_power_iterations to be an int, got float"),
+    ):
+        with pytest.raises(error, match=f"^project_spectral_norm_: expected {message}"):
+            project_spectral_norm_(w, 0.1, u, v, n_power_iterations=steps)
+    with pytest.raises(TypeError, match=r"^project_spectral_norm_: expected u to be a tensor or"):
+        project_spectral_norm_([w], 0.1, 3, 3)
     for rtol in (-1, 0, math.nan, 1.0):
         with pytest.raises(ValueError, match=r"^project_spectral_norm_: expected rtol "):
             project_spectral_norm_(w, 0.1, rtol=rtol)
@@ -483,7 +490,7 @@ def test_hook_in_eval_and_after_changes():
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
-        ({"bound": 0.0}, ValueError, "expected bound to be positive and finite, got 0"),
+        ({"bound": 0.0}, ValueError, "expected bound to be finite and > 0, got 0"),
         ({"kind": "l2"}, ValueError, "expected kind to be 'spectral', 'frobenius' or 'clip', got 'l2'"),
         ({"optimizer": 3}, TypeError, "expected a torch.optim.Optimizer, got int"),
         ({"model": 3}, TypeError, "expected model to be a torch.nn.Module, got int"),
