@@ -12,7 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._arguments import choice, count, floating, function, loss_of, number, recording, shape_of
+from ._arguments import (
+    choice,
+    count,
+    flag,
+    floating,
+    function,
+    loss_of,
+    number,
+    recording,
+    shape_of,
+)
 from ._directions import NORMS, has_samples, moved_by, project, unit, wide
 from .virtual_adversarial import frozen_statistics, virtual_adversarial_loss
 
@@ -276,6 +286,7 @@ def _fgm(op: str, loss_fn: Any, x: Tensor, epsilon: float, norm: float, per_samp
     floating(op, "x", x, _EMBED)
     eps = number(op, "epsilon", epsilon)
     choice(op, "norm", norm, NORMS)
+    flag(op, "per_sample", per_sample)
     return moved_by(x, eps * unit(_input_gradient(op, loss_fn, x), norm, per_sample))
 
 
@@ -303,7 +314,8 @@ def pgd(
         n_steps: at least 1.
         random_start: start from a random point of the ball: uniform in the maximum norm, else in a uniform direction
             at a uniform distance.
-        bounds: smallest and largest value of x', (0, 1) for images. x must lie within for x' to be in the ball.
+        bounds: smallest and largest value of x', (0, 1) for images; infinite where there is none. x must lie within
+            for x' to be in the ball.
         generator: of the random start, as for ``torch.randn``.
 
     Returns:
@@ -329,10 +341,14 @@ def pgd(
     steps = count(op, "n_steps", n_steps)
     alpha = 2.5 * eps / steps if step_size is None else number(op, "step_size", step_size)
     choice(op, "norm", norm, NORMS)
+    flag(op, "per_sample", per_sample)
+    flag(op, "random_start", random_start)
     if bounds is not None:
         if not isinstance(bounds, Sequence) or len(bounds) != 2:
             raise ValueError(f"{op}: expected bounds to be (smallest, largest), got {bounds!r}")
-        low, high = (number(op, f"bounds[{i}]", b, -math.inf) for i, b in enumerate(bounds))
+        low, high = (
+            number(op, f"bounds[{i}]", b, -math.inf, finite=False) for i, b in enumerate(bounds)
+        )
         if low > high:
             raise ValueError(f"{op}: expected bounds to be (smallest, largest), got {bounds!r}")
     clean = x.detach().to(wide(x.dtype))

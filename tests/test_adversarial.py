@@ -352,6 +352,15 @@ def test_refused_inputs() -> None:
         ValueError, match=r"pgd: expected bounds to be \(smallest, largest\), got \(1, 0\)"
     ):
         pgd(lambda z: z.sum(), x, 0.1, bounds=(1, 0))
+    assert pgd(lambda z: z.sum(), x, 9.0, bounds=(0, math.inf)).min() >= 0
+    with pytest.raises(ValueError, match=r"pgd: expected bounds\[1\] to be a number, got nan"):
+        pgd(lambda z: z.sum(), x, 0.1, bounds=(0, math.nan))
+    with pytest.raises(TypeError, match="fgm: expected per_sample to be True or False, got 'no'"):
+        fgm(lambda z: z.sum(), x, 0.1, per_sample="no")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="gaussian_noise: expected std to be a number, got ndarray"):
+        gaussian_noise(x, np.ones(2))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="gaussian_noise: expected std to be finite and >= 0, got"):
+        gaussian_noise(x, 10**400)
     with pytest.raises(ValueError, match="pgd: expected n_steps >= 1, got 0"):
         pgd(lambda z: z.sum(), x, 0.1, n_steps=0)
     with pytest.raises(TypeError, match="fgm: expected x to be a tensor, got list"):

@@ -118,6 +118,8 @@ def test_normalization_statistics_are_left_alone(momentum: float | None) -> None
     holders = [net[1].running_mean, net[2].running_var, net[1].num_batches_tracked]
     for xi in (None, 1e-2):
         assert virtual_adversarial_loss(net, x, xi=xi) > 0
+    with frozen_statistics(net):  # a function is not looked into
+        assert virtual_adversarial_loss(lambda z: net(z), x) > 0
     with pytest.raises(KeyError, match="mine"), frozen_statistics(net):
         fail_if(net(x).isfinite().all())
     after = net.state_dict()
@@ -219,6 +221,16 @@ def test_vat_refuses() -> None:
         ValueError, match=r"at least 2 classes in dimension 1, got shape \[4, 1\]; for one"
     ):
         virtual_adversarial_loss(lambda z: net(z)[:, :1], x)
+    for dim in (0, -2):
+        with pytest.raises(
+            ValueError,
+            match=rf"{op}: expected dim of the classes, got {dim}, which is that of the s",
+        ):
+            virtual_adversarial_loss(net, x, dim=dim)
+    with pytest.raises(TypeError, match=f"{op}: expected dim to be an int, got NoneType"):
+        virtual_adversarial_loss(net, x, dim=None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected initialized layers, got a LazyBatchNorm1d; run"):
+        virtual_adversarial_loss(nn.Sequential(net, nn.LazyBatchNorm1d()), x)
     with pytest.raises(ValueError, match=r"with dimension 1, got shape \[4\]"):
         virtual_adversarial_loss(lambda z: net(z)[:, 0], x)
     with pytest.raises(
