@@ -127,6 +127,7 @@ def _selector(op: str, select: Select) -> Callable[[Matrix], bool]:
 def find(op: str, model: nn.Module, select: Select) -> list[Found]:
     """The model's weights that `select` takes, shared ones once, without those that are spectrally normalized."""
     takes = _selector(op, select)
+    uses = _uses(model)
     found = []
     for name, module, x in _tensors_of(model):
         if is_lazy(x):
@@ -140,18 +141,33 @@ def find(op: str, model: nn.Module, select: Select) -> list[Found]:
         key = name.rpartition(".")[2]
         if _is_normalized(module, key):
             continue
-        kind = _kind_by_module(module, x)
-        if takes(_matrix(name, x, kind)):
-            found.append(Found(name, kind, module, key, parametrize.is_parametrized(module, key)))
+        for use, owner in uses.get(id(x), [(name, module)]):
+            kind = _kind_by_module(owner, x)
+            if takes(_matrix(use, x, kind)):
+                key = use.rpartition(".")[2]
+                found.append(Found(use, kind, owner, key, parametrize.is_parametrized(owner, key)))
+                break
     return found
+
+
+def _uses(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
+    """Of each parameter by its id, the names and modules that have it: a tied one has several."""
+    uses: dict[int, list[tuple[str, nn.Module]]] = {}
+    for prefix, module in model.named_modules():
+        for key, x in module._parameters.items():
+            if x is not None:
+                name = f"{prefix}.{key}" if prefix else key
+                uses.setdefault(id(x), []).append((name, module))
+    return uses
 
 
 def weights_of(model: nn.Module, select: Select = DEFAULT_KINDS) -> list[Tensor]:
     """The weights of a model that penalties and projections are meant for, for the functions that take lists.
 
     Args:
-        model: any module. Shared parameters come once. What is spectrally normalized already is left out, and so are
-            the factors of normalization layers, and everything of rank 0 and 1.
+        model: any module. Shared parameters come once, as the first of their uses that ``select`` takes: a linear
+            layer's weight that is tied to an embedding as that of the layer. What is spectrally normalized already is
+            left out, and so are the factors of normalization layers, and everything of rank 0 and 1.
         select: kinds out of linear, conv, conv_transpose, embedding, recurrent and other, or a function that is given a
             ``Matrix`` (with ``name``, ``kind``, ``shape``, ``dtype`` and the weight as a matrix, ``weight``) and says
             whether to take it. By default linear, conv and conv_transpose: the norm of an embedding bounds nothing, as
@@ -160,7 +176,7 @@ def weights_of(model: nn.Module, select: Select = DEFAULT_KINDS) -> list[Tensor]
     Returns:
         the weights themselves: parameters; of a transposed convolution the view with its output channels first, so that
         flattening gives the matrix [out, in * k]; of other parametrizations (weight_norm and the like) what they
-        compute now.
+        compute now, whose change in place would not reach the model.
 
     Raises:
         TypeError: no module, a select of another kind.

@@ -57,7 +57,8 @@ class SpectralNormPenalty(Tracked):
 
     Args:
         model: its weights of rank 2 and more that ``select`` takes, as matrices: convolutions flattened as torch's
-            spectral_norm does, [out, in * k]. A shared parameter counts once. A weight that a parametrization computes
+            spectral_norm does, [out, in * k]. A shared parameter counts once, see
+            :func:`weights_of`. A weight that a parametrization computes
             counts as computed. One that is spectrally normalized already is left out, for its norm is fixed.
         coefficient: :math:`\lambda`, at least 0.
         n_power_iterations: iterations a call.

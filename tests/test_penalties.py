@@ -321,6 +321,23 @@ def test_shared_parameters_count_once():
     assert penalty() == alone()
 
 
+@pytest.mark.parametrize("head_first", [False, True])
+def test_a_layer_that_is_tied_to_an_embedding_counts_as_a_layer(head_first):
+    """Whichever of the two the model has first: of the embedding alone, the weight would be left out."""
+    model = nn.ModuleDict({"embedding": nn.Embedding(5, 3), "head": nn.Linear(3, 5, bias=False)})
+    if head_first:
+        model = nn.ModuleDict({k: model[k] for k in ("head", "embedding")})
+    model["head"].weight = model["embedding"].weight
+    assert [w is model["head"].weight for w in weights_of(model)] == [True]
+    assert list(SpectralNormPenalty(model, 1.0).sigmas()) == ["head.weight"]
+    names = []
+    weights_of(model, lambda matrix: names.append((matrix.name, matrix.kind)) or False)
+    uses = [("embedding.weight", "embedding"), ("head.weight", "linear")]
+    assert names == (uses[::-1] if head_first else uses)
+    taken = SpectralNormPenalty(model, 1.0, select=["embedding", "linear"])
+    assert len(taken.sigmas()) == 1
+
+
 def test_frozen_weights_are_passed_over():
     model = network(F64)
     penalty = SpectralNormPenalty(model, LAMBDA)
