@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ._arguments import flag, function, number
 from ._checks import state_dtype
+from ._directions import lengths_of
 
 Sampling = Literal["interpolate", "real", "fake", "both"]
 _SAMPLINGS = ("interpolate", "real", "fake", "both")
@@ -100,7 +101,7 @@ def _distances(g: Tensor, target: float, one_sided: bool) -> Tensor:
     """(|g| - target)^2 of each row, above the target only where one_sided."""
     if target == 0:
         return _squared_norms(g)  # without the root, which has no derivative at 0
-    off = torch.linalg.vector_norm(g, dim=1) - target
+    off = lengths_of(g).squeeze(1) - target
     return (torch.relu(off) if one_sided else off).square()
 
 

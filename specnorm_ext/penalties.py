@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import functional
 from ._arguments import count, number
 from ._checks import state_dtype
+from ._directions import lengths_of
 from ._weights import (
     DEFAULT_KINDS,
     Select,
@@ -210,7 +211,7 @@ def frobenius_penalty(
         if bound is None:
             terms.append(x.square().sum())
         else:
-            terms.append(_squares(torch.linalg.vector_norm(x), bound))
+            terms.append(_squares(lengths_of(x.reshape(1, -1)), bound))
     return _total(terms, coefficient / 2, found)
 
 

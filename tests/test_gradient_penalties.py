@@ -105,6 +105,17 @@ def test_zero_gradients_are_no_nan():
         assert torch.allclose(got, torch.autograd.grad(want, w)[0])
 
 
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("power", [-0.8, -0.55, 0.45])
+def test_norms_whose_squares_leave_the_range(dtype, power):
+    """(|w| - 1)^2 pulls by 2 (|w| - 1) w / |w|, the more surely the flatter the critic is."""
+    scale = torch.finfo(dtype).max ** power
+    w = torch.full((3,), scale, dtype=dtype, requires_grad=True)
+    gradient_penalty(lambda x: x @ w, X.to(dtype), None, sampling="real").backward()
+    off = math.sqrt(3) * scale - 1
+    assert w.grad.tolist() == pytest.approx([2 * off / math.sqrt(3)] * 3, rel=16 * eps_of(dtype))
+
+
 def test_zero_centered_is_smooth_at_zero():
     """D(x) = <w, x> has |grad|^2 = |w|^2, whose second derivative is 2 I at w = 0 as well."""
     x = torch.randn(3, 2, dtype=F64)

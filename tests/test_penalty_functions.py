@@ -69,6 +69,13 @@ def test_frobenius_hinge():
     assert not zero.grad.any()  # and no NaN at the point where the norm has no derivative
 
 
+def test_the_hinge_of_a_tiny_weight_still_pulls():
+    """Squares of 1e-25 are nothing in float32, the norm is not: (|W| - c) W / |W| = (1 - 1/2) W at c = |W| / 2."""
+    w = torch.full((2, 2), 1e-25, requires_grad=True)
+    frobenius_penalty(w, 1e20, bound=1e-25).backward()
+    assert torch.allclose(w.grad, w * 0.5e20, rtol=8 * eps_of(F32), atol=0)
+
+
 def test_sixteen_bits_do_not_overflow():
     w = torch.full((40, 40), 200.0, dtype=F16, requires_grad=True)
     frobenius_penalty(w).backward()
