@@ -30,7 +30,7 @@ def number(
         x = math.inf if value > 0 else -math.inf  # float() would raise an error of its own
     else:
         x = float(value)
-    if not (x > low if above else x >= low) or (finite and math.isinf(x)):
+    if not (x > low if above else x >= low) or (finite and not -math.inf < x < math.inf):
         wanted = ["finite"] if finite else []
         if low > -math.inf:
             wanted.append(f"{'>' if above else '>='} {low:g}")

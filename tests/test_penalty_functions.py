@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from specnorm_ext import gradient_penalties, losses, penalties, projections
 from specnorm_ext.penalties import (
+    flooding,
     frobenius_penalty,
     orthogonality_penalty,
     power_iteration,
@@ -160,6 +161,19 @@ def test_compiled_functions():
     got = run(w)
     torch._dynamo.reset()
     assert torch.allclose(got, total(w), rtol=8 * eps_of(F32))
+
+
+def test_compiled_with_a_coefficient_that_anneals():
+    """From the second value on torch.compile traces a number that it does not know."""
+    w = random_weight(4, 6)
+
+    def total(w, c):
+        return frobenius_penalty(w, c, bound=c) + orthogonality_penalty(w, c) + flooding(w.sum(), c)
+
+    run = torch.compile(total, backend="eager", fullgraph=True)
+    for c in (0.1, 0.2, 0.3):
+        assert torch.equal(run(w, c), total(w, c))
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("penalty", [frobenius_penalty, orthogonality_penalty])
