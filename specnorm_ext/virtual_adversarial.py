@@ -21,8 +21,8 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
     """A block in which BatchNorm and InstanceNorm of a model in training leave their running statistics alone.
 
     They normalize by the batch as they do in training; ``num_batches_tracked`` does not count. Layers in eval go on
-    using their statistics. Spectral norm layers in training iterate on every forward, here too. Activation checkpointing
-    runs the forward again in backward, which then belongs into the block.
+    using their statistics. Spectral norm layers in training iterate on every forward, here too. Activation
+    checkpointing runs the forward again in backward, which then belongs into the block.
 
     Raises:
         TypeError: model is no module.
