@@ -53,6 +53,14 @@ def flag(op: str, name: str, value: Any) -> None:
         raise TypeError(f"{op}: expected {name} to be True or False, got {value!r}")
 
 
+def random_source(op: str, generator: Any) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"{op}: expected generator to be a torch.Generator, got {type(generator).__name__}; of a seed make "
+            "torch.Generator(device).manual_seed(seed)"
+        )
+
+
 def choice(op: str, name: str, value: Any, choices: Collection[Any]) -> Any:
     if isinstance(value, Tensor) or value not in choices:
         wanted = " or ".join(repr(x) for x in choices)

@@ -20,6 +20,7 @@ from ._arguments import (
     function,
     loss_of,
     number,
+    random_source,
     recording,
     shape_of,
 )
@@ -81,6 +82,7 @@ def gaussian_noise(x: Tensor, std: float, *, generator: torch.Generator | None =
     op = "gaussian_noise"
     floating(op, "x", x, _EMBED)
     s = number(op, "std", std)
+    random_source(op, generator)
     noise = torch.randn(x.shape, dtype=wide(x.dtype), device=x.device, generator=generator)
     return moved_by(x, s * noise)
 
@@ -134,6 +136,7 @@ def noise_penalty(
     floating(op, "x", x, _EMBED)
     s = number(op, "std", std)
     samples = None if n_samples is None else count(op, "n_samples", n_samples)
+    random_source(op, generator)
     if not isinstance(loss, Tensor):
         raise TypeError(f"{op}: expected loss to be a tensor, got {type(loss).__name__}")
     loss = loss_of(op, loss)
@@ -343,6 +346,7 @@ def pgd(
     choice(op, "norm", norm, NORMS)
     flag(op, "per_sample", per_sample)
     flag(op, "random_start", random_start)
+    random_source(op, generator)
     if bounds is not None:
         if not isinstance(bounds, Sequence) or len(bounds) != 2:
             raise ValueError(f"{op}: expected bounds to be (smallest, largest), got {bounds!r}")

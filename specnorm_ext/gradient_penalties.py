@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ._arguments import flag, function, number
+from ._arguments import flag, function, number, random_source
 from ._checks import state_dtype
 from ._directions import lengths_of
 
@@ -177,6 +177,7 @@ def gradient_penalty(
     op = "gradient_penalty"
     function(op, "critic", critic)
     flag(op, "one_sided", one_sided)
+    random_source(op, generator)
     if sampling not in _SAMPLINGS:
         raise ValueError(
             f"{op}: expected sampling to be one of {', '.join(map(repr, _SAMPLINGS))}, got {sampling!r}"

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from ._arguments import choice, count, floating, function, number, recording, shape_of
+from ._arguments import (
+    choice,
+    count,
+    floating,
+    function,
+    number,
+    random_source,
+    recording,
+    shape_of,
+)
 from ._directions import NORMS, moved_by, rows_of, unit, wide
 
 
@@ -149,6 +158,7 @@ def virtual_adversarial_loss(
     iterations = count(op, "n_power_iterations", n_power_iterations, 0)
     choice(op, "norm", norm, NORMS)
     choice(op, "kind", kind, ("classification", "regression"))
+    random_source(op, generator)
     if isinstance(dim, bool) or not isinstance(dim, int):
         raise TypeError(f"{op}: expected dim to be an int, got {type(dim).__name__}")
     if x.dim() == 0:

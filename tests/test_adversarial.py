@@ -18,6 +18,7 @@ from specnorm_ext.adversarial import (
     gaussian_noise,
     noise_penalty,
     pgd,
+    virtual_adversarial_loss,
 )
 
 
@@ -352,6 +353,17 @@ def test_refused_inputs() -> None:
         pgd(lambda z: z.sum(), x, 0.1, bounds=(0, math.nan))
     with pytest.raises(TypeError, match="fgm: expected per_sample to be True or False, got 'no'"):
         fgm(lambda z: z.sum(), x, 0.1, per_sample="no")  # type: ignore[arg-type]
+    leaf = x.clone().requires_grad_()
+    for call in (
+        lambda: gaussian_noise(x, 0.1, generator=3),  # type: ignore[arg-type]
+        lambda: noise_penalty(leaf.square().sum(), leaf, 0.1, generator=3),  # type: ignore[arg-type]
+        lambda: pgd(lambda z: z.sum(), x, 0.1, generator=3),  # type: ignore[arg-type]
+        lambda: virtual_adversarial_loss(nn.Linear(3, 2), x, generator=3),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(
+            TypeError, match=r"\w: expected generator to be a torch.Generator, got i"
+        ):
+            call()
     with pytest.raises(TypeError, match="gaussian_noise: expected std to be a number, got ndarray"):
         gaussian_noise(x, np.ones(2))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="gaussian_noise: expected std to be finite and >= 0, got"):

@@ -516,6 +516,7 @@ def test_a_critic_that_returns_something_else():
         ({"coefficient": torch.tensor(1.0)}, TypeError, "expected coefficient to be a number, got Tensor"),
         ({"coefficient": 10**400}, ValueError, "expected coefficient to be finite and >= 0, got inf"),
         ({"coefficient": np.ones(2)}, TypeError, "expected coefficient to be a number, got ndarray"),
+        ({"generator": 3}, TypeError, "expected generator to be a torch.Generator, got int; of a seed make"),
         ({"one_sided": "both"}, TypeError, "expected one_sided to be True or False, got 'both'"),
         ({"critic": torch.ones(3)}, TypeError, "expected critic to be a function, got Tensor"),
         ({"sampling": "noise"}, ValueError, "expected sampling to be one of 'interpolate', .*got 'noise'"),
