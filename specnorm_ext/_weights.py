@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm as OldSpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm as OldWeightNorm
 
 from ._arguments import count, number
 from ._checks import DTYPES, state_dtype
@@ -109,6 +111,27 @@ def _is_normalized(module: nn.Module, key: str) -> bool:
     return any(key == f"{h.name}_orig" for h in hooks)
 
 
+def require_used(op: str, found: list[Found]) -> None:
+    """What the layers multiply with is what was found, and not what a hook computes of it at each forward."""
+    for x in found:
+        for hook in x.module._forward_pre_hooks.values():
+            weight_norm = isinstance(hook, OldWeightNorm) and x.key in (
+                f"{hook.name}_v",
+                f"{hook.name}_g",
+            )
+            pruned = isinstance(hook, BasePruningMethod) and x.key == f"{hook._tensor_name}_orig"
+            if weight_norm or pruned:
+                fix = (
+                    "use torch.nn.utils.parametrizations.weight_norm"
+                    if weight_norm
+                    else "make it permanent by torch.nn.utils.prune.remove"
+                )
+                raise ValueError(
+                    f"{op}: expected weights that layers multiply with, got {x.name}, of which a hook computes one; "
+                    f"{fix}, or leave it out by select"
+                )
+
+
 def _selector(op: str, select: Select) -> Callable[[Matrix], bool]:
     if callable(select):
         return select
@@ -138,13 +161,10 @@ def find(op: str, model: nn.Module, select: Select) -> list[Found]:
             continue
         if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
             continue  # a factor for each entry: no matrix, whatever its rank
-        key = name.rpartition(".")[2]
-        if _is_normalized(module, key):
-            continue
         for use, owner in uses.get(id(x), [(name, module)]):
+            key = use.rpartition(".")[2]
             kind = _kind_by_module(owner, x)
-            if takes(_matrix(use, x, kind)):
-                key = use.rpartition(".")[2]
+            if not _is_normalized(owner, key) and takes(_matrix(use, x, kind)):
                 found.append(Found(use, kind, owner, key, parametrize.is_parametrized(owner, key)))
                 break
     return found
@@ -180,7 +200,8 @@ def weights_of(model: nn.Module, select: Select = DEFAULT_KINDS) -> list[Tensor]
 
     Raises:
         TypeError: no module, a select of another kind.
-        ValueError: an unknown kind, uninitialized parameters.
+        ValueError: an unknown kind, uninitialized parameters, a weight that a hook computes (pruning, the old
+            ``torch.nn.utils.weight_norm``).
 
     Example:
         >>> import torch
@@ -191,7 +212,9 @@ def weights_of(model: nn.Module, select: Select = DEFAULT_KINDS) -> list[Tensor]
     """
     require_module("weights_of", model)
     out = []
-    for x in find("weights_of", model, select):
+    found = find("weights_of", model, select)
+    require_used("weights_of", found)
+    for x in found:
         weight = x.now()
         assert weight is not None
         out.append(weight.movedim(1, 0) if x.dim else weight)
@@ -269,6 +292,8 @@ class Tracked(nn.Module):
                 f"{op}: expected a model with weights to act on, got {type(model).__name__} without any that "
                 "select takes and that is not spectrally normalized already"
             )
+        if self.in_place or self.keeps_uv:
+            require_used(op, found)
         for x in found:
             if self.in_place and x.is_computed:
                 raise ValueError(

@@ -87,7 +87,8 @@ class SpectralNormPenalty(Tracked):
 
     Raises:
         TypeError: a model that is no module, arguments of another kind.
-        ValueError: negative coefficient or bound, no weight to act on, n_power_iterations < 1, n_vectors not in 1 to 8.
+        ValueError: negative coefficient or bound, no weight to act on, one that a hook computes (see
+            :func:`weights_of`), n_power_iterations < 1, n_vectors not in 1 to 8.
         RuntimeError: (when called) modules or parameters that came, went or changed their shape since; ``refresh()``
             takes them in.
 

@@ -300,8 +300,8 @@ class ProjectionHook(Tracked):
 
     Raises:
         TypeError: a model or an optimizer that is none, arguments of another kind.
-        ValueError: a bound that is not positive, an unknown kind, no weight to act on, and a weight that a
-            parametrization computes: it has no memory of its own to be changed.
+        ValueError: a bound that is not positive, an unknown kind, no weight to act on, and (not for "clip") a weight
+            that a parametrization or a hook computes: it has no memory of its own to be changed.
         RuntimeError: (after a step) modules or parameters that came, went or changed their shape; ``refresh()``.
 
     Source: as for the functions.

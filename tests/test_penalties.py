@@ -26,6 +26,7 @@ from torch.nn.utils import parametrizations
 import specnorm_ext
 from specnorm_ext import functional
 from specnorm_ext.penalties import (
+    ProjectionHook,
     SpectralNormPenalty,
     weights_of,
 )
@@ -372,6 +373,28 @@ def test_normalized_weights_are_left_out():
     assert list(SpectralNormPenalty(model, 1.0).sigmas()) == ["4.weight"]
     with pytest.raises(ValueError, match="with weights to act on, got SpectralLinear"):
         SpectralNormPenalty(model[0], 1.0)
+
+
+def test_weights_that_hooks_compute_are_refused():
+    """Their parameters are no weights of a layer: the norm of weight_v does not change what it computes."""
+    pruned = nn.utils.prune.random_unstructured(nn.Linear(3, 3), "weight", 0.5)
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        old = nn.utils.weight_norm(nn.Linear(3, 3))
+    for layer, fix in ((pruned, "prune.remove"), (old, "parametrizations.weight_norm")):
+        model = nn.Sequential(nn.Linear(3, 3), layer)
+        for op, call in (
+            ("weights_of", weights_of),
+            ("SpectralNormPenalty", lambda m: SpectralNormPenalty(m, 1.0)),
+            ("ProjectionHook", ProjectionHook),
+        ):
+            with pytest.raises(
+                ValueError, match=rf"^{op}: expected weights .*, got 1\..*{fix}, or"
+            ):
+                call(model)
+        ProjectionHook(model, kind="clip", bound=0.1).project()  # entries of parameters it may
+        assert max(p.abs().max() for p in model.parameters()) <= 0.1
+        names = SpectralNormPenalty(model, 1.0, select=lambda m: m.name == "0.weight").sigmas()
+        assert list(names) == ["0.weight"]
 
 
 def test_a_parametrized_weight_counts_as_computed():
