@@ -286,7 +286,8 @@ class ProjectionHook(Tracked):
 
     Args:
         model: its weights of rank 2 and more that ``select`` takes, as in ``SpectralNormPenalty``. For "clip", which
-            has no matrices in mind, every parameter (biases too, as the first WGAN has it), whatever ``select``.
+            has no matrices in mind, every parameter of a model that has one (biases too, as the first WGAN has it),
+            whatever ``select``.
         optimizer: whose steps are followed; None to call ``project()`` by hand.
         bound: the bound c.
         kind: see above.
