@@ -229,6 +229,10 @@ def _virtual(
         for _ in range(iterations):
             if xi is None:
                 (jd,) = grad(back, seed, d.to(back.dtype), retain_graph=True)
+                if (
+                    jd.numel()
+                ):  # its length does not matter, and the square of J may leave the range of 16 bits
+                    jd = jd / jd.abs().amax().clamp_min(torch.finfo(jd.dtype).tiny)
                 (h,) = grad(z, leaf, _fisher(kind, clean, jd, dim), retain_graph=True)
             else:
                 r = (xi * d).requires_grad_()

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers import BF16, F16, F32, F64
+from helpers import BF16, F16, F32, F64, eps_of
 from torch import Tensor, nn
 
 from specnorm_ext.adversarial import frozen_statistics, virtual_adversarial_loss
@@ -149,6 +149,17 @@ def test_vat_in_all_dtypes_and_modes(dtype: torch.dtype) -> None:
             assert virtual_adversarial_loss(net, x.clone()) > 0
     with torch.autocast("cpu", dtype=BF16):
         assert virtual_adversarial_loss(nn.Linear(3, 4), x.float()).isfinite()
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 100.0])
+def test_the_direction_in_half_precision(scale: float) -> None:
+    """J is of rank 1, so that one iteration finds its row; J^T J = 25 scale^2 is beyond float16 at both ends."""
+    w = (torch.tensor([[3.0, -4.0]]) * scale).to(F16)
+    loss = virtual_adversarial_loss(
+        lambda z: z @ w.mT, torch.zeros(4, 2, dtype=F16), kind="regression"
+    )
+    # rounded are w, r, their product, and what J d is: an error of the direction counts squared
+    assert loss.item() == pytest.approx(0.5 * (5 * scale) ** 2, rel=8 * eps_of(F16))
 
 
 def test_vat_with_saturated_masked_and_bad_values() -> None:
