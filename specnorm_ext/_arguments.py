@@ -1,11 +1,13 @@
-"""What adversarial.py, curvature.py, pacgen.py and complexity.py ask of their arguments, in one wording."""
+"""What functions of weights, losses and inputs ask of their arguments, in one wording."""
 
 from __future__ import annotations
 
 import math
+import numbers
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, SupportsFloat, SupportsIndex, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +23,20 @@ def shape_of(x: Tensor) -> str:
 def number(
     op: str, name: str, value: Any, low: float = 0.0, *, above: bool = False, finite: bool = True
 ) -> float:
-    """`value` as a float, at least `low` (or above it)."""
-    if isinstance(value, bool | Tensor) or not isinstance(value, SupportsFloat | SupportsIndex):
+    """`value` as a float, at least `low` (or above it); of any sign where that is -inf."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: expected {name} to be a number, got {type(value).__name__}")
-    x = float(value)
-    if not (x > low if above else x >= low) or (finite and math.isinf(x)):
-        wanted = f"{'finite and ' if finite else ''}{'>' if above else '>='} {low:g}"
-        raise ValueError(f"{op}: expected {name} to be {wanted}, got {x:g}")
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        x = math.inf if value > 0 else -math.inf  # float() would raise an error of its own
+    else:
+        x = float(value)
+    if not (x > low if above else x >= low) or (finite and not -math.inf < x < math.inf):
+        wanted = ["finite"] if finite else []
+        if low > -math.inf:
+            wanted.append(f"{'>' if above else '>='} {low:g}")
+        raise ValueError(
+            f"{op}: expected {name} to be {' and '.join(wanted) or 'a number'}, got {x:g}"
+        )
     return x
 
 
@@ -39,12 +48,24 @@ def fraction(op: str, name: str, value: Any) -> float:
 
 
 def count(op: str, name: str, value: Any, low: int = 1) -> int:
-    if isinstance(value, bool | Tensor) or not isinstance(value, SupportsIndex):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{op}: expected {name} to be an int, got {type(value).__name__}")
-    x = value.__index__()
-    if x < low:
-        raise ValueError(f"{op}: expected {name} >= {low}, got {x}")
-    return x
+    if value < low:
+        raise ValueError(f"{op}: expected {name} >= {low}, got {value}")
+    return int(value)
+
+
+def flag(op: str, name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: expected {name} to be True or False, got {value!r}")
+
+
+def random_source(op: str, generator: Any) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"{op}: expected generator to be a torch.Generator, got {type(generator).__name__}; of a seed make "
+            "torch.Generator(device).manual_seed(seed)"
+        )
 
 
 def choice(op: str, name: str, value: Any, choices: Collection[Any]) -> Any:

@@ -27,10 +27,14 @@ def has_samples(x: Tensor, per_sample: bool) -> bool:
 
 
 def lengths_of(rows: Tensor) -> Tensor:
-    """Euclidean norms [samples, 1] that neither overflow nor underflow."""
-    largest = rows.abs().amax(1, keepdim=True)
-    scale = torch.where(largest > 0, largest, 1)
-    return torch.linalg.vector_norm(rows / scale, dim=1, keepdim=True) * largest
+    """Euclidean norms [samples, 1] whose squares neither overflow nor underflow; the derivative of a zero one is 0."""
+    if not rows.numel():
+        return torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    largest = (
+        rows.detach().abs().amax(1, keepdim=True)
+    )  # a constant: the norm does not depend on it
+    scale = torch.where((largest > 0) & (largest < math.inf), largest, 1)
+    return torch.linalg.vector_norm(rows / scale, dim=1, keepdim=True) * scale
 
 
 def unit(g: Tensor, norm: float, per_sample: bool) -> Tensor:

@@ -3,8 +3,6 @@ them."""
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm as OldSpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm as OldWeightNorm
 
+from ._arguments import count, number
 from ._checks import DTYPES, state_dtype
 from ._ops import is_plain
 from .layers import SpectralLayer
@@ -31,27 +32,6 @@ Select = Collection[str] | Callable[[Matrix], bool]
 
 
 # ---- arguments ----------------------------------------------------------------------------------------------------
-
-
-def check_number(
-    op: str, name: str, value: Any, *, positive: bool = False, any_sign: bool = False
-) -> float:
-    """A finite number; by default one that is not negative."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{op}: expected {name} to be a number, got {type(value).__name__}")
-    x = float(value)
-    wanted = "finite" if any_sign else "positive and finite" if positive else "finite and >= 0"
-    if not math.isfinite(x) or (not any_sign and (x < 0 or (positive and x == 0))):
-        raise ValueError(f"{op}: expected {name} to be {wanted}, got {x:g}")
-    return x
-
-
-def check_count(op: str, name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{op}: expected {name} to be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{op}: expected {name} >= 1, got {value}")
-    return int(value)
 
 
 def tensor_list(op: str, weights: Tensor | Iterable[Tensor], least_rank: int = 0) -> list[Tensor]:
@@ -131,6 +111,27 @@ def _is_normalized(module: nn.Module, key: str) -> bool:
     return any(key == f"{h.name}_orig" for h in hooks)
 
 
+def require_used(op: str, found: list[Found]) -> None:
+    """What the layers multiply with is what was found, and not what a hook computes of it at each forward."""
+    for x in found:
+        for hook in x.module._forward_pre_hooks.values():
+            weight_norm = isinstance(hook, OldWeightNorm) and x.key in (
+                f"{hook.name}_v",
+                f"{hook.name}_g",
+            )
+            pruned = isinstance(hook, BasePruningMethod) and x.key == f"{hook._tensor_name}_orig"
+            if weight_norm or pruned:
+                fix = (
+                    "use torch.nn.utils.parametrizations.weight_norm"
+                    if weight_norm
+                    else "make it permanent by torch.nn.utils.prune.remove"
+                )
+                raise ValueError(
+                    f"{op}: expected weights that layers multiply with, got {x.name}, of which a hook computes one; "
+                    f"{fix}, or leave it out by select"
+                )
+
+
 def _selector(op: str, select: Select) -> Callable[[Matrix], bool]:
     if callable(select):
         return select
@@ -149,6 +150,7 @@ def _selector(op: str, select: Select) -> Callable[[Matrix], bool]:
 def find(op: str, model: nn.Module, select: Select) -> list[Found]:
     """The model's weights that `select` takes, shared ones once, without those that are spectrally normalized."""
     takes = _selector(op, select)
+    uses = _uses(model)
     found = []
     for name, module, x in tensors_of(model):
         if is_lazy(x):
@@ -159,21 +161,33 @@ def find(op: str, model: nn.Module, select: Select) -> list[Found]:
             continue
         if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
             continue  # a factor for each entry: no matrix, whatever its rank
-        key = name.rpartition(".")[2]
-        if _is_normalized(module, key):
-            continue
-        kind = kind_by_module(module, x)
-        if takes(matrix_of(name, x, kind)):
-            found.append(Found(name, kind, module, key, parametrize.is_parametrized(module, key)))
+        for use, owner in uses.get(id(x), [(name, module)]):
+            key = use.rpartition(".")[2]
+            kind = kind_by_module(owner, x)
+            if not _is_normalized(owner, key) and takes(matrix_of(use, x, kind)):
+                found.append(Found(use, kind, owner, key, parametrize.is_parametrized(owner, key)))
+                break
     return found
+
+
+def _uses(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
+    """Of each parameter by its id, the names and modules that have it: a tied one has several."""
+    uses: dict[int, list[tuple[str, nn.Module]]] = {}
+    for prefix, module in model.named_modules():
+        for key, x in module._parameters.items():
+            if x is not None:
+                name = f"{prefix}.{key}" if prefix else key
+                uses.setdefault(id(x), []).append((name, module))
+    return uses
 
 
 def weights_of(model: nn.Module, select: Select = DEFAULT_KINDS) -> list[Tensor]:
     """The weights of a model that penalties and projections are meant for, for the functions that take lists.
 
     Args:
-        model: any module. Shared parameters come once. What is spectrally normalized already is left out, and so are
-            the factors of normalization layers, and everything of rank 0 and 1.
+        model: any module. Shared parameters come once, as the first of their uses that ``select`` takes: a linear
+            layer's weight that is tied to an embedding as that of the layer. What is spectrally normalized already is
+            left out, and so are the factors of normalization layers, and everything of rank 0 and 1.
         select: kinds out of linear, conv, conv_transpose, embedding, recurrent and other, or a function that is given a
             ``Matrix`` (with ``name``, ``kind``, ``shape``, ``dtype`` and the weight as a matrix, ``weight``) and says
             whether to take it. By default linear, conv and conv_transpose: the norm of an embedding bounds nothing, as
@@ -182,11 +196,12 @@ def weights_of(model: nn.Module, select: Select = DEFAULT_KINDS) -> list[Tensor]
     Returns:
         the weights themselves: parameters; of a transposed convolution the view with its output channels first, so that
         flattening gives the matrix [out, in * k]; of other parametrizations (weight_norm and the like) what they
-        compute now.
+        compute now, whose change in place would not reach the model.
 
     Raises:
         TypeError: no module, a select of another kind.
-        ValueError: an unknown kind, uninitialized parameters.
+        ValueError: an unknown kind, uninitialized parameters, a weight that a hook computes (pruning, the old
+            ``torch.nn.utils.weight_norm``).
 
     Example:
         >>> import torch
@@ -197,7 +212,9 @@ def weights_of(model: nn.Module, select: Select = DEFAULT_KINDS) -> list[Tensor]
     """
     require_module("weights_of", model)
     out = []
-    for x in find("weights_of", model, select):
+    found = find("weights_of", model, select)
+    require_used("weights_of", found)
+    for x in found:
         weight = x.now()
         assert weight is not None
         out.append(weight.movedim(1, 0) if x.dim else weight)
@@ -252,9 +269,9 @@ class Tracked(nn.Module):
         op = type(self).__name__
         require_module(op, model)
         _selector(op, select)
-        self.n_power_iterations = check_count(op, "n_power_iterations", n_power_iterations)
-        self.n_vectors = check_count(op, "n_vectors", n_vectors)
-        self.eps = check_number(op, "eps", eps)
+        self.n_power_iterations = count(op, "n_power_iterations", n_power_iterations)
+        self.n_vectors = count(op, "n_vectors", n_vectors)
+        self.eps = number(op, "eps", eps)
         self.keeps_uv = keeps_uv
         self.in_place = in_place
         self._select = select
@@ -275,6 +292,8 @@ class Tracked(nn.Module):
                 f"{op}: expected a model with weights to act on, got {type(model).__name__} without any that "
                 "select takes and that is not spectrally normalized already"
             )
+        if self.in_place or self.keeps_uv:
+            require_used(op, found)
         for x in found:
             if self.in_place and x.is_computed:
                 raise ValueError(

@@ -5,14 +5,25 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ._arguments import choice, count, floating, function, loss_of, number, recording, shape_of
+from ._arguments import (
+    choice,
+    count,
+    flag,
+    floating,
+    function,
+    loss_of,
+    number,
+    random_source,
+    recording,
+    shape_of,
+)
 from ._directions import NORMS, has_samples, moved_by, project, unit, wide
 from .virtual_adversarial import frozen_statistics, virtual_adversarial_loss
 
@@ -71,6 +82,7 @@ def gaussian_noise(x: Tensor, std: float, *, generator: torch.Generator | None =
     op = "gaussian_noise"
     floating(op, "x", x, _EMBED)
     s = number(op, "std", std)
+    random_source(op, generator)
     noise = torch.randn(x.shape, dtype=wide(x.dtype), device=x.device, generator=generator)
     return moved_by(x, s * noise)
 
@@ -124,6 +136,7 @@ def noise_penalty(
     floating(op, "x", x, _EMBED)
     s = number(op, "std", std)
     samples = None if n_samples is None else count(op, "n_samples", n_samples)
+    random_source(op, generator)
     if not isinstance(loss, Tensor):
         raise TypeError(f"{op}: expected loss to be a tensor, got {type(loss).__name__}")
     loss = loss_of(op, loss)
@@ -158,6 +171,10 @@ def _trace_in_input(
         return total if samples is None else total / samples
 
 
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a.to(wide(a.dtype)) * b.to(wide(b.dtype))).sum()
+
+
 def _curvature_in_input(
     op: str, loss: Tensor, x: Tensor, outputs: Tensor | None
 ) -> Callable[[Tensor], Tensor]:
@@ -174,7 +191,7 @@ def _curvature_in_input(
             h = None
             if g.requires_grad:
                 h = grad(g, x, v, create_graph=True, allow_unused=True)[0]
-            return loss.new_zeros(()) if h is None else (h * v).sum().to(loss.dtype)
+            return loss.new_zeros(()) if h is None else _dot(h, v).to(loss.dtype)
 
         return product
     floating(op, "outputs", outputs)
@@ -199,7 +216,7 @@ def _curvature_in_input(
             if slope.requires_grad
             else None
         )
-        return loss.new_zeros(()) if h is None else (h * jv).sum().to(loss.dtype)
+        return loss.new_zeros(()) if h is None else _dot(h, jv).to(loss.dtype)
 
     return gauss_newton
 
@@ -272,6 +289,7 @@ def _fgm(op: str, loss_fn: Any, x: Tensor, epsilon: float, norm: float, per_samp
     floating(op, "x", x, _EMBED)
     eps = number(op, "epsilon", epsilon)
     choice(op, "norm", norm, NORMS)
+    flag(op, "per_sample", per_sample)
     return moved_by(x, eps * unit(_input_gradient(op, loss_fn, x), norm, per_sample))
 
 
@@ -299,7 +317,8 @@ def pgd(
         n_steps: at least 1.
         random_start: start from a random point of the ball: uniform in the maximum norm, else in a uniform direction
             at a uniform distance.
-        bounds: smallest and largest value of x', (0, 1) for images. x must lie within for x' to be in the ball.
+        bounds: smallest and largest value of x', (0, 1) for images; infinite where there is none. x must lie within
+            for x' to be in the ball.
         generator: of the random start, as for ``torch.randn``.
 
     Returns:
@@ -325,10 +344,15 @@ def pgd(
     steps = count(op, "n_steps", n_steps)
     alpha = 2.5 * eps / steps if step_size is None else number(op, "step_size", step_size)
     choice(op, "norm", norm, NORMS)
+    flag(op, "per_sample", per_sample)
+    flag(op, "random_start", random_start)
+    random_source(op, generator)
     if bounds is not None:
         if not isinstance(bounds, Sequence) or len(bounds) != 2:
             raise ValueError(f"{op}: expected bounds to be (smallest, largest), got {bounds!r}")
-        low, high = (number(op, f"bounds[{i}]", b, -math.inf) for i, b in enumerate(bounds))
+        low, high = (
+            number(op, f"bounds[{i}]", b, -math.inf, finite=False) for i, b in enumerate(bounds)
+        )
         if low > high:
             raise ValueError(f"{op}: expected bounds to be (smallest, largest), got {bounds!r}")
     clean = x.detach().to(wide(x.dtype))
@@ -349,7 +373,10 @@ def pgd(
         g = _input_gradient(op, loss_fn, (clean + delta).to(x.dtype))
         delta = project(delta + alpha * unit(g, norm, per_sample), eps, norm, per_sample)
     moved = moved_by(x, delta)
-    return moved if bounds is None else moved.clamp(low, high)
+    if bounds is None:
+        return moved
+    # clamp would stop the gradient where rounding has led over the edge
+    return moved.detach().clamp(low, high) + (x - x.detach())
 
 
 # ---- adversarial weights ----------------------------------------------------------------------------------------
@@ -375,18 +402,20 @@ def _expect(t: Tensor, writes: int) -> None:
 
 @contextmanager
 def perturbed(
-    tensors: Sequence[Tensor], change: Callable[[], object], op: str = "perturbed"
+    tensors: Tensor | Iterable[Tensor], change: Callable[[], object], op: str = "perturbed"
 ) -> Iterator[None]:
     """A block in which weights are changed, and after which they have their old bits again, whatever happens in it.
 
-    Blocks may be nested, on the same weights too.
+    Blocks may be nested, on the same weights too. Under autocast the casts that it keeps of weights are dropped at both
+    ends, so that the block sees the changed ones.
 
     Args:
-        tensors: leaves that ``change`` writes to; a copy of each is kept.
+        tensors: leaves that ``change`` writes to, a tensor or several; a copy of each is kept.
         change: writes the perturbed values in place. Runs without recording gradients.
         op: the name that messages begin with.
 
     Raises:
+        TypeError: tensors that are none, change that is no function.
         ValueError: a tensor that is no leaf; one made under inference_mode, which has no version to look at.
         RuntimeError: the block wrote to one of them itself (an optimizer's step, say), which would be lost. They have
             been restored. Backward belongs into the block, too: behind it torch finds the weights modified in place.
@@ -401,7 +430,16 @@ def perturbed(
         >>> w
         tensor([1., 1.])
     """
+    function(op, "change", change)
+    if isinstance(tensors, nn.Module) or not isinstance(tensors, Iterable):
+        raise TypeError(
+            f"{op}: expected tensors to be a tensor or several, got {type(tensors).__name__}"
+            + ("; pass its parameters()" if isinstance(tensors, nn.Module) else "")
+        )
+    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     for i, t in enumerate(tensors):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: expected tensors[{i}] to be a tensor, got {type(t).__name__}")
         if not t.is_leaf:
             raise ValueError(
                 f"{op}: expected leaves, got tensor {i}, the result of a computation; of a parametrized "
@@ -418,7 +456,7 @@ def perturbed(
     try:
         with torch.inference_mode(False), torch.no_grad():
             change()
-        torch.clear_autocast_cache()  # it holds what was cast from the old values
+        torch.clear_autocast_cache()  # its casts of the weights as they were
         versions = [t._version for t in tensors]
         _open.blocks.append((tensors, versions))
         try:
@@ -568,6 +606,7 @@ def pgd_embedding(
                 g = _gradient(op, loss_fn, weight, "weight")
             delta = project(delta + alpha * unit(g, norm, False), eps, norm, False)
             weight.copy_(clean + delta)
+            torch.clear_autocast_cache()  # of the weight before this step
 
     with perturbed([weight], climb, op):
         yield

@@ -22,10 +22,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ._arguments import flag, function, number, random_source
 from ._checks import state_dtype
-from ._weights import check_number
+from ._directions import lengths_of
 
 Sampling = Literal["interpolate", "real", "fake", "both"]
 _SAMPLINGS = ("interpolate", "real", "fake", "both")
@@ -100,7 +101,7 @@ def _distances(g: Tensor, target: float, one_sided: bool) -> Tensor:
     """(|g| - target)^2 of each row, above the target only where one_sided."""
     if target == 0:
         return _squared_norms(g)  # without the root, which has no derivative at 0
-    off = torch.linalg.vector_norm(g, dim=1) - target
+    off = lengths_of(g).squeeze(1) - target
     return (torch.relu(off) if one_sided else off).square()
 
 
@@ -174,12 +175,15 @@ def gradient_penalty(
         >>> penalty.backward()
     """
     op = "gradient_penalty"
+    function(op, "critic", critic)
+    flag(op, "one_sided", one_sided)
+    random_source(op, generator)
     if sampling not in _SAMPLINGS:
         raise ValueError(
             f"{op}: expected sampling to be one of {', '.join(map(repr, _SAMPLINGS))}, got {sampling!r}"
         )
-    target = check_number(op, "target", target)
-    coefficient = check_number(op, "coefficient", coefficient)
+    target = number(op, "target", target)
+    coefficient = number(op, "coefficient", coefficient)
     given = []
     if sampling != "fake":
         given.append(_samples(op, "real", real))
@@ -284,7 +288,8 @@ def _centered(
     conditions: Any,
     coefficient: float,
 ) -> Tensor:
-    coefficient = check_number(op, "coefficient", coefficient)
+    function(op, "critic", critic)
+    coefficient = number(op, "coefficient", coefficient)
     x = _samples(op, name, x)
     with _recording() as graph:
         g = _critic_gradient(op, critic, x, conditions, graph)
@@ -336,7 +341,9 @@ def input_gradient_penalty(
         8.0
     """
     op = "input_gradient_penalty"
-    coefficient = check_number(op, "coefficient", coefficient)
+    function(op, "model", model)
+    function(op, "loss", loss)
+    coefficient = number(op, "coefficient", coefficient)
     x = _samples(op, "inputs", inputs)
     with _recording() as graph:
         fix = 'pass one with reduction="none"'
@@ -360,8 +367,8 @@ def parameter_gradient_penalty(
 
     Args:
         loss: a scalar that the parameters lead to. It keeps its graph: call ``(loss + penalty).backward()``.
-        parameters: a tensor or a list of tensors (``model.parameters()``). Frozen ones are passed over, and those that
-            the loss does not depend on add 0.
+        parameters: a tensor or a list of tensors (``model.parameters()``). One that is given twice counts once. Frozen
+            ones are passed over, and those that the loss does not depend on add 0.
         coefficient: :math:`\lambda`, at least 0.
 
     Returns:
@@ -386,15 +393,20 @@ def parameter_gradient_penalty(
         (25.0, tensor([6., 8.]))
     """
     op = "parameter_gradient_penalty"
-    coefficient = check_number(op, "coefficient", coefficient)
+    coefficient = number(op, "coefficient", coefficient)
     require_scalar(op, loss)
+    if isinstance(parameters, nn.Module) or not isinstance(parameters, Iterable):
+        raise TypeError(
+            f"{op}: expected parameters to be tensors, got {type(parameters).__name__}"
+            + ("; pass its parameters()" if isinstance(parameters, nn.Module) else "")
+        )
     found = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     for i, p in enumerate(found):
         if not isinstance(p, Tensor):
             raise TypeError(
                 f"{op}: expected parameters[{i}] to be a tensor, got {type(p).__name__}"
             )
-    trained = [p for p in found if p.requires_grad]
+    trained = list({id(p): p for p in found if p.requires_grad}.values())
     if not trained:
         raise ValueError(
             f"{op}: expected a parameter that requires grad, got {len(found)} without; "

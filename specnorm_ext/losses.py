@@ -6,14 +6,15 @@ float32 for 16-bit scores. The generator's losses take the scores of fakes that 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ._arguments import number
 from ._checks import state_dtype
-from ._weights import check_number
 from .gradient_penalties import require_scalar
 
 
@@ -183,7 +184,7 @@ def flooding(loss: Tensor, level: float) -> Tensor:
     """
     op = "flooding"
     require_scalar(op, loss)
-    level = check_number(op, "level", level, any_sign=True)
+    level = number(op, "level", level, -math.inf)
     return (loss - level).abs() + level
 
 

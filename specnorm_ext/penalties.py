@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
+from ._arguments import count, number
 from ._checks import state_dtype
+from ._directions import lengths_of
 from ._weights import (
     DEFAULT_KINDS,
     Select,
     Tracked,
     as_matrix,
-    check_count,
-    check_number,
     tensor_list,
     weights_of,
 )
@@ -58,7 +58,8 @@ class SpectralNormPenalty(Tracked):
 
     Args:
         model: its weights of rank 2 and more that ``select`` takes, as matrices: convolutions flattened as torch's
-            spectral_norm does, [out, in * k]. A shared parameter counts once. A weight that a parametrization computes
+            spectral_norm does, [out, in * k]. A shared parameter counts once, see
+            :func:`weights_of`. A weight that a parametrization computes
             counts as computed. One that is spectrally normalized already is left out, for its norm is fixed.
         coefficient: :math:`\lambda`, at least 0.
         n_power_iterations: iterations a call.
@@ -86,7 +87,8 @@ class SpectralNormPenalty(Tracked):
 
     Raises:
         TypeError: a model that is no module, arguments of another kind.
-        ValueError: negative coefficient or bound, no weight to act on, n_power_iterations < 1, n_vectors not in 1 to 8.
+        ValueError: negative coefficient or bound, no weight to act on, one that a hook computes (see
+            :func:`weights_of`), n_power_iterations < 1, n_vectors not in 1 to 8.
         RuntimeError: (when called) modules or parameters that came, went or changed their shape since; ``refresh()``
             takes them in.
 
@@ -117,8 +119,8 @@ class SpectralNormPenalty(Tracked):
         eps: float = 1e-12,
     ) -> None:
         op = type(self).__name__
-        coefficient = check_number(op, "coefficient", coefficient)
-        bound = None if bound is None else check_number(op, "bound", bound)
+        coefficient = number(op, "coefficient", coefficient)
+        bound = None if bound is None else number(op, "bound", bound)
         super().__init__(model, n_power_iterations, n_vectors, eps, select)
         self.coefficient = coefficient
         self.bound = bound
@@ -202,15 +204,15 @@ def frobenius_penalty(
     """
     op = "frobenius_penalty"
     found = tensor_list(op, weights)
-    coefficient = check_number(op, "coefficient", coefficient)
-    bound = None if bound is None else check_number(op, "bound", bound)
+    coefficient = number(op, "coefficient", coefficient)
+    bound = None if bound is None else number(op, "bound", bound)
     terms = []
     for w in found:
         x = w.to(state_dtype(w.dtype))
         if bound is None:
             terms.append(x.square().sum())
         else:
-            terms.append(_squares(torch.linalg.vector_norm(x), bound))
+            terms.append(_squares(lengths_of(x.reshape(1, -1)), bound))
     return _total(terms, coefficient / 2, found)
 
 
@@ -250,7 +252,7 @@ def orthogonality_penalty(
     """
     op = "orthogonality_penalty"
     found = tensor_list(op, weights, least_rank=2)
-    coefficient = check_number(op, "coefficient", coefficient)
+    coefficient = number(op, "coefficient", coefficient)
     terms = []
     for w in found:
         x = as_matrix(w.to(state_dtype(w.dtype)))
@@ -308,7 +310,7 @@ def power_iteration(weight: Tensor, r: int = 5, *, through_iteration: bool = Tru
     if not isinstance(weight, Tensor):
         raise TypeError(f"{op}: expected weight to be a tensor, got {type(weight).__name__}")
     (weight,) = tensor_list(op, weight, least_rank=2)
-    r = check_count(op, "r", r)
+    r = count(op, "r", r)
     w = weight.reshape(math.prod(weight.shape[:-1]), weight.shape[-1])
     if not through_iteration:
         # of W^T, whose v is this u: the op then ends a round where the listing does

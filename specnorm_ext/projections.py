@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
+from ._arguments import count, number
 from ._ops import is_plain
-from ._weights import DEFAULT_KINDS, KINDS, Select, Tracked, as_matrix, check_number, tensor_list
+from ._weights import DEFAULT_KINDS, KINDS, Select, Tracked, as_matrix, tensor_list
 from .estimate import estimate_matrices
 from .matrices import Matrix
 
@@ -20,6 +21,10 @@ from .matrices import Matrix
 def _writable(op: str, weights: Sequence[Tensor]) -> None:
     """Each can be written in place, with the result that was meant."""
     for i, x in enumerate(weights):
+        if x.layout != torch.strided:
+            raise TypeError(
+                f"{op}: expected weights[{i}] to be dense, got {x.layout}; pass x.to_dense()"
+            )
         if any(s > 1 and st == 0 for s, st in zip(x.shape, x.stride(), strict=True)):
             raise ValueError(
                 f"{op}: expected weights[{i}] to be writable, got an expanded tensor; pass a clone()"
@@ -50,14 +55,17 @@ def _distinct(weights: Sequence[Tensor]) -> list[int]:
     return out
 
 
-def _shrink(weight: Tensor, norm: Tensor, bound: float) -> None:
-    """W / max(1, norm / bound), in place; W as it is where the norm is not a number."""
-    if is_plain(norm) and norm.is_cpu and not norm.item() > bound:
+def _shrink(weight: Tensor, norm: Tensor, bound: float, unit: Tensor | float = 1.0) -> None:
+    """W / max(1, unit norm / bound), in place; W as it is where the norm is not finite."""
+    if is_plain(norm) and norm.is_cpu and not bound / float(unit) < norm.item() < math.inf:
         return  # nothing to write
     if math.prod(weight.shape) == 0:
         return
-    # bound / norm would be 0 / norm for a denormal bound, and is never above 1
-    factor = torch.where(norm > bound, bound / norm, torch.ones_like(norm))
+    norm = norm.double()
+    # torch takes a number over a tensor by the reciprocal, which is Inf for a denormal norm
+    limit = torch.full_like(norm, bound) / unit
+    outside = (norm > limit) & norm.isfinite()
+    factor = torch.where(outside, limit / norm, torch.ones_like(norm))
     if weight.dtype in (torch.float32, torch.float64):
         weight.mul_(factor.to(weight.dtype))
     else:
@@ -93,7 +101,7 @@ def clip_weights_(weights: Tensor | Iterable[Tensor], limit: float = 0.01) -> No
     """
     op = "clip_weights_"
     found = tensor_list(op, weights)
-    limit = check_number(op, "limit", limit, positive=True)
+    limit = number(op, "limit", limit, above=True)
     _writable(op, found)
     with torch.no_grad():
         for x in found:
@@ -103,13 +111,14 @@ def clip_weights_(weights: Tensor | Iterable[Tensor], limit: float = 0.01) -> No
             x.clamp_(-c, c)
 
 
-def _frobenius(x: Tensor) -> Tensor:
-    """|x|_F in float64, where squares of every other dtype stay in range; float64 itself is divided by its largest."""
+def _frobenius(x: Tensor) -> tuple[Tensor, Tensor | float]:
+    """|x|_F as a number and its unit, in float64, where squares of every other dtype stay in range; the unit of float64
+    itself is its largest entry."""
     if x.dtype != torch.float64 or x.numel() == 0:
-        return torch.linalg.vector_norm(x, dtype=torch.float64)
+        return torch.linalg.vector_norm(x, dtype=torch.float64), 1.0
     top = x.abs().amax()
-    safe = torch.where(torch.isfinite(top) & (top > 0), top, torch.ones_like(top))
-    return torch.linalg.vector_norm(x / safe) * safe
+    unit = torch.where(torch.isfinite(top) & (top > 0), top, torch.ones_like(top))
+    return torch.linalg.vector_norm(x / unit), unit
 
 
 def clip_frobenius_(weights: Tensor | Iterable[Tensor], bound: float = 1.0) -> Tensor:
@@ -123,8 +132,8 @@ def clip_frobenius_(weights: Tensor | Iterable[Tensor], bound: float = 1.0) -> T
         bound: c, positive.
 
     Returns:
-        the norms before, [len(weights)] or a scalar for a single weight, float64. A weight that holds NaN or Inf keeps
-        its values.
+        the norms before, [len(weights)] on the first one's device, or a scalar for a single weight, float64. A weight
+        that holds NaN or Inf keeps its values.
 
     The result meets the bound to the rounding of its entries: relatively eps of the dtype.
 
@@ -144,16 +153,22 @@ def clip_frobenius_(weights: Tensor | Iterable[Tensor], bound: float = 1.0) -> T
     """
     op = "clip_frobenius_"
     found = tensor_list(op, weights)
-    bound = check_number(op, "bound", bound, positive=True)
+    bound = number(op, "bound", bound, above=True)
     _writable(op, found)
     with torch.no_grad():
-        norms = [_frobenius(x) for x in found]
+        measured = [_frobenius(x) for x in found]
         for i, first in enumerate(_distinct(found)):
             if first == i:
-                _shrink(found[i], norms[i], bound)
-    if isinstance(weights, Tensor):
-        return norms[0]
-    return torch.stack(norms) if norms else torch.zeros(0, dtype=torch.float64)
+                norm, unit = measured[i]
+                _shrink(found[i], norm, bound, unit)
+        norms = [norm * unit for norm, unit in measured]
+        if isinstance(weights, Tensor):
+            return norms[0]
+        return (
+            torch.stack([x.to(norms[0].device) for x in norms])
+            if norms
+            else torch.zeros(0, dtype=torch.float64)
+        )
 
 
 def project_spectral_norm_(
@@ -209,8 +224,14 @@ def project_spectral_norm_(
     """
     op = "project_spectral_norm_"
     found = tensor_list(op, weights, least_rank=2)
-    bound = check_number(op, "bound", bound, positive=True)
+    bound = number(op, "bound", bound, above=True)
     _writable(op, found)
+    steps = count(op, "n_power_iterations", n_power_iterations)
+    for name, x in (("u", u), ("v", v)):
+        if not (x is None or isinstance(x, (Tensor, Sequence))):
+            raise TypeError(
+                f"{op}: expected {name} to be a tensor or a list of tensors, got {type(x).__name__}"
+            )
     if (u is None) != (v is None):
         raise ValueError(
             f"{op}: expected u and v both or neither, got {'v' if u is None else 'u'} alone"
@@ -225,9 +246,9 @@ def project_spectral_norm_(
                 )
             us, vs = ([x] if isinstance(x, Tensor) else list(x) for x in (u, v))
             matrices = [as_matrix(x) for x in found]
-            sigma = functional.power_iteration(matrices, us, vs, n_power_iterations).double()
+            sigma = functional.power_iteration(matrices, us, vs, steps).double()
         else:
-            if not check_number(op, "rtol", rtol, positive=True) < 1:
+            if not number(op, "rtol", rtol, above=True) < 1:
                 raise ValueError(f"{op}: expected rtol below 1, got {rtol:g}")
             sigma = _cold(op, found, rtol)
         for i, first in enumerate(_distinct(found)):
@@ -265,7 +286,8 @@ class ProjectionHook(Tracked):
 
     Args:
         model: its weights of rank 2 and more that ``select`` takes, as in ``SpectralNormPenalty``. For "clip", which
-            has no matrices in mind, every parameter (biases too, as the first WGAN has it), whatever ``select``.
+            has no matrices in mind, every parameter of a model that has one (biases too, as the first WGAN has it),
+            whatever ``select``.
         optimizer: whose steps are followed; None to call ``project()`` by hand.
         bound: the bound c.
         kind: see above.
@@ -279,8 +301,8 @@ class ProjectionHook(Tracked):
 
     Raises:
         TypeError: a model or an optimizer that is none, arguments of another kind.
-        ValueError: a bound that is not positive, an unknown kind, no weight to act on, and a weight that a
-            parametrization computes: it has no memory of its own to be changed.
+        ValueError: a bound that is not positive, an unknown kind, no weight to act on, and (not for "clip") a weight
+            that a parametrization or a hook computes: it has no memory of its own to be changed.
         RuntimeError: (after a step) modules or parameters that came, went or changed their shape; ``refresh()``.
 
     Source: as for the functions.
@@ -314,7 +336,7 @@ class ProjectionHook(Tracked):
             raise ValueError(
                 f"{op}: expected kind to be 'spectral', 'frobenius' or 'clip', got {kind!r}"
             )
-        bound = check_number(op, "bound", bound, positive=True)
+        bound = number(op, "bound", bound, above=True)
         if optimizer is not None and not hasattr(optimizer, "register_step_post_hook"):
             raise TypeError(
                 f"{op}: expected a torch.optim.Optimizer, got {type(optimizer).__name__}"

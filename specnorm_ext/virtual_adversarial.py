@@ -10,8 +10,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 
-from ._arguments import choice, count, floating, function, number, recording, shape_of
+from ._arguments import (
+    choice,
+    count,
+    floating,
+    function,
+    number,
+    random_source,
+    recording,
+    shape_of,
+)
 from ._directions import NORMS, moved_by, rows_of, unit, wide
 
 
@@ -20,10 +30,12 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
     """A block in which BatchNorm and InstanceNorm of a model in training leave their running statistics alone.
 
     They normalize by the batch as they do in training; ``num_batches_tracked`` does not count. Layers in eval go on
-    using their statistics. Spectral norm layers in training iterate on every forward, here too.
+    using their statistics. Spectral norm layers in training iterate on every forward, here too. Activation
+    checkpointing runs the forward again in backward, which then belongs into the block.
 
     Raises:
         TypeError: model is no module.
+        ValueError: a lazy layer that has not run yet, and has no statistics to leave alone.
 
     Example:
         >>> import torch
@@ -44,6 +56,11 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
             if isinstance(module, _NormBase) and module.training and module.track_running_stats:
                 for name in ("running_mean", "running_var", "num_batches_tracked"):
                     x = module._buffers.get(name)
+                    if x is not None and is_lazy(x):
+                        raise ValueError(
+                            f"frozen_statistics: expected initialized layers, got a {type(module).__name__}; run the "
+                            "model once first"
+                        )
                     if x is not None:
                         taken.append((module._buffers, name, x))
                         module._buffers[name] = None
@@ -91,10 +108,12 @@ def virtual_adversarial_loss(
         d \leftarrow H d,\quad H = \nabla_r^2 D\bigl(f(x), f(x + r)\bigr)\big|_{r = 0} = J^T F J
 
     D is the Kullback-Leibler divergence of the predicted classes, or :math:`\frac12 |f(x) - f(x + r)|^2`, that of
-    Gaussians of variance 1. No labels are needed. BatchNorm statistics are left alone (:func:`frozen_statistics`).
+    Gaussians of variance 1. No labels are needed. BatchNorm statistics of a module are left alone
+    (:func:`frozen_statistics`); of what a function calls nothing is known here, and they are yours to freeze.
 
     Args:
-        model: a module or function, x to logits [N, C, ...] or to values [N, ...].
+        model: a module, x to logits [N, C, ...] or to values [N, ...]; or a function, which is called within
+            ``with frozen_statistics(net):`` if it has BatchNorm in it.
         x: [N, ...], floating point.
         xi: None for exact products H d (F is the Hessian of D in the outputs: diag(p) - p p^T, or 1). A number for
             the paper's finite differences, :math:`H d \approx \nabla_r D(r = \xi d) / \xi`, where the model cannot be
@@ -103,7 +122,7 @@ def virtual_adversarial_loss(
         n_power_iterations: 0 for a random direction.
         norm: 2, or ``math.inf`` for r = epsilon sign(d).
         kind: "classification" or "regression".
-        dim: of the classes, as ``torch.nn.functional.cross_entropy`` has it.
+        dim: of the classes, by default as ``torch.nn.functional.cross_entropy`` has it; -1 for [N, ..., C].
         generator: of the first direction, as for ``torch.randn``.
 
     Returns:
@@ -139,6 +158,9 @@ def virtual_adversarial_loss(
     iterations = count(op, "n_power_iterations", n_power_iterations, 0)
     choice(op, "norm", norm, NORMS)
     choice(op, "kind", kind, ("classification", "regression"))
+    random_source(op, generator)
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"{op}: expected dim to be an int, got {type(dim).__name__}")
     if x.dim() == 0:
         raise ValueError(f"{op}: expected x to have shape [N, ...], got []")
     if isinstance(model, nn.Module):
@@ -157,6 +179,10 @@ def _outputs(op: str, z: Any, x: Tensor, kind: str, dim: int) -> Tensor:
         if not -z.dim() <= dim < z.dim():
             raise ValueError(
                 f"{op}: expected logits [N, C, ...] with dimension {dim}, got shape {shape_of(z)}"
+            )
+        if dim in (0, -z.dim()):
+            raise ValueError(
+                f"{op}: expected dim of the classes, got {dim}, which is that of the samples in {shape_of(z)}"
             )
         if z.shape[dim] < 2:
             raise ValueError(
@@ -203,6 +229,10 @@ def _virtual(
         for _ in range(iterations):
             if xi is None:
                 (jd,) = grad(back, seed, d.to(back.dtype), retain_graph=True)
+                if (
+                    jd.numel()
+                ):  # its length does not matter, and the square of J may leave the range of 16 bits
+                    jd = jd / jd.abs().amax().clamp_min(torch.finfo(jd.dtype).tiny)
                 (h,) = grad(z, leaf, _fisher(kind, clean, jd, dim), retain_graph=True)
             else:
                 r = (xi * d).requires_grad_()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch._functorch.config as functorch_config
@@ -102,6 +103,17 @@ def test_zero_gradients_are_no_nan():
         want = ((norm - target).square() + target**2) / 2
         assert torch.allclose(value, want)
         assert torch.allclose(got, torch.autograd.grad(want, w)[0])
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("power", [-0.8, -0.55, 0.45])
+def test_norms_whose_squares_leave_the_range(dtype, power):
+    """(|w| - 1)^2 pulls by 2 (|w| - 1) w / |w|, the more surely the flatter the critic is."""
+    scale = torch.finfo(dtype).max ** power
+    w = torch.full((3,), scale, dtype=dtype, requires_grad=True)
+    gradient_penalty(lambda x: x @ w, X.to(dtype), None, sampling="real").backward()
+    off = math.sqrt(3) * scale - 1
+    assert w.grad.tolist() == pytest.approx([2 * off / math.sqrt(3)] * 3, rel=16 * eps_of(dtype))
 
 
 def test_zero_centered_is_smooth_at_zero():
@@ -502,6 +514,11 @@ def test_a_critic_that_returns_something_else():
         ({"target": -1.0}, ValueError, "expected target to be finite and >= 0, got -1"),
         ({"coefficient": -1.0}, ValueError, "expected coefficient to be finite and >= 0, got -1"),
         ({"coefficient": torch.tensor(1.0)}, TypeError, "expected coefficient to be a number, got Tensor"),
+        ({"coefficient": 10**400}, ValueError, "expected coefficient to be finite and >= 0, got inf"),
+        ({"coefficient": np.ones(2)}, TypeError, "expected coefficient to be a number, got ndarray"),
+        ({"generator": 3}, TypeError, "expected generator to be a torch.Generator, got int; of a seed make"),
+        ({"one_sided": "both"}, TypeError, "expected one_sided to be True or False, got 'both'"),
+        ({"critic": torch.ones(3)}, TypeError, "expected critic to be a function, got Tensor"),
         ({"sampling": "noise"}, ValueError, "expected sampling to be one of 'interpolate', .*got 'noise'"),
     ],
 )  # fmt: skip
@@ -575,6 +592,13 @@ def test_bad_input_gradient_penalties():
         input_gradient_penalty(model, X, lambda z: z.sum(1), coefficient=-1)
     with pytest.raises(TypeError, match=r"expected inputs to be of a float dtype, got"):
         input_gradient_penalty(model, y, lambda z: z)
+    op = "^input_gradient_penalty: expected"
+    with pytest.raises(TypeError, match=f"{op} loss to be a function, got Tensor"):
+        input_gradient_penalty(model, X, y)  # the labels, where their loss belongs
+    with pytest.raises(TypeError, match=f"{op} model to be a function, got NoneType"):
+        input_gradient_penalty(None, X, lambda z: z)
+    with pytest.raises(TypeError, match=r"^r1_penalty: expected critic to be a function, got int"):
+        r1_penalty(3, X)
 
 
 def test_parameter_gradient_of_a_quadratic():
@@ -588,7 +612,7 @@ def test_parameter_gradient_of_a_quadratic():
     g = (a.mT @ (a @ w - b)).detach()
     assert torch.allclose(value, 3 * g.square().sum(), rtol=1e-12)
     with torch.no_grad():
-        again = parameter_gradient_penalty(loss, w)
+        again = parameter_gradient_penalty(loss, [w, w])  # tied: it counts once
     assert not again.requires_grad
     assert torch.allclose(again, g.square().sum())
     (loss + value).backward()  # the loss has kept its graph
@@ -616,6 +640,8 @@ def test_bad_losses_and_parameters():
         (1.0, w, TypeError, "expected loss to be a tensor, got float"),
         (w.sum(), [w.detach()], ValueError, "expected a parameter that requires grad, got 1 without"),
         (w.sum(), [], ValueError, "expected a parameter that requires grad, got 0 without"),
+        (w.sum(), nn.Linear(3, 3), TypeError, "expected parameters to be tensors, got Linear; pass its par"),
+        (w.sum(), 3, TypeError, "expected parameters to be tensors, got int"),
         (w.sum(), [3], TypeError, r"expected parameters\[0\] to be a tensor, got int"),
         (w.sum().detach(), w, ValueError, "expected a loss with a graph"),
         (w.sum(), w.detach().clone().requires_grad_(), ValueError, "expected a loss that depends on the par"),

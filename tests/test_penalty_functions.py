@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from specnorm_ext import gradient_penalties, losses, penalties, projections
 from specnorm_ext.penalties import (
+    flooding,
     frobenius_penalty,
     orthogonality_penalty,
     power_iteration,
@@ -67,6 +68,13 @@ def test_frobenius_hinge():
     zero.grad = None
     frobenius_penalty(zero, bound=0.0).backward()
     assert not zero.grad.any()  # and no NaN at the point where the norm has no derivative
+
+
+def test_the_hinge_of_a_tiny_weight_still_pulls():
+    """Squares of 1e-25 are nothing in float32, the norm is not: (|W| - c) W / |W| = (1 - 1/2) W at c = |W| / 2."""
+    w = torch.full((2, 2), 1e-25, requires_grad=True)
+    frobenius_penalty(w, 1e20, bound=1e-25).backward()
+    assert torch.allclose(w.grad, w * 0.5e20, rtol=8 * eps_of(F32), atol=0)
 
 
 def test_sixteen_bits_do_not_overflow():
@@ -153,6 +161,19 @@ def test_compiled_functions():
     got = run(w)
     torch._dynamo.reset()
     assert torch.allclose(got, total(w), rtol=8 * eps_of(F32))
+
+
+def test_compiled_with_a_coefficient_that_anneals():
+    """From the second value on torch.compile traces a number that it does not know."""
+    w = random_weight(4, 6)
+
+    def total(w, c):
+        return frobenius_penalty(w, c, bound=c) + orthogonality_penalty(w, c) + flooding(w.sum(), c)
+
+    run = torch.compile(total, backend="eager", fullgraph=True)
+    for c in (0.1, 0.2, 0.3):
+        assert torch.equal(run(w, c), total(w, c))
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("penalty", [frobenius_penalty, orthogonality_penalty])

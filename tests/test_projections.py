@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
 
 import pytest
@@ -222,6 +223,13 @@ def test_zero_empty_nan():
     clip_weights_(weights, 0.5)
     assert bad[0, 1].isnan()
     assert bad[1, 1] == 0.5
+    for bad, dtype in itertools.product((torch.inf, -torch.inf), DTYPES):
+        weight = torch.ones(3, 3, dtype=dtype)
+        weight[0, 1] = bad
+        kept = weight.clone()
+        for function in (clip_frobenius_, project_spectral_norm_):
+            assert not function(weight, 0.5).isfinite()
+            assert same_bits(weight, kept)
     for function in FUNCTIONS:
         function([])
     assert project_spectral_norm_([]).shape == (0,)
@@ -234,6 +242,28 @@ def test_scales(scale):
     bound = float(scale) / 4
     project_spectral_norm_(w, bound)
     assert true_norm(w) / bound == pytest.approx(1, rel=1.1e-3)
+
+
+@pytest.mark.parametrize(
+    ("entry", "bound"),
+    [(1.7e308, 1.0), (1.7e308, 1e300), (1e-310, 1e-311), (1e-310, 1.0), (5e-324, 5e-324)],
+)
+def test_clip_frobenius_at_both_ends_of_float64(entry, bound):
+    """Whose norm overflows, or whose reciprocal does."""
+    w = torch.full((2, 2), entry, dtype=F64)
+    clip_frobenius_(w, bound)
+    # a factor and an entry, each to eps or to half the smallest denormal
+    want = min(entry, bound / 2)
+    assert abs(w[0, 0].item() - want) <= 4 * eps_of(F64) * want + 5e-324
+
+
+def test_hook_of_denormal_norms_writes_no_inf():
+    model = nn.Linear(3, 3, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(3) * 1e-39)
+    ProjectionHook(model, bound=5e-40).project()
+    # all singular values are alike, so that sigma is off by roundings alone; below the normal numbers 1e-45 each
+    assert (model.weight - torch.eye(3) * 5e-40).abs().max() <= 4 * smallest(F32)
 
 
 # ---- what is written ----------------------------------------------------------------------------------------------
@@ -310,10 +340,11 @@ def test_nothing_is_written_where_one_is_refused(function):
         (w * 2, ValueError, "to be a parameter or a view of one, got a result of autograd"),
         (torch.ones(3, 3, dtype=torch.int32), TypeError, "got torch.int32"),
         (None, TypeError, "to be a tensor, got NoneType"),
+        (torch.eye(3).to_sparse(), TypeError, "to be dense, got torch.sparse_coo"),
     ):
         with pytest.raises(error, match=rf"^{name}: expected weights\[1\] {message}|{message}"):
             function([good, bad], 0.1)
-    for value, error in ((0, ValueError), (-1, ValueError), (math.inf, ValueError), ("1", TypeError)):  # fmt: skip
+    for value, error in ((0, ValueError), (-1, ValueError), (10**400, ValueError), ("1", TypeError)):  # fmt: skip
         with pytest.raises(error, match=rf"^{name}: expected (bound|limit) to be "):
             function([good], value)
     with pytest.raises(TypeError, match=rf"^{name}: .*got a module"):
@@ -334,8 +365,14 @@ def test_bad_u_and_v():
     ):
         with pytest.raises(error, match=message):
             project_spectral_norm_(w, 0.1, *args)
-    with pytest.raises(ValueError, match="expected n_iterations >= 1, got 0"):
-        project_spectral_norm_(w, 0.1, u, v, n_power_iterations=0)
+    for steps, error, message in (
+        (0, ValueError, "n_power_iterations >= 1, got 0"),
+        (1.5, TypeError, "n_power_iterations to be an int, got float"),
+    ):
+        with pytest.raises(error, match=f"^project_spectral_norm_: expected {message}"):
+            project_spectral_norm_(w, 0.1, u, v, n_power_iterations=steps)
+    with pytest.raises(TypeError, match=r"^project_spectral_norm_: expected u to be a tensor or"):
+        project_spectral_norm_([w], 0.1, 3, 3)
     for rtol in (-1, 0, math.nan, 1.0):
         with pytest.raises(ValueError, match=r"^project_spectral_norm_: expected rtol "):
             project_spectral_norm_(w, 0.1, rtol=rtol)
@@ -403,6 +440,16 @@ def test_hook_of_the_other_kinds():
         assert repr(hook) == f"ProjectionHook(3 weights, kind='{kind}', bound={bound})"
 
 
+def test_hook_of_a_model_on_two_devices():
+    """The norms of several devices are no one tensor; meta stands for the other one, whose norms nobody knows."""
+    model = nn.Sequential(nn.Linear(3, 3, device="meta"), nn.Linear(3, 3))
+    with torch.no_grad():
+        model[1].weight.fill_(2.0)
+    ProjectionHook(model, bound=1.0, kind="frobenius").project()
+    assert torch.linalg.vector_norm(model[1].weight).item() == pytest.approx(1, rel=1e-6)
+    assert clip_frobenius_([x.weight for x in model]).device.type == "meta"
+
+
 def test_hook_lives_with_its_optimizer():
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -443,7 +490,7 @@ def test_hook_in_eval_and_after_changes():
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
-        ({"bound": 0.0}, ValueError, "expected bound to be positive and finite, got 0"),
+        ({"bound": 0.0}, ValueError, "expected bound to be finite and > 0, got 0"),
         ({"kind": "l2"}, ValueError, "expected kind to be 'spectral', 'frobenius' or 'clip', got 'l2'"),
         ({"optimizer": 3}, TypeError, "expected a torch.optim.Optimizer, got int"),
         ({"model": 3}, TypeError, "expected model to be a torch.nn.Module, got int"),

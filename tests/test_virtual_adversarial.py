@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers import BF16, F16, F32, F64
+from helpers import BF16, F16, F32, F64, eps_of
 from torch import Tensor, nn
 
 from specnorm_ext.adversarial import frozen_statistics, virtual_adversarial_loss
@@ -118,6 +118,8 @@ def test_normalization_statistics_are_left_alone(momentum: float | None) -> None
     holders = [net[1].running_mean, net[2].running_var, net[1].num_batches_tracked]
     for xi in (None, 1e-2):
         assert virtual_adversarial_loss(net, x, xi=xi) > 0
+    with frozen_statistics(net):  # a function is not looked into
+        assert virtual_adversarial_loss(lambda z: net(z), x) > 0
     with pytest.raises(KeyError, match="mine"), frozen_statistics(net):
         fail_if(net(x).isfinite().all())
     after = net.state_dict()
@@ -147,6 +149,17 @@ def test_vat_in_all_dtypes_and_modes(dtype: torch.dtype) -> None:
             assert virtual_adversarial_loss(net, x.clone()) > 0
     with torch.autocast("cpu", dtype=BF16):
         assert virtual_adversarial_loss(nn.Linear(3, 4), x.float()).isfinite()
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 100.0])
+def test_the_direction_in_half_precision(scale: float) -> None:
+    """J is of rank 1, so that one iteration finds its row; J^T J = 25 scale^2 is beyond float16 at both ends."""
+    w = (torch.tensor([[3.0, -4.0]]) * scale).to(F16)
+    loss = virtual_adversarial_loss(
+        lambda z: z @ w.mT, torch.zeros(4, 2, dtype=F16), kind="regression"
+    )
+    # rounded are w, r, their product, and what J d is: an error of the direction counts squared
+    assert loss.item() == pytest.approx(0.5 * (5 * scale) ** 2, rel=8 * eps_of(F16))
 
 
 def test_vat_with_saturated_masked_and_bad_values() -> None:
@@ -219,6 +232,16 @@ def test_vat_refuses() -> None:
         ValueError, match=r"at least 2 classes in dimension 1, got shape \[4, 1\]; for one"
     ):
         virtual_adversarial_loss(lambda z: net(z)[:, :1], x)
+    for dim in (0, -2):
+        with pytest.raises(
+            ValueError,
+            match=rf"{op}: expected dim of the classes, got {dim}, which is that of the s",
+        ):
+            virtual_adversarial_loss(net, x, dim=dim)
+    with pytest.raises(TypeError, match=f"{op}: expected dim to be an int, got NoneType"):
+        virtual_adversarial_loss(net, x, dim=None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected initialized layers, got a LazyBatchNorm1d; run"):
+        virtual_adversarial_loss(nn.Sequential(net, nn.LazyBatchNorm1d()), x)
     with pytest.raises(ValueError, match=r"with dimension 1, got shape \[4\]"):
         virtual_adversarial_loss(lambda z: net(z)[:, 0], x)
     with pytest.raises(
