@@ -12,8 +12,9 @@ TORCH ?= 2.14.1
 demo: $(VENV)/.demo
 	$(PY) bench/demo.py
 
+# As many processes as cores, each with threads of its own: those must not spin while they wait.
 test: $(VENV)/.test
-	$(PY) -m pytest
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -n auto --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
 
 bench: $(VENV)/.bench
 	$(PY) bench/bench_power_iteration.py

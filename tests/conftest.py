@@ -1,11 +1,37 @@
-"""Two threads and a fixed seed for every test, so that a failure repeats; and the CUDA kernels built for the host, once
-for all the files that test them."""
+"""Two threads and a fixed seed for every test, so that a failure repeats; the CUDA kernels built for the host, once for
+all the files that test them; and which tests stay together where several processes share them (`make test`)."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from cuda_on_host import host_runner
+
+ON_HOST = "cuda_on_host"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file is one process's, for what its tests share; so are all the files that need the kernels built for the host.
+
+    What takes minutes comes first, so that no process is left with it at the end.
+    """
+
+    def group(item: pytest.Item) -> str:
+        return ON_HOST if ON_HOST in getattr(item, "fixturenames", ()) else item.path.name
+
+    first = (ON_HOST, "test_cuda_build.py", "test_sanitizers.py", "test_build.py")
+    groups = {item: group(item) for item in items}
+    items.sort(key=lambda item: first.index(groups[item]) if groups[item] in first else len(first))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(groups[item]))
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """What tests want people to read, also from other processes: record_property("printed", text)."""
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for name, value in report.user_properties:
+            if name == "printed":
+                terminalreporter.write_line(value)
 
 
 @pytest.fixture(autouse=True)
