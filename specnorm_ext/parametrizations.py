@@ -136,6 +136,8 @@ def spectral_norm(
         n_vectors: columns of u and v, at most 8 (and at most min(m, n), to which it is cut). More than one is
             subspace iteration (Saad, "Numerical Methods for Large Eigenvalue Problems", ch. 5): the same one read of W
             a step and a far smaller under-estimate of sigma. u and v are then [m, b] and [n, b] in the state dict.
+            At large learning rates one iteration with one vector lags behind the weight: 4 follow it closer for little
+            more.
         bound: :math:`\hat W = W / \max(1, \sigma / bound)`, so that the norm is at most ``bound`` and smaller weights
             are left alone. Source: Gouk et al., "Regularisation of neural networks by enforcing Lipschitz
             continuity", 2021; SNGP (Liu et al., 2020, eq. 10) uses 0.95 for dense layers.
