@@ -22,16 +22,16 @@ from torch.nn.utils.spectral_norm import SpectralNorm as OldHook
 from torch.nn.utils.spectral_norm import SpectralNormLoadStateDictPreHook, SpectralNormStateDictHook
 
 from ._checks import DTYPES, MAX_COLUMNS, state_dtype
+from ._ties import holders
 from .layers import SpectralLayer
-from .parametrizations import SpectralNorm, follow_loading, parametrizations_of, spectral_norm
-from .removal import (
-    LAYERS,
-    drop_hooks,
-    holders,
-    require_module,
-    settle_groups,
-    strip_parametrizations,
+from .parametrizations import (
+    SpectralNorm,
+    follow_loading,
+    output_dim,
+    parametrizations_of,
+    register,
 )
+from .removal import LAYERS, drop_hooks, require_module, settle_groups, strip_parametrizations
 from .state import SpectralState
 
 log = logging.getLogger(__name__)
@@ -286,16 +286,13 @@ def _plan_plain(
             elif type(weight) is not nn.Parameter or weight.dtype not in DTYPES:
                 plan.left.append(f"{w.name} ({type(weight).__name__} of {weight.dtype})")
             else:
-                transposed = isinstance(
-                    module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-                )
-                w.layer = _layer_for(w, int(transposed), parents.get(id(module), ()))
+                w.layer = _layer_for(w, output_dim(module), parents.get(id(module), ()))
                 found.append(w)
     return found
 
 
 def _require_untied(model: nn.Module, plain: Sequence[_Weight]) -> None:
-    held = holders([cast(Tensor, w.module._parameters[w.key]) for w in plain])
+    held = holders([(w.module, w.key) for w in plain])
     names = {id(m): name for name, m in model.named_modules()}
     for w in plain:
         for module, key in held[id(w.module._parameters[w.key])]:
@@ -363,8 +360,8 @@ def _normalize_plain(w: _Weight, options: dict[str, Any]) -> None:
     module = w.module
     weight = cast(nn.Parameter, module._parameters[w.key])
     if w.layer is None:
-        spectral_norm(module, w.key, **options)
-        w.state = w.plist[0]
+        w.state = SpectralNorm(weight, dim=output_dim(module), **options)
+        register(module, w.key, w.state)
     else:
         w.state = SpectralState(weight, dim=w.layer.dim, owner=w.layer.__name__, **options)
         w.state.train(module.training)

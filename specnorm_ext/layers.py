@@ -147,6 +147,8 @@ class SpectralLinear(SpectralLayer, nn.Linear):
             when the layer is made.
         n_vectors, eps, bound, learnable_scale, detach_sigma, blocks: as in :func:`spectral_norm`. With
             ``blocks=Blocks(experts=E)`` the weight is [E, out, in], the bias [E, out], and the input [E, ..., in].
+            At large learning rates one iteration with one vector lags behind the weight: ``n_vectors=4`` follows it
+            closer for little more.
 
     ``weight`` is W, as it is trained and stored; ``normalized_weight`` is what the layer applies, ``sigma`` the norm
     that it divides by. u and v are in the state dict under ``spectral._u`` and ``spectral._v`` (the learned scale

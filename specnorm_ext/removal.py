@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from . import layers, parametrizations
+from ._ties import Place, holders
 from .group import SpectralNormGroup, is_group_hook
 from .layers import SpectralLayer
 from .parametrizations import parametrizations_of
@@ -75,17 +75,6 @@ def strip_parametrizations(module: nn.Module, key: str) -> None:
         drop_hooks(module, lambda x: x in ours)
 
 
-def holders(tensors: Sequence[Tensor]) -> dict[int, list[tuple[nn.Module, str]]]:
-    """By id of a Parameter: every module alive that holds it, and the name there. One pass for all of them."""
-    out: dict[int, list[tuple[nn.Module, str]]] = {id(x): [] for x in tensors}
-    for x in gc.get_objects():
-        if issubclass(type(x), nn.Module):  # isinstance would ask proxies for their class
-            for name, p in (x.__dict__.get("_parameters") or {}).items():
-                if id(p) in out:
-                    out[id(p)].append((x, name))
-    return out
-
-
 def settle_groups(groups: Sequence[SpectralNormGroup]) -> None:
     """Groups find what has become of their weights; one that has none left goes."""
     for group in {id(x): x for x in groups}.values():
@@ -129,7 +118,7 @@ def remove(model: nn.Module) -> nn.Module:
     groups: list[Any] = []
     owned: list[tuple[str, nn.Module]] = []
     parametrized: list[tuple[str, nn.Module, str, Any]] = []
-    originals: list[Tensor] = []
+    places: list[Place] = []
     for name, module in model.named_modules():
         if isinstance(module, SpectralLayer):
             if type(module) not in PLAIN:
@@ -144,16 +133,16 @@ def remove(model: nn.Module) -> nn.Module:
                     "torch has no plain layer"
                 )
             owned.append((name, module))
-            originals.append(module.weight)
+            places.append((module, "weight"))
             groups.append(module.spectral.group)
         for key in dict.fromkeys(key for key, _, _ in parametrizations_of(module)):
             lists: Any = module.parametrizations
             parametrized.append((name, module, key, lists[key]))
-            if lists[key].is_tensor:
-                originals.append(lists[key].original)
+            if "original" in lists[key]._parameters:
+                places.append((lists[key], "original"))
         groups += [own.group for _, _, own in parametrizations_of(module)]
     with torch.inference_mode(False), torch.no_grad():
-        counts = {i: len(x) for i, x in holders(originals).items()}
+        counts = {i: len(x) for i, x in holders(places).items()}
         for name, module in owned:
             spectral = cast(SpectralLayer, module)
             weight = cast(nn.Parameter, module._parameters["weight"])
