@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn, SupportsFloat, SupportsIndex
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .blocks import Blocks
 
 MAX_COLUMNS = 8
 MOST_ITERATIONS = 1_000_000_000
@@ -467,3 +470,61 @@ def check_spectral_embedding(
             f"{op}: expected padding_idx to be -1 (none) or a row of the weight, below {weight.shape[0]}, "
             f"got {padding_idx}"
         )
+
+
+def check_spectral_options(
+    who: str,
+    weight: Tensor,
+    blocks: Blocks | None,
+    *,
+    dim: int,
+    n_power_iterations: int,
+    eps: float,
+    n_vectors: int,
+    bound: float | None,
+    learnable_scale: bool,
+    by_operator: bool,
+) -> int:
+    """The options of spectral_norm() and of the layers, whose name is `who`; returns the dimensions of one expert."""
+    ndim = weight.dim() - (blocks is not None and blocks.experts > 0)
+    if blocks is not None and ndim < 2:
+        raise ValueError(
+            f"{who}: expected a weight of {weight.dim() - ndim + 2} dimensions or more for blocks={blocks}, "
+            f"got {weight.dim()}"
+        )
+    if dim >= ndim or dim < -ndim:
+        raise IndexError(f"{who}: expected dim in the range [-{ndim}, {ndim - 1}], got {dim}")
+    for what, value, kind in (
+        ("n_power_iterations", n_power_iterations, int),
+        ("n_vectors", n_vectors, int),
+        ("eps", eps, float),
+        ("bound", 1.0 if bound is None else bound, float),
+    ):
+        taken = SupportsIndex if kind is int else (SupportsFloat, SupportsIndex)
+        if isinstance(value, bool) or not isinstance(value, taken):
+            raise TypeError(f"{who}: expected {what} to be {kind.__name__}, got {value!r}")
+    if n_power_iterations <= 0:
+        raise ValueError(
+            f"{who}: expected n_power_iterations to be positive, got {n_power_iterations}"
+        )
+    if not eps >= 0 or not math.isfinite(eps):
+        raise ValueError(f"{who}: expected eps to be finite and >= 0, got {eps}")
+    if not 1 <= n_vectors <= MAX_COLUMNS:
+        raise ValueError(f"{who}: expected n_vectors between 1 and {MAX_COLUMNS}, got {n_vectors}")
+    if bound is not None and not (bound > 0 and math.isfinite(bound)):
+        raise ValueError(f"{who}: expected bound to be positive and finite, got {bound}")
+    if bound is not None and learnable_scale:
+        raise ValueError(
+            f"{who}: expected bound or learnable_scale, got both; a learned scale has no bound"
+        )
+    if weight.dtype not in DTYPES:
+        raise TypeError(
+            f"{who}: expected a weight of torch.float32, torch.float64, torch.bfloat16 or "
+            f"torch.float16, got {weight.dtype}"
+        )
+    if by_operator and (n_vectors != 1 or blocks is not None):
+        raise ValueError(
+            f"{who}: expected n_vectors=1 and no blocks with norm='operator', got n_vectors={n_vectors} and "
+            f"blocks={blocks}"
+        )
+    return ndim

@@ -6,26 +6,18 @@ What the parametrization (parametrizations.py), the layers (layers.py) and the g
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Sequence
-from typing import Any, SupportsFloat, SupportsIndex
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import _C, _ops, operator_norm, recomputation
-from ._checks import DTYPES, MAX_COLUMNS, SIXTEEN_BIT, state_dtype
+from . import _C, _ops, operator_norm, recomputation, verification
+from ._checks import SIXTEEN_BIT, check_spectral_options, state_dtype
 from ._ops import is_ordinary, is_plain, is_untraced
 from .blocks import Blocks
 from .book import Book, Values
 from .convolution_operator import ConvOperator
 from .recomputation import Forward, Place, left_to_python, version_of
-
-WARM_UP_ITERATIONS = 15  # torch's, at registration
-
-# u and v of a healthy layer give at least 0.84 of what one more iteration gives (one iteration from a random
-# start, square Gaussian; anything longer is closer to 1). u and v of other weights give next to nothing.
-STALE_BELOW = 0.75
 
 UVSigma = tuple[Tensor, Tensor, Tensor]
 
@@ -59,44 +51,18 @@ class SpectralState(nn.Module):
         if owner is not None:
             self.owner = owner
         who = self.owner
-        ndim = weight.dim() - (blocks is not None and blocks.experts > 0)
-        if blocks is not None and ndim < 2:
-            raise ValueError(
-                f"{who}: expected a weight of {weight.dim() - ndim + 2} dimensions or more for blocks={blocks}, "
-                f"got {weight.dim()}"
-            )
-        if dim >= ndim or dim < -ndim:
-            raise IndexError(f"{who}: expected dim in the range [-{ndim}, {ndim - 1}], got {dim}")
-        for what, value, kind in (
-            ("n_power_iterations", n_power_iterations, int),
-            ("n_vectors", n_vectors, int),
-            ("eps", eps, float),
-            ("bound", 1.0 if bound is None else bound, float),
-        ):
-            taken = SupportsIndex if kind is int else (SupportsFloat, SupportsIndex)
-            if isinstance(value, bool) or not isinstance(value, taken):
-                raise TypeError(f"{who}: expected {what} to be {kind.__name__}, got {value!r}")
-        if n_power_iterations <= 0:
-            raise ValueError(
-                f"{who}: expected n_power_iterations to be positive, got {n_power_iterations}"
-            )
-        if not eps >= 0 or not math.isfinite(eps):
-            raise ValueError(f"{who}: expected eps to be finite and >= 0, got {eps}")
-        if not 1 <= n_vectors <= MAX_COLUMNS:
-            raise ValueError(
-                f"{who}: expected n_vectors between 1 and {MAX_COLUMNS}, got {n_vectors}"
-            )
-        if bound is not None and not (bound > 0 and math.isfinite(bound)):
-            raise ValueError(f"{who}: expected bound to be positive and finite, got {bound}")
-        if bound is not None and learnable_scale:
-            raise ValueError(
-                f"{who}: expected bound or learnable_scale, got both; a learned scale has no bound"
-            )
-        if weight.dtype not in DTYPES:
-            raise TypeError(
-                f"{who}: expected a weight of torch.float32, torch.float64, torch.bfloat16 or "
-                f"torch.float16, got {weight.dtype}"
-            )
+        ndim = check_spectral_options(
+            who,
+            weight,
+            blocks,
+            dim=dim,
+            n_power_iterations=n_power_iterations,
+            eps=eps,
+            n_vectors=n_vectors,
+            bound=bound,
+            learnable_scale=learnable_scale,
+            by_operator=operator is not None,
+        )
         self.dim = dim if dim >= 0 else dim + ndim
         self.n_power_iterations = n_power_iterations
         self.eps = eps
@@ -106,14 +72,7 @@ class SpectralState(nn.Module):
         self._ndim = ndim
         self._book = Book()
         self.blocks = blocks
-        self.operator = (
-            operator  # the convolution whose norm it is, in place of the flattened kernel's
-        )
-        if operator is not None and (n_vectors != 1 or blocks is not None):
-            raise ValueError(
-                f"{who}: expected n_vectors=1 and no blocks with norm='operator', got n_vectors={n_vectors} and "
-                f"blocks={blocks}"
-            )
+        self.operator = operator  # the convolution whose norm it is, not the flattened kernel's
         dtype = state_dtype(weight.dtype)
         # A layer made under inference_mode must still train later: none of its state may be an inference tensor.
         with torch.inference_mode(False), torch.no_grad():
@@ -144,9 +103,7 @@ class SpectralState(nn.Module):
                     self.register_buffer(name, x)
                 self._book.unseeded = weight.is_meta
                 if not weight.is_meta:
-                    us, vs = self._us(self._u), self._vs(self._v)
-                    self._seed(range(len(parts)), us, vs)
-                    self._warm_up(range(len(parts)), parts, us, vs)
+                    verification.draw(self, range(len(parts)), parts)
 
     def extra_repr(self) -> str:
         parts = [f"n_power_iterations={self.n_power_iterations}", f"dim={self.dim}"]
@@ -244,12 +201,6 @@ class SpectralState(nn.Module):
 
     # ---- u and v ------------------------------------------------------------------------------------------------
 
-    def _warm_up(
-        self, which: Sequence[int], parts: list[Tensor], us: list[Tensor], vs: list[Tensor]
-    ) -> None:
-        chosen = [[xs[i] for i in which] for xs in (parts, us, vs)]
-        self._iterate(chosen[0], chosen[1], chosen[2], WARM_UP_ITERATIONS)
-
     def _iterate(
         self,
         parts: list[Tensor],
@@ -273,14 +224,6 @@ class SpectralState(nn.Module):
         run = _ops.sigma_direct if direct else torch.ops.specnorm_ext.sigma
         return run(parts, us, vs)
 
-    @staticmethod
-    def _seed(which: Sequence[int], us: list[Tensor], vs: list[Tensor]) -> None:
-        for i in which:
-            for x in (us[i], vs[i]):
-                # drawn contiguous, as torch draws, whatever x's strides
-                fresh = torch.empty(x.shape, dtype=x.dtype, device=x.device).normal_(0, 1)
-                x.copy_(nn.functional.normalize(fresh, dim=0))
-
     def place(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """u and v follow the weight: its device, and the state dtype of its dtype."""
         dtype = state_dtype(weight.dtype)
@@ -301,75 +244,9 @@ class SpectralState(nn.Module):
             self.place(weight)
             self.verify(self.matrices(weight.detach()))
 
-    @torch.no_grad()
     def verify(self, parts: list[Tensor]) -> None:
         """Make u and v fit this weight before they are used; warn once of what had to be mended."""
-        us, vs = self._us(self._u), self._vs(self._v)
-        if self._book.unseeded:
-            self._book.unseeded = self._book.unverified = False
-            self._seed(range(len(parts)), us, vs)
-            self._warm_up(range(len(parts)), parts, us, vs)
-            return
-        self._book.unverified = False
-        if any(0 in x.shape for x in parts):
-            return
-        pairs = list(zip(us, vs, strict=True))
-        # Divided by their largest entries first: their squares may be past the largest or the least float.
-        tops = [x.abs().amax(0) for pair in pairs for x in pair]
-        units = [
-            torch.linalg.vector_norm(x / top, dim=0)
-            for x, top in zip((x for pair in pairs for x in pair), tops, strict=True)
-        ]
-        per = 2 * (1 if self._u.dim() == 1 else self._u.shape[1])  # lengths of one pair
-        factors = zip(
-            *(torch.cat([y.reshape(-1) for y in z]).tolist() for z in (tops, units)), strict=True
-        )
-        lengths = [top * unit for top, unit in factors]
-        bad = [
-            i
-            for i in range(len(parts))
-            if not all(0 < x < math.inf for x in lengths[i * per : (i + 1) * per])
-        ]
-        if bad:
-            warnings.warn(
-                "specnorm_ext: u or v of a spectrally normalized weight held NaN, Inf or zeros; drawn anew",
-                stacklevel=2,
-            )
-            self._seed(bad, us, vs)
-            self._warm_up(bad, parts, us, vs)
-            if len(bad) == len(parts):
-                return
-        good = [i for i in range(len(parts)) if i not in bad]
-        measured = [x for i in good for x in lengths[i * per : (i + 1) * per]]
-        shortest, longest = min(measured), max(measured)
-        if shortest < 0.98 or longest > 1.02:
-            warnings.warn(
-                f"specnorm_ext: u and v of a spectrally normalized weight were not normalized (lengths "
-                f"{shortest:.3g} to {longest:.3g}); normalized",
-                stacklevel=2,
-            )
-        if max(1 - shortest, longest - 1) > 64 * torch.finfo(self._u.dtype).eps:
-            for i in good:
-                for x, top in zip(pairs[i], tops[2 * i : 2 * i + 2], strict=True):
-                    x.copy_(nn.functional.normalize(x / top, dim=0))
-        copies = [[x.clone() for x in xs] for xs in (us, vs)]
-        better = self._iterate(parts, copies[0], copies[1], 1)
-        stored = self._form(parts, us, vs)
-        after, before = better.tolist(), stored.abs().tolist()
-        if not all(math.isfinite(x) for x in after):
-            self._book.unverified = True  # a bad weight says nothing about u and v: look again
-        stale = [
-            i
-            for i, (x, y) in enumerate(zip(before, after, strict=True))
-            if math.isfinite(y) and x < STALE_BELOW * y
-        ]
-        if stale:
-            warnings.warn(
-                "specnorm_ext: u and v of a spectrally normalized weight do not belong to it (loaded without "
-                "them, or the weight was replaced); recomputed",
-                stacklevel=2,
-            )
-            self._warm_up(stale, parts, us, vs)
+        verification.verify(self, parts)
 
     # ---- what a forward multiplies with -------------------------------------------------------------------------
 

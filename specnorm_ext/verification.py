@@ -1,0 +1,106 @@
+"""Whether u and v belong to a weight, and what is done where they do not: after loading, after it was replaced."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .state import SpectralState
+
+WARM_UP_ITERATIONS = 15  # torch's, at registration
+
+# u and v of a healthy layer give at least 0.84 of what one more iteration gives (one iteration from a random
+# start, square Gaussian; anything longer is closer to 1). u and v of other weights give next to nothing.
+STALE_BELOW = 0.75
+
+
+def draw(state: SpectralState, which: Sequence[int], parts: list[Tensor]) -> None:
+    """New u and v for these parts of the weight, iterated on as torch does at registration."""
+    us, vs = state._us(state._u), state._vs(state._v)
+    for i in which:
+        for x in (us[i], vs[i]):
+            # drawn contiguous, as torch draws, whatever x's strides
+            fresh = torch.empty(x.shape, dtype=x.dtype, device=x.device).normal_(0, 1)
+            x.copy_(nn.functional.normalize(fresh, dim=0))
+    warm_up(state, which, parts)
+
+
+def warm_up(state: SpectralState, which: Sequence[int], parts: list[Tensor]) -> None:
+    us, vs = state._us(state._u), state._vs(state._v)
+    chosen = [[xs[i] for i in which] for xs in (parts, us, vs)]
+    state._iterate(chosen[0], chosen[1], chosen[2], WARM_UP_ITERATIONS)
+
+
+@torch.no_grad()
+def verify(state: SpectralState, parts: list[Tensor]) -> None:
+    """Make u and v fit this weight before they are used; warn once of what had to be mended."""
+    us, vs = state._us(state._u), state._vs(state._v)
+    if state._book.unseeded:
+        state._book.unseeded = state._book.unverified = False
+        draw(state, range(len(parts)), parts)
+        return
+    state._book.unverified = False
+    if any(0 in x.shape for x in parts):
+        return
+    pairs = list(zip(us, vs, strict=True))
+    # Divided by their largest entries first: their squares may be past the largest or the least float.
+    tops = [x.abs().amax(0) for pair in pairs for x in pair]
+    units = [
+        torch.linalg.vector_norm(x / top, dim=0)
+        for x, top in zip((x for pair in pairs for x in pair), tops, strict=True)
+    ]
+    per = 2 * (1 if state._u.dim() == 1 else state._u.shape[1])  # lengths of one pair
+    factors = zip(
+        *(torch.cat([y.reshape(-1) for y in z]).tolist() for z in (tops, units)), strict=True
+    )
+    lengths = [top * unit for top, unit in factors]
+    bad = [
+        i
+        for i in range(len(parts))
+        if not all(0 < x < math.inf for x in lengths[i * per : (i + 1) * per])
+    ]
+    if bad:
+        warnings.warn(
+            "specnorm_ext: u or v of a spectrally normalized weight held NaN, Inf or zeros; drawn anew",
+            stacklevel=3,
+        )
+        draw(state, bad, parts)
+        if len(bad) == len(parts):
+            return
+    good = [i for i in range(len(parts)) if i not in bad]
+    measured = [x for i in good for x in lengths[i * per : (i + 1) * per]]
+    shortest, longest = min(measured), max(measured)
+    if shortest < 0.98 or longest > 1.02:
+        warnings.warn(
+            f"specnorm_ext: u and v of a spectrally normalized weight were not normalized (lengths "
+            f"{shortest:.3g} to {longest:.3g}); normalized",
+            stacklevel=3,
+        )
+    if max(1 - shortest, longest - 1) > 64 * torch.finfo(state._u.dtype).eps:
+        for i in good:
+            for x, top in zip(pairs[i], tops[2 * i : 2 * i + 2], strict=True):
+                x.copy_(nn.functional.normalize(x / top, dim=0))
+    copies = [[x.clone() for x in xs] for xs in (us, vs)]
+    better = state._iterate(parts, copies[0], copies[1], 1)
+    stored = state._form(parts, us, vs)
+    after, before = better.tolist(), stored.abs().tolist()
+    if not all(math.isfinite(x) for x in after):
+        state._book.unverified = True  # a bad weight says nothing about u and v: look again
+    stale = [
+        i
+        for i, (x, y) in enumerate(zip(before, after, strict=True))
+        if math.isfinite(y) and x < STALE_BELOW * y
+    ]
+    if stale:
+        warnings.warn(
+            "specnorm_ext: u and v of a spectrally normalized weight do not belong to it (loaded without "
+            "them, or the weight was replaced); recomputed",
+            stacklevel=3,
+        )
+        warm_up(state, stale, parts)
