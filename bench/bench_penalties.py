@@ -1,7 +1,7 @@
 """Penalties and projections, in times of the training step without them: python bench/bench_penalties.py [--quick]
 
-A step is forward, loss, backward into new gradients and SGD. Before anything is timed, the gradients of every variant's
-first step (for projections: the weights after it) are compared with the formula in float64.
+What a step is, and how its first one is compared with float64, is in training_steps.py; noise and adversarial
+perturbations are in perturbation_cases.py.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import argparse
 import copy
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import harness
 import torch
-from harness import Group, Target, Variant, require_close
+from harness import Group, Target
 from torch import Tensor, nn
 from torch.nn import functional as F
+from training_steps import PLAIN, RATE, Way, gradients, group_of
 
 from specnorm_ext import functional
 from specnorm_ext.gradient_penalties import gradient_penalty, input_gradient_penalty, r1_penalty
@@ -32,11 +32,8 @@ from specnorm_ext.penalties import (
 from specnorm_ext.projections import ProjectionHook, clip_frobenius_, clip_weights_
 
 NAME = "penalties"
-PLAIN = "plain step"
 TWIN = "the same in torch, layer by layer"
-LAMBDA, BOUND, RATE = 0.01, 1.0, 1e-6
-# float32 against float64 through 20 layers forward and backward, as in bench_layers.py
-RTOL = 1e-3
+LAMBDA, BOUND = 0.01, 1.0
 
 
 def deep(layers: int, width: int) -> nn.Sequential:
@@ -83,89 +80,6 @@ def gradient_twin(critic: nn.Module, x: Tensor, target: float) -> Tensor:
     x = x.detach().requires_grad_()
     (g,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
     return (torch.linalg.vector_norm(g.flatten(1), dim=1) - target).square().mean()
-
-
-# ---- one variant ----------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Way:
-    """A training step with something added to the loss, or done after the step."""
-
-    model: nn.Module
-    loss: Callable[[nn.Module], Tensor]
-    added: Callable[[nn.Module], Tensor] | None = None
-    of_loss: Callable[[Tensor], Tensor] | None = None
-    after: Callable[[nn.Module], object] | None = None
-    rate: float = RATE
-    optimizer: torch.optim.Optimizer = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=self.rate)
-
-    def step(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss(self.model)
-        if self.of_loss is not None:
-            loss = self.of_loss(loss)
-        if self.added is not None:
-            loss = loss + self.added(self.model)
-        loss.backward()
-        self.optimizer.step()
-        if self.after is not None:
-            self.after(self.model)
-
-
-def gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
-    found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-    return [
-        torch.zeros_like(p) if g is None else g
-        for p, g in zip(model.parameters(), found, strict=True)
-    ]
-
-
-def compare(name: str, got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    flat = [torch.cat([x.double().reshape(-1) for x in xs]) for xs in (got, expected)]
-    return require_close(name, *flat, RTOL)
-
-
-def group_of(
-    title: str,
-    ways: dict[str, Way],
-    expected: dict[str, Callable[[nn.Module], list[Tensor]]],
-    targets: dict[str, tuple[Target, ...]],
-    twins: Sequence[str],
-) -> Group:
-    """`expected`: of a float64 copy of a variant's model at its start, what the first step leaves: gradients, or for
-    what is done after the step the weights."""
-
-    def check() -> dict[str, Any]:
-        largest = 0.0
-        for name, way in ways.items():
-            exact = expected[name](copy.deepcopy(way.model).double())
-            way.step()
-            found = list(way.model.parameters())
-            if way.after is None:
-                found = [torch.zeros_like(p) if p.grad is None else p.grad for p in found]
-            largest = max(largest, compare(name, found, exact))
-        return {"largest error": largest}
-
-    return Group(
-        name=title,
-        unit=PLAIN,
-        unit_label="x plain step",
-        variants=[
-            Variant(
-                name,
-                lambda _, way=way: way.step(),
-                targets.get(name, ()),
-                ours=name != PLAIN and name not in twins,
-            )
-            for name, way in ways.items()
-        ],
-        check=check,
-        data_bytes=sum(p.numel() * 4 for p in ways[PLAIN].model.parameters()),
-    )
 
 
 # ---- weights of a deep net ------------------------------------------------------------------------------------
