@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -20,7 +21,13 @@ from torch.nn import functional as F
 from training_steps import PLAIN, RATE, Way, gradients, group_of
 
 from specnorm_ext import functional
-from specnorm_ext.gradient_penalties import gradient_penalty, input_gradient_penalty, r1_penalty
+from specnorm_ext.gradient_penalties import (
+    gradient_penalty,
+    input_gradient_penalty,
+    parameter_gradient_penalty,
+    r1_penalty,
+    r2_penalty,
+)
 from specnorm_ext.losses import flooding, wgan_critic_loss
 from specnorm_ext.penalties import (
     SpectralNormPenalty,
@@ -76,10 +83,14 @@ def projection_twin(weights: Sequence[Tensor], pairs: Sequence[tuple[Tensor, Ten
         w.div_((sigma / BOUND).clamp_min(1))
 
 
-def gradient_twin(critic: nn.Module, x: Tensor, target: float) -> Tensor:
+def input_norms(critic: nn.Module, x: Tensor) -> Tensor:
     x = x.detach().requires_grad_()
     (g,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
-    return (torch.linalg.vector_norm(g.flatten(1), dim=1) - target).square().mean()
+    return torch.linalg.vector_norm(g.flatten(1), dim=1)
+
+
+def gradient_twin(critic: nn.Module, x: Tensor, target: float) -> Tensor:
+    return (input_norms(critic, x) - target).square().mean()
 
 
 # ---- weights of a deep net ------------------------------------------------------------------------------------
@@ -88,6 +99,8 @@ SPECTRAL, SPECTRAL_4 = "SpectralNormPenalty", "SpectralNormPenalty, 4 columns"
 SPECTRAL_TWIN = f"SpectralNormPenalty: {TWIN}"
 SEED = "power_iteration, 5 rounds, layer by layer"
 FROBENIUS, ORTHOGONALITY = "frobenius_penalty", "orthogonality_penalty"
+SPECTRAL_HINGE = "SpectralNormPenalty, above a bound"
+FROBENIUS_HINGE = "frobenius_penalty, above a bound"
 HOOK, HOOK_TWIN = "ProjectionHook, spectral", f"ProjectionHook: {TWIN}"
 CLIP_FROBENIUS, CLIP = "clip_frobenius_", "clip_weights_"
 
@@ -109,11 +122,11 @@ def step64(w: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return (q @ rotation.mT)[:, 0], right[:, 0]
 
 
-def spectral64(model: nn.Module, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+def spectral64(model: nn.Module, pairs: list[tuple[Tensor, Tensor]], bound: float = 0.0) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for w, (_, start_v) in zip(weights_of(model), pairs, strict=True):
         u, v = step64(w, start_v)
-        total = total + torch.dot(u, w @ v).square()
+        total = total + (torch.dot(u, w @ v) - bound).clamp_min(0).square()
     return LAMBDA / 2 * total
 
 
@@ -123,6 +136,11 @@ def listing64(w: Tensor, r: int = 5) -> Tensor:
         v = F.normalize(u @ w)
         u = F.normalize(v @ w.mT)
     return (u @ w @ v.mT).sum()
+
+
+def squared_gradient64(model: nn.Module, loss: Tensor) -> Tensor:
+    found = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+    return torch.cat([g.reshape(-1) for g in found]).square().sum()
 
 
 def summed(term: Callable[[Tensor], Tensor], model: nn.Module) -> Tensor:
@@ -135,6 +153,12 @@ def weights_group(title: str, width: int, batch: int, target: bool, layers: int 
     with torch.no_grad():
         for w in weights_of(large):
             w.mul_(3)
+    uneven = copy.deepcopy(base)  # every second weight above the bounds of the hinges
+    with torch.no_grad():
+        for w in weights_of(uneven)[::2]:
+            w.mul_(3)
+    # a weight of `deep` has |W|_F near sqrt(width / 3) and sigma near 2 / sqrt(3)
+    frobenius_bound, spectral_bound = 2 * math.sqrt(width / 3), 2.0
     torch.manual_seed(2)
     x, y = torch.randn(2, batch, width)
 
@@ -168,16 +192,19 @@ def weights_group(title: str, width: int, batch: int, target: bool, layers: int 
         ways[name] = Way(model or copy.deepcopy(large), loss, after=after)
         expected[name] = of_step
 
-    def plain(**how: Any) -> Way:
-        return Way(copy.deepcopy(base), loss, **how)
+    def plain(model: nn.Module = base, **how: Any) -> Way:
+        return Way(copy.deepcopy(model), loss, **how)
+
+    def add_spectral(name: str, way: Way, bound: float | None = None, columns: int = 1) -> None:
+        penalty = SpectralNormPenalty(way.model, LAMBDA, n_vectors=columns, bound=bound)
+        way.added = lambda _: penalty()
+        before = pairs64(penalty)
+        add_penalty(name, way, lambda m: spectral64(m, before, bound or 0.0))
 
     add_penalty(PLAIN, plain())
-    for name, columns in ((SPECTRAL, 1), (SPECTRAL_4, 4)):
-        way = plain()
-        penalty = SpectralNormPenalty(way.model, LAMBDA, n_vectors=columns)
-        way.added = lambda _, penalty=penalty: penalty()
-        before = pairs64(penalty)
-        add_penalty(name, way, lambda m, before=before: spectral64(m, before))
+    add_spectral(SPECTRAL, plain())
+    add_spectral(SPECTRAL_4, plain(), columns=4)
+    add_spectral(SPECTRAL_HINGE, plain(uneven), spectral_bound)
     twin_pairs = start(weights_of(base))
     before = [(_columns(u), _columns(v)) for u, v in twin_pairs]
     add_penalty(
@@ -196,6 +223,13 @@ def weights_group(title: str, width: int, batch: int, target: bool, layers: int 
         lambda m: LAMBDA / 2 * summed(lambda w: w.square().sum(), m),
     )
     add_penalty(
+        FROBENIUS_HINGE,
+        plain(
+            uneven, added=lambda m: frobenius_penalty(weights_of(m), LAMBDA, bound=frobenius_bound)
+        ),
+        lambda m: LAMBDA / 2 * summed(lambda w: (w.norm() - frobenius_bound).clamp_min(0) ** 2, m),
+    )
+    add_penalty(
         ORTHOGONALITY,
         plain(added=lambda m: orthogonality_penalty(weights_of(m), LAMBDA)),
         lambda m: LAMBDA * summed(lambda w: (w @ w.mT - torch.eye(len(w))).square().sum(), m),
@@ -204,6 +238,10 @@ def weights_group(title: str, width: int, batch: int, target: bool, layers: int 
     add_penalty(
         "flooding", plain(of_loss=lambda value: flooding(value, level)), lambda m: -2 * loss(m)
     )
+    way = plain()
+    parameters = list(way.model.parameters())
+    way.of_loss = lambda value: value + parameter_gradient_penalty(value, parameters)
+    add_penalty("parameter_gradient_penalty", way, lambda m: squared_gradient64(m, loss(m)))
 
     def divide(pairs: list[tuple[Tensor, Tensor]]) -> Callable[[nn.Module], object]:
         def exact(model: nn.Module) -> None:
@@ -243,12 +281,21 @@ def weights_group(title: str, width: int, batch: int, target: bool, layers: int 
 # ---- gradients of a critic --------------------------------------------------------------------------------------
 
 
+ONE_SIDED = "gradient_penalty, one-sided"
+BETWEEN = "gradient_penalty, between real and fake"
+ZERO_CENTERED = "gradient_penalty, zero-centered, at both"
+COEFFICIENT = 10.0  # WGAN-GP's coefficient: with 1 the check would hardly see a gradient this far below the loss's
+
+
 def critic_group(title: str, width: int, batch: int) -> Group:
     torch.manual_seed(0)
     base = nn.Sequential(
         nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)
     )
     real, fake = torch.randn(2, batch, width)
+    # The further a sample is out, the flatter is tanh: gradients above the bound and below it.
+    spread = real * torch.linspace(0.1, 5, batch).unsqueeze(1)
+    bound = input_norms(base, spread).median().item()
 
     def scores(model: nn.Module) -> Tensor:
         dtype = next(model.parameters()).dtype
@@ -260,17 +307,45 @@ def critic_group(title: str, width: int, batch: int) -> Group:
     def squared(z: Tensor) -> Tensor:
         return z.square()
 
-    # at real samples, so that all of them take gradients at the same points
+    def drawn() -> torch.Generator:
+        return torch.Generator().manual_seed(3)
+
+    generator = drawn()
+    # at real samples where nothing else is said, so that these take gradients at the same points
     ways = {
         PLAIN: way(),
         "gradient_penalty": way(lambda m: gradient_penalty(m, real, None, sampling="real")),
         f"gradient_penalty: {TWIN}": way(lambda m: gradient_twin(m, real, 1.0)),
+        ONE_SIDED: way(
+            lambda m: gradient_penalty(
+                m, spread, None, bound, one_sided=True, sampling="real", coefficient=COEFFICIENT
+            )
+        ),
+        BETWEEN: way(
+            lambda m: gradient_penalty(m, real, fake, coefficient=COEFFICIENT, generator=generator)
+        ),
+        ZERO_CENTERED: way(
+            lambda m: gradient_penalty(m, real, fake, 0.0, sampling="both", coefficient=COEFFICIENT)
+        ),
         "r1_penalty": way(lambda m: r1_penalty(m, real, coefficient=2.0)),
+        "r2_penalty": way(lambda m: r2_penalty(m, fake, coefficient=2.0)),
         "input_gradient_penalty": way(lambda m: input_gradient_penalty(m, real, squared)),
     }
 
     def exact(penalty: Callable[[nn.Module], Tensor]) -> Callable[[nn.Module], list[Tensor]]:
         return lambda m: gradients(m, scores(m) + penalty(m))
+
+    def one_sided(model: nn.Module) -> Tensor:
+        return (
+            COEFFICIENT * (input_norms(model, spread.double()) - bound).clamp_min(0).square().mean()
+        )
+
+    def between(model: nn.Module) -> Tensor:
+        e = torch.rand(batch, 1, generator=drawn()).double()  # the same draws
+        return COEFFICIENT * gradient_twin(model, e * real.double() + (1 - e) * fake.double(), 1.0)
+
+    def centered(model: nn.Module) -> Tensor:
+        return COEFFICIENT * gradient_twin(model, torch.cat([real, fake]).double(), 0.0)
 
     def of_squares(model: nn.Module) -> Tensor:
         x = real.double().requires_grad_()
@@ -282,7 +357,11 @@ def critic_group(title: str, width: int, batch: int) -> Group:
         PLAIN: lambda m: gradients(m, scores(m)),
         "gradient_penalty": wgan_gp,
         f"gradient_penalty: {TWIN}": wgan_gp,
+        ONE_SIDED: exact(one_sided),
+        BETWEEN: exact(between),
+        ZERO_CENTERED: exact(centered),
         "r1_penalty": exact(lambda m: gradient_twin(m, real.double(), 0.0)),
+        "r2_penalty": exact(lambda m: gradient_twin(m, fake.double(), 0.0)),
         "input_gradient_penalty": exact(of_squares),
     }
     targets = {"gradient_penalty": (Target(1.02, f"gradient_penalty: {TWIN}"),)}
