@@ -16,6 +16,7 @@ from typing import Any
 import harness
 import torch
 from harness import Group, Target
+from perturbation_cases import classifier_group, embedding_group
 from torch import Tensor, nn
 from torch.nn import functional as F
 from training_steps import PLAIN, RATE, Way, gradients, group_of
@@ -384,6 +385,8 @@ def groups() -> list[tuple[str, harness.Builder]]:
     # all overhead: what 20 layers cost in calls
     add("20 Linear 64 x 64, batch 64, a step", weights_group, 64, 64, False)
     add("Critic of 3 layers of 512, batch 64, a step", critic_group, 512, 64)
+    add("Classifier of 3 layers of 512, batch 64, a step", classifier_group, 512, 64)
+    add("Embedding of 4000 x 256 and 2 layers, batch 64, a step", embedding_group, 256, 64)
     return found
 
 
