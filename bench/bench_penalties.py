@@ -1,26 +1,34 @@
 """Penalties and projections, in times of the training step without them: python bench/bench_penalties.py [--quick]
 
-A step is forward, loss, backward into new gradients and SGD. Before anything is timed, the gradients of every variant's
-first step (for projections: the weights after it) are compared with the formula in float64.
+What a step is, and how its first one is compared with float64, is in training_steps.py; noise and adversarial
+perturbations are in perturbation_cases.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import harness
 import torch
-from harness import Group, Target, Variant, require_close
+from harness import Group, Target
+from perturbation_cases import classifier_group, embedding_group
 from torch import Tensor, nn
 from torch.nn import functional as F
+from training_steps import PLAIN, RATE, Way, gradients, group_of
 
 from specnorm_ext import functional
-from specnorm_ext.gradient_penalties import gradient_penalty, input_gradient_penalty, r1_penalty
+from specnorm_ext.gradient_penalties import (
+    gradient_penalty,
+    input_gradient_penalty,
+    parameter_gradient_penalty,
+    r1_penalty,
+    r2_penalty,
+)
 from specnorm_ext.losses import flooding, wgan_critic_loss
 from specnorm_ext.penalties import (
     SpectralNormPenalty,
@@ -32,11 +40,8 @@ from specnorm_ext.penalties import (
 from specnorm_ext.projections import ProjectionHook, clip_frobenius_, clip_weights_
 
 NAME = "penalties"
-PLAIN = "plain step"
 TWIN = "the same in torch, layer by layer"
-LAMBDA, BOUND, RATE = 0.01, 1.0, 1e-6
-# float32 against float64 through 20 layers forward and backward, as in bench_layers.py
-RTOL = 1e-3
+LAMBDA, BOUND = 0.01, 1.0
 
 
 def deep(layers: int, width: int) -> nn.Sequential:
@@ -79,93 +84,14 @@ def projection_twin(weights: Sequence[Tensor], pairs: Sequence[tuple[Tensor, Ten
         w.div_((sigma / BOUND).clamp_min(1))
 
 
-def gradient_twin(critic: nn.Module, x: Tensor, target: float) -> Tensor:
+def input_norms(critic: nn.Module, x: Tensor) -> Tensor:
     x = x.detach().requires_grad_()
     (g,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
-    return (torch.linalg.vector_norm(g.flatten(1), dim=1) - target).square().mean()
+    return torch.linalg.vector_norm(g.flatten(1), dim=1)
 
 
-# ---- one variant ----------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Way:
-    """A training step with something added to the loss, or done after the step."""
-
-    model: nn.Module
-    loss: Callable[[nn.Module], Tensor]
-    added: Callable[[nn.Module], Tensor] | None = None
-    of_loss: Callable[[Tensor], Tensor] | None = None
-    after: Callable[[nn.Module], object] | None = None
-    rate: float = RATE
-    optimizer: torch.optim.Optimizer = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=self.rate)
-
-    def step(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss(self.model)
-        if self.of_loss is not None:
-            loss = self.of_loss(loss)
-        if self.added is not None:
-            loss = loss + self.added(self.model)
-        loss.backward()
-        self.optimizer.step()
-        if self.after is not None:
-            self.after(self.model)
-
-
-def gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
-    found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-    return [
-        torch.zeros_like(p) if g is None else g
-        for p, g in zip(model.parameters(), found, strict=True)
-    ]
-
-
-def compare(name: str, got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    flat = [torch.cat([x.double().reshape(-1) for x in xs]) for xs in (got, expected)]
-    return require_close(name, *flat, RTOL)
-
-
-def group_of(
-    title: str,
-    ways: dict[str, Way],
-    expected: dict[str, Callable[[nn.Module], list[Tensor]]],
-    targets: dict[str, tuple[Target, ...]],
-    twins: Sequence[str],
-) -> Group:
-    """`expected`: of a float64 copy of a variant's model at its start, what the first step leaves: gradients, or for
-    what is done after the step the weights."""
-
-    def check() -> dict[str, Any]:
-        largest = 0.0
-        for name, way in ways.items():
-            exact = expected[name](copy.deepcopy(way.model).double())
-            way.step()
-            found = list(way.model.parameters())
-            if way.after is None:
-                found = [torch.zeros_like(p) if p.grad is None else p.grad for p in found]
-            largest = max(largest, compare(name, found, exact))
-        return {"largest error": largest}
-
-    return Group(
-        name=title,
-        unit=PLAIN,
-        unit_label="x plain step",
-        variants=[
-            Variant(
-                name,
-                lambda _, way=way: way.step(),
-                targets.get(name, ()),
-                ours=name != PLAIN and name not in twins,
-            )
-            for name, way in ways.items()
-        ],
-        check=check,
-        data_bytes=sum(p.numel() * 4 for p in ways[PLAIN].model.parameters()),
-    )
+def gradient_twin(critic: nn.Module, x: Tensor, target: float) -> Tensor:
+    return (input_norms(critic, x) - target).square().mean()
 
 
 # ---- weights of a deep net ------------------------------------------------------------------------------------
@@ -174,6 +100,8 @@ SPECTRAL, SPECTRAL_4 = "SpectralNormPenalty", "SpectralNormPenalty, 4 columns"
 SPECTRAL_TWIN = f"SpectralNormPenalty: {TWIN}"
 SEED = "power_iteration, 5 rounds, layer by layer"
 FROBENIUS, ORTHOGONALITY = "frobenius_penalty", "orthogonality_penalty"
+SPECTRAL_HINGE = "SpectralNormPenalty, above a bound"
+FROBENIUS_HINGE = "frobenius_penalty, above a bound"
 HOOK, HOOK_TWIN = "ProjectionHook, spectral", f"ProjectionHook: {TWIN}"
 CLIP_FROBENIUS, CLIP = "clip_frobenius_", "clip_weights_"
 
@@ -195,11 +123,11 @@ def step64(w: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return (q @ rotation.mT)[:, 0], right[:, 0]
 
 
-def spectral64(model: nn.Module, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+def spectral64(model: nn.Module, pairs: list[tuple[Tensor, Tensor]], bound: float = 0.0) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for w, (_, start_v) in zip(weights_of(model), pairs, strict=True):
         u, v = step64(w, start_v)
-        total = total + torch.dot(u, w @ v).square()
+        total = total + (torch.dot(u, w @ v) - bound).clamp_min(0).square()
     return LAMBDA / 2 * total
 
 
@@ -209,6 +137,11 @@ def listing64(w: Tensor, r: int = 5) -> Tensor:
         v = F.normalize(u @ w)
         u = F.normalize(v @ w.mT)
     return (u @ w @ v.mT).sum()
+
+
+def squared_gradient64(model: nn.Module, loss: Tensor) -> Tensor:
+    found = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+    return torch.cat([g.reshape(-1) for g in found]).square().sum()
 
 
 def summed(term: Callable[[Tensor], Tensor], model: nn.Module) -> Tensor:
@@ -221,6 +154,12 @@ def weights_group(title: str, width: int, batch: int, target: bool, layers: int 
     with torch.no_grad():
         for w in weights_of(large):
             w.mul_(3)
+    uneven = copy.deepcopy(base)  # every second weight above the bounds of the hinges
+    with torch.no_grad():
+        for w in weights_of(uneven)[::2]:
+            w.mul_(3)
+    # a weight of `deep` has |W|_F near sqrt(width / 3) and sigma near 2 / sqrt(3)
+    frobenius_bound, spectral_bound = 2 * math.sqrt(width / 3), 2.0
     torch.manual_seed(2)
     x, y = torch.randn(2, batch, width)
 
@@ -254,16 +193,19 @@ def weights_group(title: str, width: int, batch: int, target: bool, layers: int 
         ways[name] = Way(model or copy.deepcopy(large), loss, after=after)
         expected[name] = of_step
 
-    def plain(**how: Any) -> Way:
-        return Way(copy.deepcopy(base), loss, **how)
+    def plain(model: nn.Module = base, **how: Any) -> Way:
+        return Way(copy.deepcopy(model), loss, **how)
+
+    def add_spectral(name: str, way: Way, bound: float | None = None, columns: int = 1) -> None:
+        penalty = SpectralNormPenalty(way.model, LAMBDA, n_vectors=columns, bound=bound)
+        way.added = lambda _: penalty()
+        before = pairs64(penalty)
+        add_penalty(name, way, lambda m: spectral64(m, before, bound or 0.0))
 
     add_penalty(PLAIN, plain())
-    for name, columns in ((SPECTRAL, 1), (SPECTRAL_4, 4)):
-        way = plain()
-        penalty = SpectralNormPenalty(way.model, LAMBDA, n_vectors=columns)
-        way.added = lambda _, penalty=penalty: penalty()
-        before = pairs64(penalty)
-        add_penalty(name, way, lambda m, before=before: spectral64(m, before))
+    add_spectral(SPECTRAL, plain())
+    add_spectral(SPECTRAL_4, plain(), columns=4)
+    add_spectral(SPECTRAL_HINGE, plain(uneven), spectral_bound)
     twin_pairs = start(weights_of(base))
     before = [(_columns(u), _columns(v)) for u, v in twin_pairs]
     add_penalty(
@@ -282,6 +224,13 @@ def weights_group(title: str, width: int, batch: int, target: bool, layers: int 
         lambda m: LAMBDA / 2 * summed(lambda w: w.square().sum(), m),
     )
     add_penalty(
+        FROBENIUS_HINGE,
+        plain(
+            uneven, added=lambda m: frobenius_penalty(weights_of(m), LAMBDA, bound=frobenius_bound)
+        ),
+        lambda m: LAMBDA / 2 * summed(lambda w: (w.norm() - frobenius_bound).clamp_min(0) ** 2, m),
+    )
+    add_penalty(
         ORTHOGONALITY,
         plain(added=lambda m: orthogonality_penalty(weights_of(m), LAMBDA)),
         lambda m: LAMBDA * summed(lambda w: (w @ w.mT - torch.eye(len(w))).square().sum(), m),
@@ -290,6 +239,10 @@ def weights_group(title: str, width: int, batch: int, target: bool, layers: int 
     add_penalty(
         "flooding", plain(of_loss=lambda value: flooding(value, level)), lambda m: -2 * loss(m)
     )
+    way = plain()
+    parameters = list(way.model.parameters())
+    way.of_loss = lambda value: value + parameter_gradient_penalty(value, parameters)
+    add_penalty("parameter_gradient_penalty", way, lambda m: squared_gradient64(m, loss(m)))
 
     def divide(pairs: list[tuple[Tensor, Tensor]]) -> Callable[[nn.Module], object]:
         def exact(model: nn.Module) -> None:
@@ -329,12 +282,21 @@ def weights_group(title: str, width: int, batch: int, target: bool, layers: int 
 # ---- gradients of a critic --------------------------------------------------------------------------------------
 
 
+ONE_SIDED = "gradient_penalty, one-sided"
+BETWEEN = "gradient_penalty, between real and fake"
+ZERO_CENTERED = "gradient_penalty, zero-centered, at both"
+COEFFICIENT = 10.0  # WGAN-GP's; with 1 the one-sided penalty would move the gradients by 1.5%, little to check
+
+
 def critic_group(title: str, width: int, batch: int) -> Group:
     torch.manual_seed(0)
     base = nn.Sequential(
         nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)
     )
     real, fake = torch.randn(2, batch, width)
+    # The further a sample is out, the flatter is tanh: gradients above the bound and below it.
+    spread = real * torch.linspace(0.1, 5, batch).unsqueeze(1)
+    bound = input_norms(base, spread).median().item()
 
     def scores(model: nn.Module) -> Tensor:
         dtype = next(model.parameters()).dtype
@@ -346,17 +308,45 @@ def critic_group(title: str, width: int, batch: int) -> Group:
     def squared(z: Tensor) -> Tensor:
         return z.square()
 
-    # at real samples, so that all of them take gradients at the same points
+    def drawn() -> torch.Generator:
+        return torch.Generator().manual_seed(3)
+
+    generator = drawn()
+    # at real samples where nothing else is said, so that these take gradients at the same points
     ways = {
         PLAIN: way(),
         "gradient_penalty": way(lambda m: gradient_penalty(m, real, None, sampling="real")),
         f"gradient_penalty: {TWIN}": way(lambda m: gradient_twin(m, real, 1.0)),
+        ONE_SIDED: way(
+            lambda m: gradient_penalty(
+                m, spread, None, bound, one_sided=True, sampling="real", coefficient=COEFFICIENT
+            )
+        ),
+        BETWEEN: way(
+            lambda m: gradient_penalty(m, real, fake, coefficient=COEFFICIENT, generator=generator)
+        ),
+        ZERO_CENTERED: way(
+            lambda m: gradient_penalty(m, real, fake, 0.0, sampling="both", coefficient=COEFFICIENT)
+        ),
         "r1_penalty": way(lambda m: r1_penalty(m, real, coefficient=2.0)),
+        "r2_penalty": way(lambda m: r2_penalty(m, fake, coefficient=2.0)),
         "input_gradient_penalty": way(lambda m: input_gradient_penalty(m, real, squared)),
     }
 
     def exact(penalty: Callable[[nn.Module], Tensor]) -> Callable[[nn.Module], list[Tensor]]:
         return lambda m: gradients(m, scores(m) + penalty(m))
+
+    def one_sided(model: nn.Module) -> Tensor:
+        return (
+            COEFFICIENT * (input_norms(model, spread.double()) - bound).clamp_min(0).square().mean()
+        )
+
+    def between(model: nn.Module) -> Tensor:
+        e = torch.rand(batch, 1, generator=drawn()).double()  # the same draws
+        return COEFFICIENT * gradient_twin(model, e * real.double() + (1 - e) * fake.double(), 1.0)
+
+    def centered(model: nn.Module) -> Tensor:
+        return COEFFICIENT * gradient_twin(model, torch.cat([real, fake]).double(), 0.0)
 
     def of_squares(model: nn.Module) -> Tensor:
         x = real.double().requires_grad_()
@@ -368,7 +358,11 @@ def critic_group(title: str, width: int, batch: int) -> Group:
         PLAIN: lambda m: gradients(m, scores(m)),
         "gradient_penalty": wgan_gp,
         f"gradient_penalty: {TWIN}": wgan_gp,
+        ONE_SIDED: exact(one_sided),
+        BETWEEN: exact(between),
+        ZERO_CENTERED: exact(centered),
         "r1_penalty": exact(lambda m: gradient_twin(m, real.double(), 0.0)),
+        "r2_penalty": exact(lambda m: gradient_twin(m, fake.double(), 0.0)),
         "input_gradient_penalty": exact(of_squares),
     }
     targets = {"gradient_penalty": (Target(1.02, f"gradient_penalty: {TWIN}"),)}
@@ -391,6 +385,8 @@ def groups() -> list[tuple[str, harness.Builder]]:
     # all overhead: what 20 layers cost in calls
     add("20 Linear 64 x 64, batch 64, a step", weights_group, 64, 64, False)
     add("Critic of 3 layers of 512, batch 64, a step", critic_group, 512, 64)
+    add("Classifier of 3 layers of 512, batch 64, a step", classifier_group, 512, 64)
+    add("Embedding of 4000 x 256 and 2 layers, batch 64, a step", embedding_group, 256, 64)
     return found
 
 
