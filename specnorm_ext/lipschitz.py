@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .lipschitz_graph import BATCH, OP, LayerBound, Walk, trace
+from ._arguments import count
+from .lipschitz_graph import LayerBound, Walk
 from .lipschitz_rules import Shape, register_rule
+from .lipschitz_trace import BATCH, OP, trace
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,16 @@ def _search(model: nn.Module, data: Tensor, steps: int) -> float:
         d = d / lengths(d).clamp_min(1e-300).view(per_sample) * size
         x.requires_grad_()
         d.requires_grad_()
-        with torch.enable_grad():
-            near, far = model(x), model(x + d)
-            gap = far - near
-            gx, gd = torch.autograd.grad((gap * gap.detach()).sum(), (x, d))
+        try:
+            with torch.enable_grad():
+                near, far = model(x.clone()), model(x + d)  # a model may write over its input
+                gap = far - near
+                gx, gd = torch.autograd.grad((gap * gap.detach()).sum(), (x, d))
+        except RuntimeError as error:
+            raise TypeError(
+                f"{OP}: expected a model with gradients, in float64, where data is given to search from, got an error "
+                f"of torch: {error}; without data there is a bound all the same"
+            ) from error
         x, d = x.detach(), d.detach()
         rounding = 1e-13 * (lengths(near.detach()) + lengths(far.detach()))
         # the difference that was taken, after its own rounding in x + d
@@ -117,8 +125,7 @@ def _check(model: Any, input_size: Any, data: Any, steps: int) -> Shape:
             raise ValueError(
                 f"{OP}: expected data of shape [batch, {', '.join(map(str, sizes))}], got {list(data.shape)}"
             )
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"{OP}: expected steps >= 1, got {steps}")
+    count(OP, "steps", steps)
     return tuple(sizes)
 
 
@@ -206,6 +213,11 @@ def lipschitz_bound(
         upper bound 1, slope found 1
     """
     sizes = _check(model, input_size, data, steps)
+    with torch.inference_mode(False):  # in whose tensors nothing can be searched
+        return _bounded(model, sizes, data, steps)
+
+
+def _bounded(model: nn.Module, sizes: Shape, data: Tensor | None, steps: int) -> LipschitzBound:
     try:
         copied = copy.deepcopy(model).eval()
     except RuntimeError as error:

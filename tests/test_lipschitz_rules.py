@@ -22,7 +22,9 @@ def _one_thread(_repeatable: None) -> None:
 
 
 ACTIVATIONS = [
-    *[t() for t in CONSTANTS if t is not nn.Softmax2d],
+    *[t() for t in CONSTANTS],
+    nn.CELU(),
+    nn.CELU(0.3),
     nn.Softplus(),
     nn.Softplus(beta=3.0),
     nn.GELU(),
@@ -121,6 +123,47 @@ def test_max_pooling(module: nn.Module, shape: tuple[int, ...], constant: float)
     x, y = torch.zeros(n, *shape, dtype=F64), torch.eye(n, dtype=F64).view(n, *shape)
     gaps = (module(x) - module(y)).flatten(1)
     assert float(torch.linalg.vector_norm(gaps, dim=1).max()) == pytest.approx(constant)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (nn.MaxPool1d(3, 1), (9,)),
+        (nn.MaxPool2d(3, 1), (6, 6)),
+        (nn.AdaptiveMaxPool1d(3), (7,)),
+        (nn.AvgPool1d(2), (9,)),
+        (nn.AvgPool2d((3, 1), stride=1, padding=(1, 0)), (5, 5)),
+        (nn.AdaptiveAvgPool2d(3), (5, 5)),
+        (nn.ReflectionPad2d(1), (5, 5)),
+        (nn.ReplicationPad1d(2), (4,)),
+        (nn.InstanceNorm1d(7, eps=0.1), (5,)),
+        (nn.InstanceNorm2d(7, eps=0.1), (5, 1)),
+        (nn.UpsamplingNearest2d(scale_factor=2), (2, 4, 4)),
+    ],
+    ids=str,
+)
+def test_samples_without_channels(module: nn.Module, shape: tuple[int, ...]) -> None:
+    """torch takes the batch for the channels."""
+    x = torch.zeros(7, *shape, dtype=F64)
+    wide = copy.deepcopy(module).double()
+    if isinstance(module, nn.modules.pooling._MaxPoolNd | nn.modules.pooling._AdaptiveMaxPoolNd):
+        x[0][(2,) * len(shape)] = 1  # in as many windows as there are for any place
+    jacobian = torch.autograd.functional.jacobian(lambda y: wide(torch.cat([y, x[1:]]))[0], x[:1])
+    truth = float(torch.linalg.matrix_norm(jacobian.reshape(-1, math.prod(shape)), 2))
+    assert truth * (1 - 1e-12) <= lipschitz_bound(module, shape).bound <= truth * (1 + 1e-8)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "message"),
+    [
+        (nn.Softmax2d(), (3, 3), "expected Softmax2d within a sample, got dim=-3, the batch"),
+        (nn.ZeroPad2d((0, 0, 1, -1)), (4,), "2 dimensions for ZeroPad2d, got .4., by which it works"),
+        (nn.CELU(-0.1), (3,), "expected CELU with alpha > 0, got -0.1"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(module: nn.Module, shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(TypeError, match="^lipschitz_bound: .*" + message):
+        lipschitz_bound(module, shape)
 
 
 @pytest.mark.parametrize(
