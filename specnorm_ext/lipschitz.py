@@ -45,7 +45,10 @@ class LipschitzBound:
                 for i, (c, w) in enumerate(zip(row, widths, strict=True))
             ]
             lines.append("  ".join(cells).rstrip())
-        lines.append(f"upper bound {self.bound:.6g}, slope found {self.lower:.6g}")
+        found = (
+            f", slope found {self.lower:.6g}" if self.lower else ""
+        )  # 0: without data none is sought
+        lines.append(f"upper bound {self.bound:.6g}{found}")
         return "\n".join(lines)
 
 
@@ -191,7 +194,8 @@ def lipschitz_bound(
 
     Raises:
         TypeError: a module or operation without a known constant, or with none at all (attention, products of
-            activations), named in the message; a model that torch.fx cannot trace.
+            activations), named in the message; a model that torch.fx cannot trace, that scales by the number of
+            samples, or that writes over what is read again; with data, one without gradients.
         ValueError: an input_size that the model does not take, data of another shape.
 
     Source: Szegedy et al., "Intriguing properties of neural networks", ICLR 2014, section 4.3 (products of norms);

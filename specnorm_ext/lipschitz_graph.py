@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 
+from ._checks import state_dtype
 from .convolution import certified_operator_norm, conv_weight, operator_of
 from .lipschitz_functions import (
     ADD,
@@ -186,6 +187,10 @@ class Walk:
     def check_module(self, node: fx.Node, inputs: list[fx.Node]) -> None:
         module = self.modules[str(node.target)]
         found = rule_for(module)
+        if "forward" in vars(module):
+            self.refuse(
+                node, "has a forward put in place of its class's; make it a class of its own"
+            )
         if found is None or len(inputs) > 1:
             raise TypeError(
                 f"{OP}: expected modules with a known Lipschitz constant, got {self.place(node)}; "
@@ -198,6 +203,9 @@ class Walk:
             )
         if isinstance(module, ATTENTION):
             self.ask(node, module, ())  # before it raises of arguments that are missing
+        if isinstance(module, nn.RMSNorm) and module.eps is None and inputs:
+            # what torch takes for this dtype; the search in float64 is to find the same function
+            module.eps = torch.finfo(state_dtype(self.values[inputs[0]].dtype)).eps
         if module._forward_hooks or module._forward_pre_hooks:
             raise TypeError(
                 f"{OP}: expected modules without forward hooks, got {self.place(node)}; remove them, or "
@@ -269,11 +277,7 @@ class Walk:
                     True,
                 )
         if target in (torch.maximum, torch.minimum):
-            return (
-                [_times(a, math.sqrt(n)) for a, n in zip(spread, counts, strict=True)],
-                False,
-                True,
-            )
+            return spread, False, True
         if counts == [1]:
             found_alone = self.rule_of_one(node, inputs[0], first, spread[0], shape)
             if found_alone is not None:
@@ -539,7 +543,7 @@ class Walk:
 
     def replay(self, node: fx.Node, source: fx.Node, start: Tensor) -> Tensor:
         """The value of `node` where that of `source` is `start`."""
-        env: dict[fx.Node, Any] = {source: start}
+        env: dict[fx.Node, Any] = {source: start.clone()}  # which may be written over
         for x in self.traced.graph.nodes:
             if x in env:
                 continue

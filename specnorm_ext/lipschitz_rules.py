@@ -220,7 +220,8 @@ def _nonnegative(module: nn.Module, spatial: Shape) -> float:
         with torch.no_grad():
             return certified_matrix_norm(module(eye).flatten(1))
     rows, columns = _like_a_grid(module, spatial)
-    return math.sqrt(float(rows.amax()) * float(columns.amax())) * (1 + 1e-12)
+    # of one sign, which divisor_override may turn
+    return math.sqrt(float(rows.abs().amax()) * float(columns.abs().amax())) * (1 + 1e-12)
 
 
 @_rules(
@@ -310,9 +311,8 @@ def _layer_norm(module: nn.LayerNorm, shape: Shape) -> float:
 
 @_rules(nn.RMSNorm)
 def _rms_norm(module: nn.RMSNorm, shape: Shape) -> float:
-    dtype = module.weight.dtype if module.weight is not None else torch.get_default_dtype()
-    eps = torch.finfo(dtype).eps if module.eps is None else module.eps
-    return _standardized(math.prod(module.normalized_shape), eps, module.weight)
+    assert module.eps is not None  # Walk has put in what torch takes for the dtype of the input
+    return _standardized(math.prod(module.normalized_shape), module.eps, module.weight)
 
 
 @_rules(nn.GroupNorm)
@@ -422,25 +422,19 @@ def _softplus(module: nn.Softplus, shape: Shape) -> float:
     return 1.0
 
 
-@_rules(nn.LeakyReLU)
-def _leaky_relu(module: nn.LeakyReLU, shape: Shape) -> float:
-    return max(1.0, abs(module.negative_slope))
+# of those with slope 1 above 0: the steepest below it
+BELOW: dict[type[nn.Module], Callable[[Any], float]] = {
+    nn.LeakyReLU: lambda m: m.negative_slope,
+    nn.RReLU: lambda m: (m.lower + m.upper) / 2,  # in eval
+    nn.PReLU: lambda m: _largest(m.weight),
+    nn.ELU: lambda m: m.alpha,
+}
 
 
-@_rules(nn.RReLU)
-def _random_relu(module: nn.RReLU, shape: Shape) -> float:
-    """In eval its slope is the middle of the two."""
-    return max(1.0, abs(module.lower + module.upper) / 2)
-
-
-@_rules(nn.PReLU)
-def _prelu(module: nn.PReLU, shape: Shape) -> float:
-    return max(1.0, _largest(module.weight))
-
-
-@_rules(nn.ELU)
-def _elu(module: nn.ELU, shape: Shape) -> float:
-    return max(1.0, abs(module.alpha))
+@_rules(*BELOW)
+def _two_slopes(module: nn.Module, shape: Shape) -> float:
+    below = next(slope for cls, slope in BELOW.items() if isinstance(module, cls))
+    return max(1.0, abs(below(module)))
 
 
 @_rules(nn.CELU)

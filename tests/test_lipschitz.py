@@ -575,3 +575,4 @@ def test_the_table() -> None:
     ]
     assert "1x4x4" in lines[1]
     assert lines[-1].startswith("upper bound ")
+    assert "slope" not in lines[-1]  # none was sought

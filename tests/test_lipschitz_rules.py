@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from helpers import F32, F64
+from helpers import BF16, F16, F32, F64
 from test_lipschitz import exact_norm, with_statistics
 from torch import nn
 
@@ -96,6 +96,8 @@ def test_linear_layers_are_exact(module: nn.Module, shape: tuple[int, ...]) -> N
 
 
 def test_large_pooling_is_bounded_without_its_matrix() -> None:
+    turned = nn.AvgPool2d((1, 2), divisor_override=-1)
+    assert lipschitz_bound(turned, (1, 50, 101)).bound == pytest.approx(math.sqrt(2))
     # 2 x 2 windows side by side: A A^T = I / 4; and windows that overlap, by Schur's test
     assert lipschitz_bound(nn.AvgPool2d(2), (3, 100, 100)).bound == pytest.approx(0.5)
     bound = lipschitz_bound(nn.AvgPool2d(3, 1, padding=1), (3, 100, 100)).bound
@@ -184,6 +186,21 @@ def test_normalization_by_the_sample_attains_its_constant_at_0(
     jacobian = torch.func.jacrev(lambda y: module(y[None])[0])(x).reshape(math.prod(shape), -1)
     top = float(torch.linalg.matrix_norm(jacobian.detach(), 2))
     assert lipschitz_bound(module, shape).bound == pytest.approx(top, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16])
+@pytest.mark.parametrize("affine", [True, False])
+def test_rms_norm_without_eps(dtype: torch.dtype, affine: bool) -> None:
+    """torch's eps is that of the dtype it computes in, whatever the dtype of the weight."""
+    module = nn.RMSNorm(4, elementwise_affine=affine).to(dtype)
+    model = nn.Sequential(nn.Linear(4, 4, bias=False).to(dtype), module)
+    # a number far below sqrt(eps), and a normal one of float16
+    x = torch.full((1, 4), 1e-10 if dtype == F64 else 2**-14, dtype=dtype)
+    slope = float((module(x)[0, 0] / x[0, 0]).detach())
+    factor = lipschitz_bound(model, 4).layers[-1].factor
+    # for 2^-14 x^2 is 3% of eps; two roundings of the dtype
+    assert slope * (1 - 2 * torch.finfo(dtype).eps) <= factor <= slope * 1.03
+    assert module.eps is None
 
 
 def test_layer_norm_of_one_number_is_constant() -> None:
