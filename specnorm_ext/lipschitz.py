@@ -190,7 +190,8 @@ def lipschitz_bound(
     Returns:
         :class:`LipschitzBound` with ``bound``, ``lower``, ``layers`` and ``table()``. The bound is proved up to the
         rounding of the network's own arithmetic; its own computation is rounded upward, by margins stated in
-        convolution_bounds.py. A weight with NaN or Inf gives bound inf and lower nan.
+        certificates.py, convolution_bounds.py and lipschitz_graph.py. A weight with NaN or Inf gives bound inf and
+        lower nan.
 
     Raises:
         TypeError: a module or operation without a known constant, or with none at all (attention, products of

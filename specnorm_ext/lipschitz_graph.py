@@ -282,6 +282,8 @@ class Walk:
             found_alone = self.rule_of_one(node, inputs[0], first, spread[0], shape)
             if found_alone is not None:
                 return [found_alone[0]], found_alone[1], False
+        if target in PRODUCTS and counts == [1]:
+            self.refuse(node, "multiplies by a constant in a form that is not known; write x @ w")
         if target in PRODUCTS or target is F.linear or target is F.scaled_dot_product_attention:
             self.refuse(node, "multiplies activations; " + NO_ATTENTION)
         if target in MUL | DIV:
@@ -328,7 +330,8 @@ class Walk:
         if target in BOUNDED_BY_ONE:
             return spread, False
         if target is F.linear:
-            return certified_matrix_norm(self.constant(node, "weight", 1)), True
+            weight = self.constant(node, "weight", 1)
+            return certified_matrix_norm(weight.reshape(-1, weight.shape[-1])), True
         if target in PRODUCTS:
             other = self.argument(node, "other", 1, None)
             if isinstance(other, Tensor) and other.dim() == 2:
@@ -512,11 +515,11 @@ class Walk:
                 break
         if any(n * math.prod(self.known[x].shape) > _EXPLICIT_NUMBERS for x in between):
             return None
-        zero = torch.zeros(1, *shape, dtype=torch.float64)
-        eye = torch.eye(n, dtype=torch.float64).view(n, *shape)
-        probe = torch.randn(
-            1, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-        )
+        like: Any = {"dtype": torch.float64, "device": self.sample.device}
+        zero = torch.zeros(1, *shape, **like)
+        eye = torch.eye(n, **like).view(n, *shape)
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randn(1, *shape, generator=generator, dtype=torch.float64).to(zero)
         try:
             with _doubled(self.modules[str(x.target)] for x in between if x.op == "call_module"):
                 # The tangents: differences of images lose what is small beside the constants. The probe finds a module
@@ -527,10 +530,8 @@ class Walk:
                     )
                     linear = forward_ad.unpack_dual(image).tangent
                 gap = self.replay(node, source, probe) - self.replay(node, source, zero)
-        except (
-            Exception
-        ):  # sizes taken from elsewhere, say: the product of the factors holds in any case
-            return None
+        except Exception:
+            return None  # sizes taken from elsewhere, say: the product of the factors holds in any case
         if linear is None:
             return None
         linear = linear.reshape(n, -1).mT
@@ -538,8 +539,12 @@ class Walk:
         off = torch.linalg.vector_norm(gap.flatten() - linear @ probe.flatten())
         if not off <= 1e-6 * factor * torch.linalg.vector_norm(probe):
             return None
-        # u = 1e-16: a thousand roundings of numbers of the size of the factors' product
-        return 1e-12 * factor * math.sqrt(n), linear
+        # Each map A sums at most t products of numbers of float64, for n columns X. Its error is at most
+        # gamma_(t + 8) |A|_F |X|_F in the Frobenius norm (8 for scales that are roots and quotients themselves), which
+        # is below gamma_(t + 8) sqrt(t n) |A| |X|, and what comes before and after it multiplies that.
+        t = max(math.prod(self.known[x].shape) for x in (source, *between))
+        rounding = len(between) * 2**-53 * (t + 16) * math.sqrt(t * n)
+        return rounding * factor, linear
 
     def replay(self, node: fx.Node, source: fx.Node, start: Tensor) -> Tensor:
         """The value of `node` where that of `source` is `start`."""

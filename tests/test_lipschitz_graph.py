@@ -73,6 +73,11 @@ SOUND: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], float]] = {
         (2, 4, 4),
         0.25,
     ),
+    "one row": (
+        lambda: Does(lambda m, x: F.linear(x, m.w), w=nn.Parameter(torch.tensor([3.0, 4.0]))),
+        (5, 2),
+        5.0,
+    ),
     "a number of float64": (lambda: Does(lambda m, x: 0.1 * torch.relu(x)), (3,), 0.1),
     "huge constants, summed": (
         lambda: Does(lambda m, x: (x + 1e20) - 1e20 + x * 1e-3),
@@ -155,6 +160,7 @@ def by_position(m: nn.Module, x: Tensor) -> Tensor:
     [
         (Does(lambda m, x: F.linear(x, x)), (3,), "multiplies activations"),
         (Does(lambda m, x: torch.matmul(x, other=x)), (7,), "multiplies activations"),
+        (Does(lambda m, x: torch.einsum("bi->bi", x)), (3,), "write x @ w"),
         (Does(lambda m, x: F.linear(x, m.w, x), w=nn.Parameter(torch.eye(3))), (3,), "linear"),
         (Does(lambda m, x: x / x.size(0)), (3,), "depends on the number of samples"),
         (Does(lambda m, x: x * (8 - x.shape[0])), (3,), "depends on the number of samples"),

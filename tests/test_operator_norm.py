@@ -138,6 +138,23 @@ def test_the_parametrization_and_the_layer_are_the_same() -> None:
     torch.testing.assert_close(layer.spectral._v, own._v)
 
 
+def test_what_a_step_changes_is_tracked_from_the_state_before() -> None:
+    warm, cold = make("zero padding"), make("zero padding")
+    settle(warm, 300)
+    for layer in (warm, cold):
+        with torch.no_grad():
+            change = torch.linspace(-1e-3, 1e-3, layer.weight.numel(), dtype=F64)
+            layer.weight.mul_(1 + change.view_as(layer.weight))
+    for x in (cold.spectral._u, cold.spectral._v):
+        x.copy_(torch.nn.functional.normalize(torch.randn_like(x), dim=0))
+    exact = float(torch.linalg.matrix_norm(explicit(warm, warm.weight.detach()), 2))
+    for layer in (warm, cold):
+        layer(images(layer))
+    # the change turns the singular vectors by some 1e-2 at most, which sigma feels squared
+    assert exact * (1 - 1e-4) <= warm.sigma.item() <= exact * (1 + 1e-12)
+    assert cold.sigma.item() < exact * (1 - 1e-2)
+
+
 def test_convert_keeps_the_operator() -> None:
     model = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1, dtype=F64))
     specnorm_ext.spectral_norm(model[0], norm="operator", input_size=(7, 6))
