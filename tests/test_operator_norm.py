@@ -140,7 +140,7 @@ def test_the_parametrization_and_the_layer_are_the_same() -> None:
 
 def test_what_a_step_changes_is_tracked_from_the_state_before() -> None:
     warm, cold = make("zero padding"), make("zero padding")
-    settle(warm, 300)
+    settle(warm, 100)
     for layer in (warm, cold):
         with torch.no_grad():
             change = torch.linspace(-1e-3, 1e-3, layer.weight.numel(), dtype=F64)
