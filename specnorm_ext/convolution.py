@@ -103,7 +103,13 @@ def _upper(a: ConvOperator, weight: Tensor) -> tuple[float, str]:
     """A proved upper bound for the float64 `weight`, and which it is."""
     n, m = math.prod(a.input_shape), math.prod(a.output_shape)
     if min(n, m) <= _EXPLICIT and n * m <= _EXPLICIT_NUMBERS:
-        return cholesky_bound(_matrix(a, weight)), "matrix"
+        bound = cholesky_bound(_matrix(a, weight))
+        if a.padding_mode != "zeros":
+            # taps that meet in one place of the input are summed, as many as the kernel has; else entries are weights
+            taps = math.prod(a.kernel)
+            size = absolute_bound(_lattice(a, weight)) * math.sqrt(_repeats(a))
+            bound = (bound + taps * 2**-52 * size) * (1 + 2**-50)
+        return bound, "matrix"
     if a.padding_mode == "circular":
         lattice, grid, factor = _circular(a, weight)
         bound = torus_peak(lattice, grid).upper * factor

@@ -271,6 +271,15 @@ def test_certified_norm_of_matrices() -> None:
     assert 1 - 1e-14 <= cholesky_bound(flat) <= 1 + 1e-9
 
 
+def test_taps_that_cancel_where_they_meet() -> None:
+    # a circle of two places: the entries are sums of every other tap, and 1e16 + 1 is 1e16 in float64
+    for kernel, truth in (((1e16, 0, 1, 0, -1e16, 0), 1.0), ((1, 1, -1, -1), 0.0)):
+        w = torch.tensor(kernel, dtype=F64).view(1, 1, -1)
+        e = conv_norm(w, 2, padding=2, padding_mode="circular", certified=True)
+        assert e.lower <= truth <= e.upper
+        assert e.value <= e.upper
+
+
 # ---- dtypes and scales ------------------------------------------------------------------------------------------
 
 
