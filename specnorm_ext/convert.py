@@ -174,6 +174,7 @@ def _state_of(w: _Weight, weight: Tensor) -> SpectralState:
             "bound": entry.bound,
             "detach_sigma": entry.detach_sigma,
             "blocks": entry.blocks,
+            "operator": entry.operator,
             "learnable_scale": entry._parameters["scale"] is not None,
         }
     kind = SpectralNorm if w.layer is None else SpectralState
@@ -396,17 +397,18 @@ def _converge(state: SpectralState, weight: Tensor) -> None:
 
 
 def _require_columns(name: str, state: SpectralState, n_vectors: int) -> None:
-    if state.blocks is not None:
+    if state.blocks is not None or state.operator is not None:
         now = 1 if state._u.dim() == 1 else state._u.shape[1]
         if now != n_vectors:
             raise ValueError(
-                f"convert: expected n_vectors={now}, as it is, for {name!r}, which has blocks, got {n_vectors}; "
+                f"convert: expected n_vectors={now}, as it is, for {name!r}, which has blocks or norm='operator', got "
+                f"{n_vectors}; "
                 "leave n_vectors out, or the weight out by match="
             )
 
 
 def _set_columns(state: SpectralState, n_vectors: int) -> None:
-    if not state.is_matrix or state.blocks is not None:
+    if not state.is_matrix or state.blocks is not None or state.operator is not None:
         return
     b = min(n_vectors, max(1, min(state._u.shape[0], state._v.shape[0])))
     for key in ("_u", "_v"):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import numbers
 import sys
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
 from . import krylov
+from ._arguments import count
 from ._checks import state_dtype
 from .certificates import cholesky_bound
 from .convolution_bounds import (
@@ -100,7 +103,13 @@ def _upper(a: ConvOperator, weight: Tensor) -> tuple[float, str]:
     """A proved upper bound for the float64 `weight`, and which it is."""
     n, m = math.prod(a.input_shape), math.prod(a.output_shape)
     if min(n, m) <= _EXPLICIT and n * m <= _EXPLICIT_NUMBERS:
-        return cholesky_bound(_matrix(a, weight)), "matrix"
+        bound = cholesky_bound(_matrix(a, weight))
+        if a.padding_mode != "zeros":
+            # taps that meet in one place of the input are summed, as many as the kernel has; else entries are weights
+            taps = math.prod(a.kernel)
+            size = absolute_bound(_lattice(a, weight)) * math.sqrt(_repeats(a))
+            bound = (bound + taps * 2**-52 * size) * (1 + 2**-50)
+        return bound, "matrix"
     if a.padding_mode == "circular":
         lattice, grid, factor = _circular(a, weight)
         bound = torus_peak(lattice, grid).upper * factor
@@ -174,7 +183,9 @@ def _result(
 ) -> Estimate:
     """The value stays a tensor where it carries a gradient."""
     number = float(value.detach() if isinstance(value, Tensor) else value)
-    differentiable = isinstance(value, Tensor) and value.requires_grad
+    differentiable = isinstance(value, Tensor) and (
+        value.requires_grad or forward_ad.unpack_dual(value)[1] is not None
+    )
     u, v = uv if uv is not None else (None, None)
     return Estimate(
         value=value if differentiable else number,
@@ -214,18 +225,16 @@ def _lanczos(
 def _operator_norm(
     a: ConvOperator, weight: Tensor, rtol: float, max_reads: int, certified: bool
 ) -> Estimate:
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        # a device without float64 has its work done by the CPU
-        w = weight.detach().to(
-            "cpu" if weight.device.type == "mps" else weight.device, torch.float64
-        )
-        if w.numel() == 0:
-            return _result(0.0, 0.0, 0.0, 0, True, "empty")
-        largest = float(w.abs().amax())
-        if not math.isfinite(largest):
-            return _result(math.nan, math.nan, math.inf, 0, False, "not finite")
+    # a device without float64 has its work done by the CPU
+    wide = weight.to("cpu" if weight.device.type == "mps" else weight.device, torch.float64)
+    w = wide.detach()
+    largest = float(w.abs().amax()) if w.numel() else 0.0
+    if not 0 < largest < math.inf:
+        value = (wide * 0).sum()  # 0 or nan, with the graph that others have
         if largest == 0:
-            return _result(0.0, 0.0, 0.0, 0, True, "zero")
+            return _result(value, 0.0, 0.0, 0, True, "zero" if w.numel() else "empty")
+        return _result(value, math.nan, math.inf, 0, False, "not finite")
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         e = math.frexp(largest)[1]
         w = _by_power(w, -e)
         upper = math.inf
@@ -240,8 +249,8 @@ def _operator_norm(
         else:
             v, reads, converged = _lanczos(a, w, rtol, max_reads)
             method = "Lanczos"
-        value = float(_sigma(a, w, v))
-        lower = _lower(a, w, value)
+        found = float(_sigma(a, w, v))
+        lower = _lower(a, w, found)
         if certified and math.isinf(upper):
             upper, how = _upper(a, w)
             method = f"Lanczos, bound by the {how}"
@@ -265,11 +274,14 @@ def _operator_norm(
 # ---- the public functions -------------------------------------------------------------------------------------------
 
 
-def _check_effort(op: str, rtol: float, max_reads: int) -> None:
-    if not (0 < rtol < 1):
+def _check_effort(op: str, rtol: float, max_reads: int, certified: bool) -> None:
+    if isinstance(rtol, bool) or not isinstance(rtol, numbers.Real):
+        raise TypeError(f"{op}: expected rtol to be a number, got {type(rtol).__name__}")
+    if not 0 < rtol < 1:
         raise ValueError(f"{op}: expected rtol between 0 and 1, got {rtol}")
-    if not isinstance(max_reads, int) or max_reads < 1:
-        raise ValueError(f"{op}: expected max_reads >= 1, got {max_reads}")
+    count(op, "max_reads", max_reads)
+    if not isinstance(certified, bool):
+        raise TypeError(f"{op}: expected certified to be a bool, got {type(certified).__name__}")
 
 
 def _check_data(op: str, weight: Tensor) -> None:
@@ -295,7 +307,7 @@ def conv_norm(
 ) -> Estimate:
     r"""The norm of a convolution as a linear operator: how much it can lengthen an image of the given size.
 
-    .. math:: \|A\|_2 = \max_x |A x| / |x|,\qquad x \in R^{c_{in} 	imes S}
+    .. math:: \|A\|_2 = \max_x |A x| / |x|,\qquad x \in R^{c_{in} \times S}
 
     Not the norm of the flattened kernel, which is off by up to the root of the number of taps, either way. Lanczos
     iteration on :math:`A^T A` through torch's convolutions and their exact adjoints; a circular convolution whose
@@ -323,10 +335,11 @@ def conv_norm(
         a tensor [] with the gradient of :math:`u^T A v`. ``u`` [out_channels, *O], ``v`` [in_channels, *S]. ``lower``
         is the value less its rounding errors; ``upper`` is proved, with the rounding of its computation added (see
         convolution_bounds.py), or inf where it was not asked for. ``n_reads`` counts applications of :math:`A^T A` to
-        four images. A weight with NaN or Inf gives value and lower nan.
+        four images. A weight with NaN or Inf gives value and lower nan, and upper inf.
 
     Raises:
-        TypeError: a weight of another kind or dtype, sizes that are no ints.
+        TypeError: a weight of another kind, layout or dtype, sizes, groups or max_reads that are no ints, an rtol that
+            is no number, flags that are no bools.
         ValueError: shapes and sizes that do not fit, an unknown padding_mode, an input too small for the kernel,
             rtol outside (0, 1), max_reads < 1.
 
@@ -345,7 +358,11 @@ def conv_norm(
         >>> round(conv_norm(blur, 100, padding=1, padding_mode="circular").value, 4)
         4.0
     """
-    _check_effort("conv_norm", rtol, max_reads)
+    _check_effort("conv_norm", rtol, max_reads, certified)
+    if not isinstance(transposed, bool):
+        raise TypeError(
+            f"conv_norm: expected transposed to be a bool, got {type(transposed).__name__}"
+        )
     a = ConvOperator.of(
         weight,
         input_size,
@@ -431,7 +448,7 @@ def conv_norm_of(
         >>> abs(float(conv_norm_of(layer, (8, 8))) - layer.weight.abs().item()) < 1e-6
         True
     """
-    _check_effort("conv_norm_of", rtol, max_reads)
+    _check_effort("conv_norm_of", rtol, max_reads, certified)
     a = operator_of(module, input_size)
     weight = conv_weight(module)
     _check_data("conv_norm_of", weight)

@@ -117,6 +117,10 @@ class ConvOperator:
                 f"{op}: expected weight to be torch.float32, torch.float64, torch.bfloat16 or torch.float16, "
                 f"got {weight.dtype}"
             )
+        if weight.layout != torch.strided:
+            raise TypeError(
+                f"{op}: expected a dense weight, got one of layout {weight.layout}; call to_dense()"
+            )
         if weight.dim() not in (3, 4, 5):
             raise ValueError(
                 f"{op}: expected weight to be [out, in / groups, *kernel] with 1 to 3 kernel dimensions, "
@@ -146,7 +150,9 @@ class ConvOperator:
             raise ValueError(
                 f"{op}: expected output_padding 0 without transposed=True, got {list(extra)}"
             )
-        if not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups:
+        if not isinstance(groups, int) or isinstance(groups, bool):
+            raise TypeError(f"{op}: expected groups to be an int, got {type(groups).__name__}")
+        if groups < 1 or weight.shape[0] % groups:
             raise ValueError(
                 f"{op}: expected groups to be positive and to divide weight.shape[0] = {weight.shape[0]}, "
                 f"got {groups}"

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .lipschitz_graph import BATCH, OP, LayerBound, Walk, trace
+from ._arguments import count
+from .lipschitz_graph import LayerBound, Walk
 from .lipschitz_rules import Shape, register_rule
+from .lipschitz_trace import BATCH, OP, trace
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,10 @@ class LipschitzBound:
                 for i, (c, w) in enumerate(zip(row, widths, strict=True))
             ]
             lines.append("  ".join(cells).rstrip())
-        lines.append(f"upper bound {self.bound:.6g}, slope found {self.lower:.6g}")
+        found = (
+            f", slope found {self.lower:.6g}" if self.lower else ""
+        )  # 0: without data none is sought
+        lines.append(f"upper bound {self.bound:.6g}{found}")
         return "\n".join(lines)
 
 
@@ -72,10 +77,16 @@ def _search(model: nn.Module, data: Tensor, steps: int) -> float:
         d = d / lengths(d).clamp_min(1e-300).view(per_sample) * size
         x.requires_grad_()
         d.requires_grad_()
-        with torch.enable_grad():
-            near, far = model(x), model(x + d)
-            gap = far - near
-            gx, gd = torch.autograd.grad((gap * gap.detach()).sum(), (x, d))
+        try:
+            with torch.enable_grad():
+                near, far = model(x.clone()), model(x + d)  # a model may write over its input
+                gap = far - near
+                gx, gd = torch.autograd.grad((gap * gap.detach()).sum(), (x, d))
+        except RuntimeError as error:
+            raise TypeError(
+                f"{OP}: expected a model with gradients, in float64, where data is given to search from, got an error "
+                f"of torch: {error}; without data there is a bound all the same"
+            ) from error
         x, d = x.detach(), d.detach()
         rounding = 1e-13 * (lengths(near.detach()) + lengths(far.detach()))
         # the difference that was taken, after its own rounding in x + d
@@ -117,8 +128,7 @@ def _check(model: Any, input_size: Any, data: Any, steps: int) -> Shape:
             raise ValueError(
                 f"{OP}: expected data of shape [batch, {', '.join(map(str, sizes))}], got {list(data.shape)}"
             )
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"{OP}: expected steps >= 1, got {steps}")
+    count(OP, "steps", steps)
     return tuple(sizes)
 
 
@@ -180,11 +190,13 @@ def lipschitz_bound(
     Returns:
         :class:`LipschitzBound` with ``bound``, ``lower``, ``layers`` and ``table()``. The bound is proved up to the
         rounding of the network's own arithmetic; its own computation is rounded upward, by margins stated in
-        convolution_bounds.py. A weight with NaN or Inf gives bound inf and lower nan.
+        certificates.py, convolution_bounds.py and lipschitz_graph.py. A weight with NaN or Inf gives bound inf and
+        lower nan.
 
     Raises:
         TypeError: a module or operation without a known constant, or with none at all (attention, products of
-            activations), named in the message; a model that torch.fx cannot trace.
+            activations), named in the message; a model that torch.fx cannot trace, that scales by the number of
+            samples, or that writes over what is read again; with data, one without gradients.
         ValueError: an input_size that the model does not take, data of another shape.
 
     Source: Szegedy et al., "Intriguing properties of neural networks", ICLR 2014, section 4.3 (products of norms);
@@ -206,6 +218,11 @@ def lipschitz_bound(
         upper bound 1, slope found 1
     """
     sizes = _check(model, input_size, data, steps)
+    with torch.inference_mode(False):  # in whose tensors nothing can be searched
+        return _bounded(model, sizes, data, steps)
+
+
+def _bounded(model: nn.Module, sizes: Shape, data: Tensor | None, steps: int) -> LipschitzBound:
     try:
         copied = copy.deepcopy(model).eval()
     except RuntimeError as error:

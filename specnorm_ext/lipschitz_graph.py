@@ -12,19 +12,35 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
 
+from ._checks import state_dtype
 from .convolution import certified_operator_norm, conv_weight, operator_of
+from .lipschitz_functions import (
+    ADD,
+    AS_MODULES,
+    BOUNDED_BY_ONE,
+    CHUNKS,
+    DIV,
+    DROPOUTS,
+    MOVES,
+    MUL,
+    NEGATIONS,
+    PRODUCTS,
+    TRANSPOSES,
+)
 from .lipschitz_rules import (
+    ATTENTION,
     NO_ATTENTION,
     Shape,
+    batch_norm_rule,
     batch_norm_scale,
     certified_matrix_norm,
     conv_rule,
     rule_for,
 )
+from .lipschitz_trace import BATCH, OP, AnotherBatch, count, given, memory, same
 
-OP = "lipschitz_bound"
-BATCH = 7  # samples that shapes are taken from: a number that no model would have written down
 _EXPLICIT = (
     2048  # numbers of a sample up to which a chain of affine layers is written out as one matrix
 )
@@ -54,111 +70,24 @@ class LayerBound:
 
 def _times(a: float, b: float) -> float:
     """a b, where inf stands for what is not known and nan for nothing."""
-    if 1 in (a, b):
-        return a * b  # exact
-    return math.inf if math.isnan(a * b) else a * b * (1 + 2**-52)
+    if 1 in (a, b) or 0 in (a, b):
+        return math.inf if math.isnan(a * b) else a * b  # exact
+    return math.inf if math.isnan(a * b) else math.nextafter(a * b, math.inf)
 
-
-# ---- functions in the graph -----------------------------------------------------------------------------------------
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
-# function or method -> module of the same meaning, and its arguments after the first, in the function's order
-_POOL = ("kernel_size", "stride", "padding")
-_AS_MODULES: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {}
-for _module, _names, _targets in (
-    (nn.ReLU, (), (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")),
-    (nn.Tanh, (), (F.tanh, torch.tanh, torch.tanh_, "tanh", "tanh_")),
-    (nn.Sigmoid, (), (F.sigmoid, torch.sigmoid, torch.sigmoid_, "sigmoid", "sigmoid_")),
-    (nn.ReLU6, (), (F.relu6,)),
-    (nn.Hardswish, (), (F.hardswish,)),
-    (nn.Hardsigmoid, (), (F.hardsigmoid,)),
-    (nn.Softsign, (), (F.softsign,)),
-    (nn.LogSigmoid, (), (F.logsigmoid,)),
-    (nn.Tanhshrink, (), (F.tanhshrink,)),
-    (nn.SiLU, (), (F.silu,)),
-    (nn.Mish, (), (F.mish,)),
-    (nn.SELU, (), (F.selu, torch.selu)),
-    (nn.GELU, ("approximate",), (F.gelu,)),
-    (nn.LeakyReLU, ("negative_slope",), (F.leaky_relu, F.leaky_relu_)),
-    (nn.ELU, ("alpha",), (F.elu, F.elu_)),
-    (nn.Softplus, ("beta", "threshold"), (F.softplus,)),
-    (nn.Hardtanh, ("min_val", "max_val"), (F.hardtanh,)),
-    (nn.Softmax, ("dim",), (F.softmax, torch.softmax, "softmax")),
-    (nn.LogSoftmax, ("dim",), (F.log_softmax, torch.log_softmax, "log_softmax")),
-    (nn.MaxPool1d, (*_POOL, "dilation", "ceil_mode"), (F.max_pool1d,)),
-    (nn.MaxPool2d, (*_POOL, "dilation", "ceil_mode"), (F.max_pool2d,)),
-    (nn.MaxPool3d, (*_POOL, "dilation", "ceil_mode"), (F.max_pool3d,)),
-    (nn.AvgPool1d, (*_POOL, "ceil_mode", "count_include_pad"), (F.avg_pool1d,)),
-    (nn.AvgPool2d, (*_POOL, "ceil_mode", "count_include_pad", "divisor_override"), (F.avg_pool2d,)),
-    (nn.AvgPool3d, (*_POOL, "ceil_mode", "count_include_pad", "divisor_override"), (F.avg_pool3d,)),
-    (nn.AdaptiveAvgPool1d, ("output_size",), (F.adaptive_avg_pool1d,)),
-    (nn.AdaptiveAvgPool2d, ("output_size",), (F.adaptive_avg_pool2d,)),
-    (nn.AdaptiveAvgPool3d, ("output_size",), (F.adaptive_avg_pool3d,)),
-    (nn.AdaptiveMaxPool1d, ("output_size",), (F.adaptive_max_pool1d,)),
-    (nn.AdaptiveMaxPool2d, ("output_size",), (F.adaptive_max_pool2d,)),
-):
-    for _target in _targets:
-        _AS_MODULES[_target] = (_module, _names)
 
-_ADD: set[Any] = {operator.add, operator.iadd, operator.sub, operator.isub, torch.add, torch.sub}
-_ADD |= {"add", "add_", "sub", "sub_"}
-_MUL: set[Any] = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
-_DIV: set[Any] = {operator.truediv, operator.itruediv, torch.div, torch.true_divide, "div", "div_"}
-# one sample's numbers in another order, or the same; "contiguous", "clone" and "float" move none
-_MOVES: set[Any] = {torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, torch.clone}
-_MOVES |= {"flatten", "reshape", "view", "squeeze", "unsqueeze", "unflatten", "contiguous", "clone"}
-_MOVES |= {"float", "double", "to", "type", "detach", torch.unflatten}
-_NEGATIONS: set[Any] = {operator.neg, torch.neg, "neg"}
-_DROPOUTS: set[Any] = {
-    F.dropout,
-    F.dropout1d,
-    F.dropout2d,
-    F.dropout3d,
-    F.alpha_dropout,
-    torch.dropout,
-}
-_TRANSPOSES: set[Any] = {torch.transpose, torch.permute, "transpose", "permute"}
-_CHUNKS: set[Any] = {torch.chunk, torch.split, torch.unbind, "chunk", "split", "unbind"}
-_BOUNDED_BY_ONE: set[Any] = {torch.abs, torch.sin, torch.cos, torch.atan, torch.clamp, torch.asinh}
-_BOUNDED_BY_ONE |= {"abs", "sin", "cos", "atan", "clamp", "asinh", abs}
-_PRODUCTS: set[Any] = {torch.matmul, torch.bmm, operator.matmul, torch.einsum, "matmul", "bmm"}
+def _sum(parts: list[float]) -> float:
+    whole = math.fsum(parts)
+    return math.nextafter(whole, math.inf) if sum(x != 0 for x in parts) > 1 else whole
 
 
-_IN_PLACE: set[Any] = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
-
-
-class _Tracer(fx.Tracer):
-    def __init__(self) -> None:
-        super().__init__()
-        self.path: list[str] = []
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if rule_for(m) is not None:
-            return True
-        return type(m).__module__.startswith("torch.nn") and not isinstance(m, nn.Sequential)
-
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        self.path.append(self.path_of_module(m))
-        result = super().call_module(m, forward, args, kwargs)
-        self.path.pop()
-        return result
-
-
-def trace(model: nn.Module) -> fx.GraphModule:
-    if rule_for(model) is not None:
-        model = nn.Sequential(model)
-    tracer = _Tracer()
-    try:
-        graph = tracer.trace(model)
-    except Exception as error:
-        at = f"module {tracer.path[-1]!r}" if tracer.path else "the model"
-        raise TypeError(
-            f"{OP}: expected a model that torch.fx can trace, got an error in {at}: {error}; register a rule "
-            "for the type of module that holds what cannot be traced"
-        ) from error
-    return fx.GraphModule(model, graph)
+def _root_sum(parts: list[float]) -> float:
+    """hypot, which is good to one unit in the last place."""
+    whole = math.hypot(*parts)
+    return whole * (1 + 2**-51) if sum(x != 0 for x in parts) > 1 else whole
 
 
 # ---- the walk along the graph ---------------------------------------------------------------------------------------
@@ -192,6 +121,8 @@ class Walk:
         self.known: dict[fx.Node, _Known] = {}
         self.layers: list[LayerBound] = []
         self.folded: set[fx.Node] = set()  # BatchNorms whose scale is in the factor before them
+        self.sized: set[fx.Node] = set()  # constants that come of the input's size
+        self.another: AnotherBatch | None = None
 
     def run(self) -> float:
         result = math.nan
@@ -227,12 +158,18 @@ class Walk:
         inputs = [x for x in node.all_input_nodes if x in self.known]
         if node.op == "call_module":
             self.check_module(node, inputs)
-        if inputs and self.is_in_place(node):
-            self.check_alone(node)
+        versions = {
+            x: y._version for x in node.all_input_nodes if isinstance(y := self.values[x], Tensor)
+        }
         value = self.evaluate(node, *args)
+        for x, version in versions.items():
+            if self.values[x]._version != version:
+                self.check_alone(node, x)
         self.values[node] = value
         tensors = value if isinstance(value, tuple | list) else (value,)
         if not inputs or not any(isinstance(x, Tensor) for x in tensors):
+            if any(x in self.known or x in self.sized for x in node.all_input_nodes):
+                self.sized.add(node)
             return  # a constant, or a size
         for x in tensors:
             if not isinstance(x, Tensor) or x.dim() < 1 or x.shape[0] != BATCH:
@@ -249,41 +186,42 @@ class Walk:
 
     def check_module(self, node: fx.Node, inputs: list[fx.Node]) -> None:
         module = self.modules[str(node.target)]
-        if rule_for(module) is None or len(inputs) > 1:
+        found = rule_for(module)
+        if "forward" in vars(module):
+            self.refuse(
+                node, "has a forward put in place of its class's; make it a class of its own"
+            )
+        if found is None or len(inputs) > 1:
             raise TypeError(
                 f"{OP}: expected modules with a known Lipschitz constant, got {self.place(node)}; "
                 f"register_rule({type(module).__name__}, rule) tells it"
             )
+        if found.rule is conv_rule and len(node.args) + len(node.kwargs) > 1:
+            self.refuse(
+                node,
+                "is called with an output_size, which changes its operator; set output_padding",
+            )
+        if isinstance(module, ATTENTION):
+            self.ask(node, module, ())  # before it raises of arguments that are missing
+        if isinstance(module, nn.RMSNorm) and module.eps is None and inputs:
+            # what torch takes for this dtype; the search in float64 is to find the same function
+            module.eps = torch.finfo(state_dtype(self.values[inputs[0]].dtype)).eps
         if module._forward_hooks or module._forward_pre_hooks:
             raise TypeError(
                 f"{OP}: expected modules without forward hooks, got {self.place(node)}; remove them, or "
                 "turn torch's old spectral_norm and weight_norm into parametrizations"
             )
 
-    def is_in_place(self, node: fx.Node) -> bool:
-        if node.op == "call_module":
-            return bool(getattr(self.modules[str(node.target)], "inplace", False))
-        name = getattr(node.target, "__name__", str(node.target))
-        written = name.endswith("_") or node.target in _IN_PLACE
-        return written or bool(node.kwargs.get("inplace", False)) or "out" in node.kwargs
-
-    def check_alone(self, node: fx.Node) -> None:
-        """What is written over, and what that is a view of, must have no reader after this: it would read the new
-        value, of which its bound knows nothing."""
+    def check_alone(self, node: fx.Node, over: fx.Node) -> None:
+        """What is written over must have no reader after this, by whatever name: it would read the new value, of which
+        its bound knows nothing. Views lie in the memory of what they are of, as does what a dropout gives in eval."""
         order = {x: i for i, x in enumerate(self.traced.graph.nodes)}
-        x: fx.Node | None = node.all_input_nodes[0]
-        while x is not None:
-            if any(order[user] > order[node] for user in x.users):
+        written = memory(self.values[over])
+        for x, value in self.values.items():
+            if written & memory(value) and any(order[user] > order[node] for user in x.users):
                 self.refuse(
                     node, "writes over a value that is read again later; use the form that does not"
                 )
-            is_view = x.target in _MOVES | _TRANSPOSES | _CHUNKS | {operator.getitem}
-            if x.op == "call_module":
-                is_view = isinstance(
-                    self.modules[str(x.target)],
-                    nn.Identity | nn.Flatten | nn.Unflatten | nn.Dropout,
-                )
-            x = x.all_input_nodes[0] if is_view and x.all_input_nodes else None
 
     def evaluate(self, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         try:
@@ -319,72 +257,86 @@ class Walk:
             assert found is not None
             return [self.of_module(node, module, self.known[inputs[0]].shape)], found.affine, False
         target: Any = node.target
-        as_module = _AS_MODULES.get(target)
-        if as_module is not None:
-            cls, names = as_module
-            given = dict(zip(names, node.args[1:], strict=False))
-            given |= {k: v for k, v in node.kwargs.items() if k in names}
-            module = cls(**given)
-            found = rule_for(module)
-            assert found is not None
-            return [self.ask(node, module, self.known[inputs[0]].shape)], found.affine, False
         spread = [self.spread(x, shape) for x in inputs]
-        if target in _ADD and not (set(node.kwargs) - {"alpha", "other"}):
-            alpha = abs(float(node.kwargs.get("alpha", 1)))  # type: ignore[arg-type]
-            second = [alpha if i and len(inputs) > 1 else 1.0 for i in range(len(inputs))]
-            if len(inputs) == 1 and node.args[0] is not inputs[0]:
-                second = [alpha]
-            twice = sum(1 for x in node.args if x is inputs[0]) == 2
-            if twice:  # x + x has one input in the graph's eyes
-                second = [1 + alpha]
-            return [_times(a, b) for a, b in zip(second, spread, strict=True)], True, False
-        if target in _MUL | _DIV and len(inputs) == 1:
-            others = [x for x in (*node.args, *node.kwargs.values()) if x is not inputs[0]]
-            if len(others) == 1 and (target in _MUL or node.args[0] is inputs[0]):
-                size = self.largest(others[0], inverse=target in _DIV)
-                return [_times(size, spread[0])], True, False
-        if target in _NEGATIONS or target in _DROPOUTS:
-            if target in _DROPOUTS and self.argument(node, "training", 2, True):
-                self.refuse(node, "drops numbers at random; pass training=self.training")
-            return [1.0], True, False
-        if target in _MOVES:
-            return [spread[0]], True, False
-        if target in _TRANSPOSES and self.leaves_batch(node):
-            return [1.0], True, False
-        if target in _CHUNKS and self.argument(node, "dim", 1 if "unbind" in str(target) else 2, 0):
-            return [1.0], True, False
-        if target is operator.getitem and self.is_slice(node):
-            return [1.0], True, False
-        if target in (torch.cat, torch.concat, torch.stack) and self.argument(node, "dim", 1, 0):
-            parts = node.args[0]
-            counts = [math.sqrt(sum(p is x for p in parts)) for x in inputs]  # type: ignore[union-attr]
-            return counts, True, True
-        if target in (torch.mean, "mean", torch.sum, "sum") and self.leaves_batch(node):
-            n = math.prod(self.known[inputs[0]].shape) / max(1, math.prod(shape))
-            factor = math.sqrt(n) if target in (torch.sum, "sum") else 1 / math.sqrt(n)
-            return [factor * (1 + 2**-51)], True, False
-        if target in _BOUNDED_BY_ONE and len(inputs) == 1:
-            return [1.0], False, False
+        first = given(node, "input", 0)
+        # an input that is named twice is one in the graph's eyes: x + x, say
+        counts = [count(node, x) for x in inputs]
+        if target in ADD and not set(node.kwargs) - {"input", "alpha", "other"}:
+            alpha = abs(float(self.argument(node, "alpha", 2, 1)))
+            other = given(node, "other", 1)
+            factors = [_sum([float(x is first), alpha * (x is other)]) for x in inputs]
+            return [_times(a, b) for a, b in zip(factors, spread, strict=True)], True, False
+        if target in (torch.cat, torch.concat, torch.stack):
+            parts = given(node, "tensors", 0)
+            rank = self.value(parts)[0].dim() + (target is torch.stack)
+            if self.argument(node, "dim", 1, 0) % rank:
+                # of chunks that come as one tuple the bound is that of all of them
+                return (
+                    ([1.0] if isinstance(parts, fx.Node) else list(map(math.sqrt, counts))),
+                    True,
+                    True,
+                )
         if target in (torch.maximum, torch.minimum):
             return spread, False, True
-        if target is F.linear and len(inputs) == 1 and node.args[0] is inputs[0]:
-            return [certified_matrix_norm(self.constant(node, "weight", 1))], True, False
-        if target in _PRODUCTS:
-            other = self.argument(node, "other", 1, None)
-            alone = len(inputs) == 1 and all(x is not inputs[0] for x in node.args[1:])
-            if (
-                alone
-                and node.args[0] is inputs[0]
-                and isinstance(other, Tensor)
-                and other.dim() == 2
-            ):
-                return [certified_matrix_norm(other)], True, False
+        if counts == [1]:
+            found_alone = self.rule_of_one(node, inputs[0], first, spread[0], shape)
+            if found_alone is not None:
+                return [found_alone[0]], found_alone[1], False
+        if target in PRODUCTS and counts == [1]:
+            self.refuse(node, "multiplies by a constant in a form that is not known; write x @ w")
+        if target in PRODUCTS or target is F.linear or target is F.scaled_dot_product_attention:
             self.refuse(node, "multiplies activations; " + NO_ATTENTION)
-        if target is F.scaled_dot_product_attention:
-            self.refuse(node, "multiplies activations; " + NO_ATTENTION)
-        if target in _MUL | _DIV:
+        if target in MUL | DIV:
             self.refuse(node, "multiplies or divides activations, which has no constant")
         self.refuse(node, "is not known; make it a module, and register_rule its type")
+
+    def rule_of_one(
+        self, node: fx.Node, x: fx.Node, first: Any, spread: float, shape: Shape
+    ) -> tuple[float, bool] | None:
+        """A factor, and whether the map is affine, for a function of one input that is not constant, `x`."""
+        target: Any = node.target
+        before = self.known[x].shape
+        if target in MUL | DIV:
+            others = [y for y in (*node.args, *node.kwargs.values()) if y is not x]
+            if len(others) == 1 and (target in MUL or first is x):
+                return _times(self.largest(others[0], inverse=target in DIV), spread), True
+        if first is not x:
+            return None
+        if target in AS_MODULES:
+            cls, names = AS_MODULES[target]
+            given = dict(zip(names, node.args[1:], strict=False))
+            given |= {k: v for k, v in node.kwargs.items() if k in names}
+            module = cls(**{k: self.value(v) for k, v in given.items()})
+            found = rule_for(module)
+            assert found is not None
+            return self.ask(node, module, before), found.affine
+        if target in NEGATIONS or target in DROPOUTS:
+            if target in DROPOUTS and self.argument(node, "training", 2, True):
+                self.refuse(node, "drops numbers at random; pass training=self.training")
+            return 1.0, True
+        if target in MOVES:
+            return spread, True
+        if target in TRANSPOSES and self.leaves_batch(node):
+            return 1.0, True
+        if target in CHUNKS:
+            dim = self.argument(node, "dim", 1 if "unbind" in str(target) else 2, 0)
+            return (1.0, True) if dim % (len(before) + 1) else None
+        if target is operator.getitem and self.is_slice(node):
+            return 1.0, True
+        if target in (torch.mean, "mean", torch.sum, "sum") and self.leaves_batch(node):
+            n = math.prod(before) / max(1, math.prod(shape))
+            factor = math.sqrt(n) if target in (torch.sum, "sum") else 1 / math.sqrt(n)
+            return factor * (1 + 2**-51), True
+        if target in BOUNDED_BY_ONE:
+            return spread, False
+        if target is F.linear:
+            weight = self.constant(node, "weight", 1)
+            return certified_matrix_norm(weight.reshape(-1, weight.shape[-1])), True
+        if target in PRODUCTS:
+            other = self.argument(node, "other", 1, None)
+            if isinstance(other, Tensor) and other.dim() == 2:
+                return certified_matrix_norm(other), True
+        return None
 
     def of_module(self, node: fx.Node, module: nn.Module, shape: Shape) -> float:
         """A convolution takes up the scale of the BatchNorm that follows: the norm of both is below their product."""
@@ -395,7 +347,9 @@ class Walk:
         plain = isinstance(module, _CONVS) and known is not None and known.rule is conv_rule
         if plain and len(users) == 1 and users[0].op == "call_module":
             norm = self.modules[str(users[0].target)]
-            if isinstance(norm, _BATCH_NORMS) and norm.running_var is not None:
+            rule = rule_for(norm)
+            theirs = rule is not None and rule.rule is batch_norm_rule
+            if theirs and isinstance(norm, _BATCH_NORMS) and norm.running_var is not None:
                 weight = conv_weight(module).detach().double()
                 scale = batch_norm_scale(norm).view(-1, *[1] * (weight.dim() - 1))
                 a = operator_of(module, shape[1:], OP)
@@ -422,8 +376,22 @@ class Walk:
         return factor
 
     def argument(self, node: fx.Node, name: str, position: int, default: Any) -> Any:
-        value = node.kwargs.get(name, node.args[position] if len(node.args) > position else default)
-        return self.values[value] if isinstance(value, fx.Node) else value
+        return self.value(given(node, name, position, default))
+
+    def value(self, x: Any) -> Any:
+        """Of an argument: a constant, with the nodes in it as what they came to."""
+        return fx.node.map_arg(x, self.fixed)
+
+    def fixed(self, x: fx.Node) -> Any:
+        value = self.values[x]
+        if x in self.sized:
+            if self.another is None:
+                self.another = AnotherBatch(self.traced, self.sample)
+            if not same(value, self.another.found[x]):
+                self.refuse(
+                    x, "depends on the number of samples, and scales with it what is computed"
+                )
+        return value
 
     def constant(self, node: fx.Node, name: str, position: int) -> Tensor:
         value = self.argument(node, name, position, None)
@@ -432,13 +400,21 @@ class Walk:
         return value
 
     def largest(self, x: Any, inverse: bool) -> float:
-        value = self.values[x] if isinstance(x, fx.Node) else x
-        sizes = torch.as_tensor(value).detach().double().abs()
+        value = self.value(x)
+        # a number of Python is one of float64
+        sizes = (
+            value.detach().double()
+            if isinstance(value, Tensor)
+            else torch.tensor(value, dtype=torch.float64)
+        )
+        sizes = sizes.abs()
         if sizes.numel() == 0:
             return 0.0
         least, most = float(sizes.min()), float(sizes.max())
         if inverse:
-            return math.inf if least == 0 or math.isnan(least) else 1 / least * (1 + 2**-51)
+            return (
+                math.inf if least == 0 or math.isnan(least) else math.nextafter(1 / least, math.inf)
+            )
         return math.inf if math.isnan(most) else most
 
     def spread(self, x: fx.Node, shape: Shape) -> float:
@@ -480,8 +456,7 @@ class Walk:
         euclidean: bool,
     ) -> None:
         def total(parts: list[float]) -> float:
-            whole = math.hypot(*parts) if euclidean else math.fsum(parts)
-            return whole * (1 + 2**-51) if len(parts) > 1 else whole
+            return _root_sum(parts) if euclidean else _sum(parts)
 
         sources = {self.known[x].source for x in inputs}
         plain = len(inputs) == 1 and factors[0] == 1
@@ -540,28 +515,40 @@ class Walk:
                 break
         if any(n * math.prod(self.known[x].shape) > _EXPLICIT_NUMBERS for x in between):
             return None
-        images = []
-        for start in (
-            torch.eye(n, dtype=torch.float64).view(n, *shape),
-            torch.zeros(1, *shape, dtype=torch.float64),
-        ):
-            env: dict[fx.Node, Any] = {source: start}
-            try:
-                with _doubled(
-                    self.modules[str(x.target)] for x in between if x.op == "call_module"
-                ):
-                    self.replay(node, env)
-            except (
-                Exception
-            ):  # sizes taken from elsewhere, say: the product of the factors holds in any case
-                return None
-            images.append(env[node].reshape(len(start), -1))
-        # u = 1e-16: a thousand roundings of numbers of the size of the factors' product and of the constant
-        constant = float(torch.linalg.vector_norm(images[1]))
-        rounding = 1e-12 * (self.known[node].factor + constant) * math.sqrt(n)
-        return rounding, (images[0] - images[1]).mT
+        like: Any = {"dtype": torch.float64, "device": self.sample.device}
+        zero = torch.zeros(1, *shape, **like)
+        eye = torch.eye(n, **like).view(n, *shape)
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randn(1, *shape, generator=generator, dtype=torch.float64).to(zero)
+        try:
+            with _doubled(self.modules[str(x.target)] for x in between if x.op == "call_module"):
+                # The tangents: differences of images lose what is small beside the constants. The probe finds a module
+                # whose tangent is not its linear part, say one that detaches.
+                with forward_ad.dual_level():
+                    image = self.replay(
+                        node, source, forward_ad.make_dual(zero.expand_as(eye).clone(), eye)
+                    )
+                    linear = forward_ad.unpack_dual(image).tangent
+                gap = self.replay(node, source, probe) - self.replay(node, source, zero)
+        except Exception:
+            return None  # sizes taken from elsewhere, say: the product of the factors holds in any case
+        if linear is None:
+            return None
+        linear = linear.reshape(n, -1).mT
+        factor = self.known[node].factor
+        off = torch.linalg.vector_norm(gap.flatten() - linear @ probe.flatten())
+        if not off <= 1e-6 * factor * torch.linalg.vector_norm(probe):
+            return None
+        # Each map A sums at most t products of numbers of float64, for n columns X. Its error is at most
+        # gamma_(t + 8) |A|_F |X|_F in the Frobenius norm (8 for scales that are roots and quotients themselves), which
+        # is below gamma_(t + 8) sqrt(t n) |A| |X|, and what comes before and after it multiplies that.
+        t = max(math.prod(self.known[x].shape) for x in (source, *between))
+        rounding = len(between) * 2**-53 * (t + 16) * math.sqrt(t * n)
+        return rounding * factor, linear
 
-    def replay(self, node: fx.Node, env: dict[fx.Node, Any]) -> None:
+    def replay(self, node: fx.Node, source: fx.Node, start: Tensor) -> Tensor:
+        """The value of `node` where that of `source` is `start`."""
+        env: dict[fx.Node, Any] = {source: start.clone()}  # which may be written over
         for x in self.traced.graph.nodes:
             if x in env:
                 continue
@@ -574,7 +561,8 @@ class Walk:
                 args = fx.node.map_arg((x.args, x.kwargs), lambda y: env[y])
                 env[x] = self.evaluate(x, *args)
             if x is node:
-                return
+                break
+        return env[node]
 
 
 @contextlib.contextmanager
@@ -593,4 +581,4 @@ def _doubled(modules: Iterable[nn.Module]) -> Iterator[None]:
             t.data = data
 
 
-__all__ = ["BATCH", "OP", "LayerBound", "Walk", "trace"]
+__all__ = ["LayerBound", "Walk"]

@@ -7,6 +7,7 @@ proved, here in a line or by the source that is named.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, overload
@@ -21,7 +22,6 @@ from .convolution import certified_operator_norm, conv_weight, operator_of
 Shape = tuple[int, ...]
 Rule = Callable[[Any, Shape], float]
 
-_SMALL = 512  # rows up to which the singular values themselves are the guess for a certificate
 _EXPLICIT = 2000
 
 
@@ -86,8 +86,11 @@ def _computes_as(cls: type[nn.Module], base: type[nn.Module]) -> bool:
 
 
 def rule_for(module: nn.Module) -> _Registered | None:
-    """The rule of the module's class. A subclass with a method of its own in place of the class's has none."""
+    """The rule of the module's class. What has a method of its own in place of the class's has none, be it a subclass
+    or a module whose forward was replaced."""
     cls = type(module)
+    if "forward" in vars(module):
+        return None
     for base in cls.__mro__:
         if base in _RULES:
             ours = cls.__module__.split(".")[0] == __name__.split(".")[0]
@@ -182,27 +185,43 @@ def conv_rule(module: nn.Module, shape: Shape) -> float:
 )
 def _one(module: nn.Module, shape: Shape) -> float:
     """What moves numbers, adds constants, or does nothing in eval. (Negative padding crops.)"""
+    if isinstance(module, nn.modules.padding._ConstantPadNd):
+        _spatial(module, shape)
     return 1.0
 
 
-def _like_a_grid(module: nn.Module, shape: Shape) -> tuple[Tensor, Tensor]:
+def _spatial(module: nn.Module, shape: Shape) -> Shape:
+    """The sizes that a 1d, 2d or 3d module of torch works along, the last ones. Of a sample without channels it takes
+    the batch for them: the samples stay apart all the same."""
+    digits = [re.fullmatch(r"\w+([123])d", c.__name__) for c in type(module).__mro__]
+    dims = next(int(x[1]) for x in digits if x)
+    if len(shape) < dims:
+        raise TypeError(
+            f"lipschitz_bound: expected samples of at least {dims} dimensions for {type(module).__name__}, got "
+            f"{list(shape)}, by which it works along the batch"
+        )
+    return shape[len(shape) - dims :]
+
+
+def _like_a_grid(module: nn.Module, spatial: Shape) -> tuple[Tensor, Tensor]:
     """A 1 and A^T 1 for a linear module with non-negative entries that treats channels alike and apart."""
-    with torch.enable_grad():
-        x = torch.ones(1, 1, *shape[1:], dtype=torch.float64, requires_grad=True)
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.ones(1, 1, *spatial, dtype=torch.float64, requires_grad=True)
         y = module(x)
         (back,) = torch.autograd.grad(y.sum(), x)
     return y.detach(), back
 
 
-def _nonnegative(module: nn.Module, shape: Shape) -> float:
+def _nonnegative(module: nn.Module, spatial: Shape) -> float:
     """The norm of one channel's matrix where it is small, else Schur's test, |A|^2 <= |A|_1 |A|_inf."""
-    n = math.prod(shape[1:])
+    n = math.prod(spatial)
     if n <= _EXPLICIT:
-        eye = torch.eye(n, dtype=torch.float64).view(n, 1, *shape[1:])
+        eye = torch.eye(n, dtype=torch.float64).view(n, 1, *spatial)
         with torch.no_grad():
             return certified_matrix_norm(module(eye).flatten(1))
-    rows, columns = _like_a_grid(module, shape)
-    return math.sqrt(float(rows.amax()) * float(columns.amax())) * (1 + 1e-12)
+    rows, columns = _like_a_grid(module, spatial)
+    # of one sign, which divisor_override may turn
+    return math.sqrt(float(rows.abs().amax()) * float(columns.abs().amax())) * (1 + 1e-12)
 
 
 @_rules(
@@ -215,7 +234,7 @@ def _nonnegative(module: nn.Module, shape: Shape) -> float:
     affine=True,
 )
 def _average_pool(module: nn.Module, shape: Shape) -> float:
-    return _nonnegative(module, shape)
+    return _nonnegative(module, _spatial(module, shape))
 
 
 @_rules(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, affine=True)
@@ -225,7 +244,7 @@ def _upsample(module: nn.Upsample, shape: Shape) -> float:
             "lipschitz_bound: expected nearest, linear, bilinear or trilinear upsampling, got bicubic; "
             "register a rule for it"
         )
-    return _nonnegative(module, shape)
+    return _nonnegative(module, shape[1:])  # whatever its name says, it has channels before them
 
 
 @_rules(
@@ -242,7 +261,7 @@ def _upsample(module: nn.Upsample, shape: Shape) -> float:
 )
 def _repeating_pad(module: nn.Module, shape: Shape) -> float:
     """P^T P is diagonal and counts how often each number is repeated."""
-    return math.sqrt(float(_like_a_grid(module, shape)[1].amax())) * (1 + 1e-15)
+    return math.sqrt(float(_like_a_grid(module, _spatial(module, shape))[1].amax())) * (1 + 1e-15)
 
 
 # ---- normalization --------------------------------------------------------------------------------------------------
@@ -262,7 +281,7 @@ def batch_norm_scale(module: Any) -> Tensor:
 
 
 @_rules(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, affine=True)
-def _batch_norm(module: nn.BatchNorm2d, shape: Shape) -> float:
+def batch_norm_rule(module: nn.BatchNorm2d, shape: Shape) -> float:
     if module.running_var is None:
         raise TypeError(
             f"lipschitz_bound: expected {type(module).__name__} with running statistics, got "
@@ -292,9 +311,8 @@ def _layer_norm(module: nn.LayerNorm, shape: Shape) -> float:
 
 @_rules(nn.RMSNorm)
 def _rms_norm(module: nn.RMSNorm, shape: Shape) -> float:
-    dtype = module.weight.dtype if module.weight is not None else torch.get_default_dtype()
-    eps = torch.finfo(dtype).eps if module.eps is None else module.eps
-    return _standardized(math.prod(module.normalized_shape), eps, module.weight)
+    assert module.eps is not None  # Walk has put in what torch takes for the dtype of the input
+    return _standardized(math.prod(module.normalized_shape), module.eps, module.weight)
 
 
 @_rules(nn.GroupNorm)
@@ -306,8 +324,8 @@ def _group_norm(module: nn.GroupNorm, shape: Shape) -> float:
 @_rules(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 def _instance_norm(module: nn.InstanceNorm2d, shape: Shape) -> float:
     if module.running_var is not None:
-        return _batch_norm(module, shape)
-    return _standardized(math.prod(shape[1:]) - 1, module.eps, module.weight)
+        return batch_norm_rule(module, shape)
+    return _standardized(math.prod(_spatial(module, shape)) - 1, module.eps, module.weight)
 
 
 @_rules(nn.LocalResponseNorm, nn.CrossMapLRN2d)
@@ -328,7 +346,8 @@ def _each(value: Any, dims: int) -> tuple[Any, ...]:
 def _max_pool(module: nn.MaxPool2d, shape: Shape) -> float:
     """|max a - max b| <= max |a - b| over a window: its square is at most one of the (a - b)^2 in it, and each of
     these counts in as many windows as it lies in, prod_i ceil(k / s) for dilation 1."""
-    dims = len(shape) - 1
+    spatial = _spatial(module, shape)
+    dims = len(spatial)
     windows = 1
     for k, s, d in zip(
         _each(module.kernel_size, dims),
@@ -345,7 +364,8 @@ def _max_pool(module: nn.MaxPool2d, shape: Shape) -> float:
 def _adaptive_max_pool(module: nn.AdaptiveMaxPool2d, shape: Shape) -> float:
     """As max pooling, with windows from floor(i n / m) to ceil((i + 1) n / m)."""
     windows = 1
-    for n, m in zip(shape[1:], _each(module.output_size, len(shape) - 1), strict=True):
+    spatial = _spatial(module, shape)
+    for n, m in zip(spatial, _each(module.output_size, len(spatial)), strict=True):
         size = n if m is None else m
         reached = [0] * n
         for i in range(size):
@@ -372,11 +392,9 @@ CONSTANTS: dict[type[nn.Module], float] = {
     nn.Softsign: 1.0,
     nn.Softshrink: 1.0,
     nn.Tanhshrink: 1.0,  # tanh^2
-    nn.CELU: 1.0,
     nn.SELU: 1.0507009873554805 * 1.6732632423543772 * (1 + 2**-50),  # from the left of 0
     nn.SiLU: SILU,
     nn.Mish: MISH,
-    nn.Softmax2d: 0.5,
 }
 
 
@@ -404,38 +422,44 @@ def _softplus(module: nn.Softplus, shape: Shape) -> float:
     return 1.0
 
 
-@_rules(nn.LeakyReLU)
-def _leaky_relu(module: nn.LeakyReLU, shape: Shape) -> float:
-    return max(1.0, abs(module.negative_slope))
+# of those with slope 1 above 0: the steepest below it
+BELOW: dict[type[nn.Module], Callable[[Any], float]] = {
+    nn.LeakyReLU: lambda m: m.negative_slope,
+    nn.RReLU: lambda m: (m.lower + m.upper) / 2,  # in eval
+    nn.PReLU: lambda m: _largest(m.weight),
+    nn.ELU: lambda m: m.alpha,
+}
 
 
-@_rules(nn.RReLU)
-def _random_relu(module: nn.RReLU, shape: Shape) -> float:
-    """In eval its slope is the middle of the two."""
-    return max(1.0, abs(module.lower + module.upper) / 2)
+@_rules(*BELOW)
+def _two_slopes(module: nn.Module, shape: Shape) -> float:
+    below = next(slope for cls, slope in BELOW.items() if isinstance(module, cls))
+    return max(1.0, abs(below(module)))
 
 
-@_rules(nn.PReLU)
-def _prelu(module: nn.PReLU, shape: Shape) -> float:
-    return max(1.0, _largest(module.weight))
-
-
-@_rules(nn.ELU)
-def _elu(module: nn.ELU, shape: Shape) -> float:
-    return max(1.0, abs(module.alpha))
+@_rules(nn.CELU)
+def _celu(module: nn.CELU, shape: Shape) -> float:
+    """exp(x / alpha) below 0."""
+    if module.alpha <= 0:
+        raise TypeError(
+            f"lipschitz_bound: expected CELU with alpha > 0, got {module.alpha}, with which it grows exponentially"
+        )
+    return 1.0
 
 
 def _softmax_size(module: Any, shape: Shape) -> int:
     dims = len(shape) + 1
-    dim = module.dim if module.dim is not None else (0 if dims in (1, 3) else 1)  # torch's choice
+    dim = -3 if isinstance(module, nn.Softmax2d) else module.dim
+    if dim is None:
+        dim = 0 if dims in (1, 3) else 1  # torch's choice
     if dim % dims == 0:
         raise TypeError(
-            f"lipschitz_bound: expected {type(module).__name__} within a sample, got dim={module.dim}, the batch"
+            f"lipschitz_bound: expected {type(module).__name__} within a sample, got dim={dim}, the batch"
         )
     return shape[dim % dims - 1]
 
 
-@_rules(nn.Softmax, nn.Softmin)
+@_rules(nn.Softmax, nn.Softmin, nn.Softmax2d)
 def _softmax(module: nn.Softmax, shape: Shape) -> float:
     """diag(p) - p p^T, whose rows have the absolute sum 2 p (1 - p) <= 1/2 (Gershgorin); attained at p = (1/2, 1/2)."""
     return 0.5 if _softmax_size(module, shape) > 1 else 0.0
@@ -449,7 +473,7 @@ def _log_softmax(module: nn.LogSoftmax, shape: Shape) -> float:
     return math.sqrt(n) * (1 + 1e-15) if n > 1 else 0.0
 
 
-_ATTENTION = (
+ATTENTION = (
     nn.MultiheadAttention,
     nn.TransformerEncoderLayer,
     nn.TransformerDecoderLayer,
@@ -463,7 +487,7 @@ NO_ATTENTION = (
 )
 
 
-@_rules(*_ATTENTION)
+@_rules(*ATTENTION)
 def _attention(module: nn.Module, shape: Shape) -> float:
     raise TypeError(
         f"lipschitz_bound: expected layers with a Lipschitz constant, got {type(module).__name__}: {NO_ATTENTION}"

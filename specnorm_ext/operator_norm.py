@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .convolution_operator import ConvOperator
 from .reference import _divide, _rescaled
@@ -52,7 +53,9 @@ def form(a: ConvOperator, weight: Tensor, u: Tensor, v: Tensor) -> Tensor:
 def divided(a: ConvOperator, weight: Tensor, u: Tensor, v: Tensor, d: Tensor) -> Tensor:
     """W / d in the weight's dtype; the derivative of d [1] is that of u^T A v."""
     s = d.detach().reshape(())
-    if torch.is_grad_enabled() and weight.requires_grad:
+    if (torch.is_grad_enabled() and weight.requires_grad) or forward_ad.unpack_dual(weight)[
+        1
+    ] is not None:
         tracked = form(a, weight, u, v).reshape(())
         s = s + (tracked - tracked.detach())
     return _divide(weight.to(u.dtype), s).to(weight.dtype)

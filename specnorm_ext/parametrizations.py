@@ -225,8 +225,8 @@ def spectral_norm(
         ours = ours or norm != "flattened"
         if n_vectors != 1 or ours:
             raise TypeError(
-                "spectral_norm: expected a real weight for n_vectors, bound, learnable_scale, detach_sigma or blocks, "
-                f"got {weight.dtype}"
+                "spectral_norm: expected a real weight for n_vectors, bound, learnable_scale, detach_sigma, blocks or "
+                f"norm, got {weight.dtype}"
             )
         return torch.nn.utils.parametrizations.spectral_norm(
             module, name, n_power_iterations, eps, dim

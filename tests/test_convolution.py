@@ -271,6 +271,15 @@ def test_certified_norm_of_matrices() -> None:
     assert 1 - 1e-14 <= cholesky_bound(flat) <= 1 + 1e-9
 
 
+def test_taps_that_cancel_where_they_meet() -> None:
+    # a circle of two places: the entries are sums of every other tap, and 1e16 + 1 is 1e16 in float64
+    for kernel, truth in (((1e16, 0, 1, 0, -1e16, 0), 1.0), ((1, 1, -1, -1), 0.0)):
+        w = torch.tensor(kernel, dtype=F64).view(1, 1, -1)
+        e = conv_norm(w, 2, padding=2, padding_mode="circular", certified=True)
+        assert e.lower <= truth <= e.upper
+        assert e.value <= e.upper
+
+
 # ---- dtypes and scales ------------------------------------------------------------------------------------------
 
 
@@ -326,6 +335,15 @@ def test_zero_and_empty_weights() -> None:
     for w in (torch.zeros(3, 2, 3), torch.zeros(0, 2, 3), torch.zeros(3, 0, 3)):
         e = conv_norm(w, 6, certified=True)
         assert (e.value, e.lower, e.upper, e.converged) == (0.0, 0.0, 0.0, True)
+
+
+@pytest.mark.parametrize("fill", [0.0, math.nan])
+def test_what_has_no_norm_has_a_graph_all_the_same(fill: float) -> None:
+    w = torch.full((3, 2, 3), fill, requires_grad=True)
+    value = conv_norm(w, 6).value
+    assert value.dtype == F64
+    (grad,) = torch.autograd.grad(value, w)
+    assert torch.equal(grad, torch.zeros_like(grad))
 
 
 def test_max_reads_stops_with_honest_bounds() -> None:
@@ -425,6 +443,13 @@ W = torch.randn(4, 2, 3, 3)
             ValueError,
             "expected output_padding to be smaller than stride or dilation",
         ),
+        ({"groups": True}, TypeError, "expected groups to be an int, got bool"),
+        ({"transposed": "no"}, TypeError, "expected transposed to be a bool, got str"),
+        ({"certified": "no"}, TypeError, "expected certified to be a bool, got str"),
+        ({"weight": W.to_sparse()}, TypeError, "expected a dense weight, got .*sparse_coo"),
+        ({"rtol": "a"}, TypeError, "expected rtol to be a number, got str"),
+        ({"rtol": -1.0}, ValueError, "expected rtol between 0 and 1, got -1.0"),
+        ({"max_reads": 2.5}, TypeError, "expected max_reads to be an int, got float"),
         ({"rtol": 0}, ValueError, "expected rtol between 0 and 1, got 0"),
         ({"rtol": math.nan}, ValueError, "expected rtol between 0 and 1, got nan"),
         ({"max_reads": 0}, ValueError, "expected max_reads >= 1, got 0"),
@@ -487,6 +512,14 @@ def test_gradient_of_sigma(mode: str) -> None:
     assert sigma.item() == pytest.approx(sum(values) / 2, rel=1e-8)
     # differences: h^2 times the third derivative, and rounding 1e-15 / h
     assert float((leaf.grad * direction).sum()) == pytest.approx(slope, abs=1e-6)
+
+
+def test_forward_mode_is_the_gradient() -> None:
+    w, direction = torch.randn(2, 3, 2, 3, dtype=F64)
+    grad = torch.func.grad(lambda x: conv_norm(x, 8).value)(w)
+    value, tangent = torch.func.jvp(lambda x: conv_norm(x, 8).value, (w,), (direction,))
+    assert float(value) == conv_norm(w, 8).value
+    assert float(tangent) == pytest.approx(float((grad * direction).sum()), rel=1e-12)
 
 
 def test_autocast_grad_inference_frozen_and_compile() -> None:

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from helpers import F32, F64
+from helpers import BF16, F16, F32, F64
 from test_lipschitz import exact_norm, with_statistics
 from torch import nn
 
@@ -22,7 +22,9 @@ def _one_thread(_repeatable: None) -> None:
 
 
 ACTIVATIONS = [
-    *[t() for t in CONSTANTS if t is not nn.Softmax2d],
+    *[t() for t in CONSTANTS],
+    nn.CELU(),
+    nn.CELU(0.3),
     nn.Softplus(),
     nn.Softplus(beta=3.0),
     nn.GELU(),
@@ -94,6 +96,8 @@ def test_linear_layers_are_exact(module: nn.Module, shape: tuple[int, ...]) -> N
 
 
 def test_large_pooling_is_bounded_without_its_matrix() -> None:
+    turned = nn.AvgPool2d((1, 2), divisor_override=-1)
+    assert lipschitz_bound(turned, (1, 50, 101)).bound == pytest.approx(math.sqrt(2))
     # 2 x 2 windows side by side: A A^T = I / 4; and windows that overlap, by Schur's test
     assert lipschitz_bound(nn.AvgPool2d(2), (3, 100, 100)).bound == pytest.approx(0.5)
     bound = lipschitz_bound(nn.AvgPool2d(3, 1, padding=1), (3, 100, 100)).bound
@@ -126,6 +130,47 @@ def test_max_pooling(module: nn.Module, shape: tuple[int, ...], constant: float)
 @pytest.mark.parametrize(
     ("module", "shape"),
     [
+        (nn.MaxPool1d(3, 1), (9,)),
+        (nn.MaxPool2d(3, 1), (6, 6)),
+        (nn.AdaptiveMaxPool1d(3), (7,)),
+        (nn.AvgPool1d(2), (9,)),
+        (nn.AvgPool2d((3, 1), stride=1, padding=(1, 0)), (5, 5)),
+        (nn.AdaptiveAvgPool2d(3), (5, 5)),
+        (nn.ReflectionPad2d(1), (5, 5)),
+        (nn.ReplicationPad1d(2), (4,)),
+        (nn.InstanceNorm1d(7, eps=0.1), (5,)),
+        (nn.InstanceNorm2d(7, eps=0.1), (5, 1)),
+        (nn.UpsamplingNearest2d(scale_factor=2), (2, 4, 4)),
+    ],
+    ids=str,
+)
+def test_samples_without_channels(module: nn.Module, shape: tuple[int, ...]) -> None:
+    """torch takes the batch for the channels."""
+    x = torch.zeros(7, *shape, dtype=F64)
+    wide = copy.deepcopy(module).double()
+    if isinstance(module, nn.modules.pooling._MaxPoolNd | nn.modules.pooling._AdaptiveMaxPoolNd):
+        x[0][(2,) * len(shape)] = 1  # in as many windows as there are for any place
+    jacobian = torch.autograd.functional.jacobian(lambda y: wide(torch.cat([y, x[1:]]))[0], x[:1])
+    truth = float(torch.linalg.matrix_norm(jacobian.reshape(-1, math.prod(shape)), 2))
+    assert truth * (1 - 1e-12) <= lipschitz_bound(module, shape).bound <= truth * (1 + 1e-8)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "message"),
+    [
+        (nn.Softmax2d(), (3, 3), "expected Softmax2d within a sample, got dim=-3, the batch"),
+        (nn.ZeroPad2d((0, 0, 1, -1)), (4,), "2 dimensions for ZeroPad2d, got .4., by which it works"),
+        (nn.CELU(-0.1), (3,), "expected CELU with alpha > 0, got -0.1"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(module: nn.Module, shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(TypeError, match="^lipschitz_bound: .*" + message):
+        lipschitz_bound(module, shape)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
         (nn.LayerNorm(5, eps=1e-3), (5,)),
         (nn.RMSNorm(5, eps=1e-3), (5,)),
         (nn.RMSNorm(5), (5,)),
@@ -141,6 +186,21 @@ def test_normalization_by_the_sample_attains_its_constant_at_0(
     jacobian = torch.func.jacrev(lambda y: module(y[None])[0])(x).reshape(math.prod(shape), -1)
     top = float(torch.linalg.matrix_norm(jacobian.detach(), 2))
     assert lipschitz_bound(module, shape).bound == pytest.approx(top, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16])
+@pytest.mark.parametrize("affine", [True, False])
+def test_rms_norm_without_eps(dtype: torch.dtype, affine: bool) -> None:
+    """torch's eps is that of the dtype it computes in, whatever the dtype of the weight."""
+    module = nn.RMSNorm(4, elementwise_affine=affine).to(dtype)
+    model = nn.Sequential(nn.Linear(4, 4, bias=False).to(dtype), module)
+    # a number far below sqrt(eps), and a normal one of float16
+    x = torch.full((1, 4), 1e-10 if dtype == F64 else 2**-14, dtype=dtype)
+    slope = float((module(x)[0, 0] / x[0, 0]).detach())
+    factor = lipschitz_bound(model, 4).layers[-1].factor
+    # for 2^-14 x^2 is 3% of eps; two roundings of the dtype
+    assert slope * (1 - 2 * torch.finfo(dtype).eps) <= factor <= slope * 1.03
+    assert module.eps is None
 
 
 def test_layer_norm_of_one_number_is_constant() -> None:

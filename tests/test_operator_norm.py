@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import specnorm_ext
@@ -75,6 +76,24 @@ def test_sigma_is_the_norm_of_the_operator_and_its_gradient_exact(name: str) -> 
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"bound": 0.3}, {"learnable_scale": True}, {"detach_sigma": True}], ids=str
+)
+def test_forward_mode_is_the_gradient(options: dict) -> None:
+    layer = make("zero padding", **options).eval().requires_grad_(False)
+    x, w = images(layer), layer.weight.detach()
+    direction, g = torch.randn_like(w), torch.randn_like(layer(x))
+
+    def run(weight: torch.Tensor) -> torch.Tensor:
+        return (torch.func.functional_call(layer, {"weight": weight}, (x,)) * g).sum()
+
+    slope = float((torch.func.grad(run)(w) * direction).sum())
+    assert float(torch.func.jvp(run, (w,), (direction,))[1]) == pytest.approx(slope, rel=1e-9)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(run(forward_ad.make_dual(w, direction))).tangent
+    assert float(tangent) == pytest.approx(slope, rel=1e-9)
+
+
 @pytest.mark.parametrize("name", ["zero padding", "transposed"])
 def test_gradients_of_both_orders(name: str) -> None:
     layer = make(name).eval()
@@ -117,6 +136,39 @@ def test_the_parametrization_and_the_layer_are_the_same() -> None:
     for _ in range(3):
         torch.testing.assert_close(layer(x), other(x), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(layer.spectral._v, own._v)
+
+
+def test_what_a_step_changes_is_tracked_from_the_state_before() -> None:
+    warm, cold = make("zero padding"), make("zero padding")
+    settle(warm, 100)
+    for layer in (warm, cold):
+        with torch.no_grad():
+            change = torch.linspace(-1e-3, 1e-3, layer.weight.numel(), dtype=F64)
+            layer.weight.mul_(1 + change.view_as(layer.weight))
+    for x in (cold.spectral._u, cold.spectral._v):
+        x.copy_(torch.nn.functional.normalize(torch.randn_like(x), dim=0))
+    exact = float(torch.linalg.matrix_norm(explicit(warm, warm.weight.detach()), 2))
+    for layer in (warm, cold):
+        layer(images(layer))
+    # the change turns the singular vectors by some 1e-2 at most, which sigma feels squared
+    assert exact * (1 - 1e-4) <= warm.sigma.item() <= exact * (1 + 1e-12)
+    assert cold.sigma.item() < exact * (1 - 1e-2)
+
+
+def test_convert_keeps_the_operator() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1, dtype=F64))
+    specnorm_ext.spectral_norm(model[0], norm="operator", input_size=(7, 6))
+    x = torch.randn(2, 3, 7, 6, dtype=F64)
+    model(x)
+    twin = copy.deepcopy(model)
+    with pytest.raises(ValueError, match=r"expected n_vectors=1, as it is, for '0.weight', which"):
+        specnorm_ext.convert(twin, n_vectors=2)
+    layer = specnorm_ext.convert(twin)[0]
+    assert type(layer) is specnorm_ext.SpectralConv2d
+    assert layer.spectral.operator == model[0].parametrizations.weight[0].operator
+    for _ in range(2):
+        torch.testing.assert_close(twin(x), model(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(twin.eval()(x), model.eval()(x), rtol=1e-12, atol=1e-12)
 
 
 def test_in_a_group_as_alone() -> None:
