@@ -11,6 +11,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from . import certificates, functional, krylov, subspace
 from ._checks import DTYPES, MAX_COLUMNS, state_dtype
@@ -39,8 +40,8 @@ class Estimate:
 
     Attributes:
         value: the estimate of :math:`\\sigma_1(W)`, attained by a vector in float64; nan for a matrix that holds NaN
-            or Inf. A float; of a weight that requires grad, in grad mode, a tensor [] with the gradient
-            :math:`u v^T`.
+            or Inf. A float; of a weight that requires grad, in grad mode, or has a tangent, a tensor [] with the
+            gradient :math:`u v^T`.
         lower: ``value`` less the rounding of its computation, bounded for certain: never above the true norm. nan
             beside a value of nan.
         upper: an upper bound of the kind asked for, else inf.
@@ -165,7 +166,7 @@ def _conclude(
         upper = math.nan if options.certified else math.inf
     elif options.certified:
         upper, probability = _upper_bound(problem, found, values[0], options)
-    if weight.requires_grad and torch.is_grad_enabled():
+    if _is_recorded(weight):
         first_u, first_v = (x if x.dim() == 1 else x[:, 0] for x in (kept_u, kept_v))
         value = functional.sigma(weight, first_u.contiguous(), first_v.contiguous())
     return Estimate(
@@ -182,12 +183,19 @@ def _conclude(
     )
 
 
+def _is_recorded(weight: Tensor) -> bool:
+    """Whether what comes of the weight carries a gradient, or in forward mode a tangent."""
+    if weight.requires_grad and torch.is_grad_enabled():
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(weight).tangent is not None
+
+
 def _empty(weight: Tensor, options: Options) -> Estimate:
     state = state_dtype(weight.dtype)
     m, n = weight.shape
     u, v = (weight.new_zeros(s, dtype=state) if options.vectors else None for s in (m, n))
     value: float | Tensor = 0.0
-    if weight.requires_grad and torch.is_grad_enabled():
+    if _is_recorded(weight):
         value = weight.sum().to(state) * 0
     upper = 0.0 if options.certified else math.inf
     return Estimate(value, 0.0, upper, u, v, 0, True, "empty", (0.0,))
@@ -314,6 +322,13 @@ def _check_number(name: str, value: object, least: int) -> None:
 
 
 def _check(weights: Sequence[Tensor], options: Options) -> None:
+    functorch = torch._C._functorch
+    transforms = functorch.get_interpreter_stack() or []
+    if any(x.key() == functorch.TransformType.Vmap for x in transforms):
+        raise RuntimeError(
+            "estimate: expected no torch.func.vmap (nor jacfwd, jacrev, hessian) around it, got one: when to stop "
+            "depends on values; pass the matrices as a list, and take jvp or grad"
+        )
     for i, w in enumerate(weights):
         if not isinstance(w, Tensor):
             raise TypeError(

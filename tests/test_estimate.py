@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 import specnorm_ext
 from specnorm_ext.matrices import collect_matrices
@@ -340,6 +341,29 @@ def test_gradients() -> None:
     zero = torch.zeros(3, 0, requires_grad=True)
     specnorm_ext.estimate(zero).value.backward()
     assert zero.grad.shape == (3, 0)
+
+
+def test_transforms() -> None:
+    """Forward mode gives u^T dW v, and no plain number without a word; vmap is refused."""
+    w, t = torch.randn(2, 40, 50, dtype=torch.float64)
+    e = specnorm_ext.estimate(w, rtol=1e-9)
+    expected = e.u @ t @ e.v
+
+    def value(x: torch.Tensor) -> torch.Tensor:
+        return specnorm_ext.estimate(x, rtol=1e-9).value
+
+    found, tangent = torch.func.jvp(value, (w,), (t,))
+    torch.testing.assert_close(found, torch.tensor(float(e), dtype=torch.float64))
+    torch.testing.assert_close(tangent, expected)
+    with forward_ad.dual_level():
+        torch.testing.assert_close(
+            forward_ad.unpack_dual(value(forward_ad.make_dual(w, t))).tangent, expected
+        )
+        assert isinstance(value(w), float)
+    torch.testing.assert_close(torch.func.grad(value)(w), torch.outer(e.u, e.v))
+    for transformed in (torch.func.vmap(value), torch.func.jacfwd(value)):
+        with pytest.raises(RuntimeError, match=r"estimate: expected no torch\.func\.vmap"):
+            transformed(w[None])
 
 
 @pytest.mark.parametrize(
