@@ -202,12 +202,14 @@ def number(x: float) -> str:
     return f"{x:.2f}" if 0.01 <= x < 1000 else f"{x:.1e}"
 
 
-def tell(found: dict[str, list[Run]], times: dict[str, float]) -> None:
+def tell(found: dict[str, list[Run]], times: dict[str, float], per_epoch: int) -> None:
+    """per_epoch: steps of the critic."""
     print_table(
         (
             "critic held by",
             "Frechet distance",
             f"epochs to {QUALITY:g}",
+            "its steps",
             "ms an epoch",
             f"seconds to {QUALITY:g}",
         ),
@@ -216,6 +218,7 @@ def tell(found: dict[str, list[Run]], times: dict[str, float]) -> None:
                 method,
                 each([f"{r.distances[-1]:.1f}" for r in runs]),
                 each([r.reached for r in runs]),
+                each([r.reached and r.reached * per_epoch for r in runs]),
                 f"{1e3 * times[method]:.0f}",
                 each([r.reached and f"{r.reached * times[method]:.1f}" for r in runs]),
             )
@@ -313,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "Times are CPU time, the methods in turn. Distance of half of the real images from the other half: "
         f"{features.floor():.2f}.\n"
     )
-    tell(found, times)
+    tell(found, times, len(x) // BATCH)
     save(draw(found, times), args.out / "wgan_digits.png", colours=256)
 
 

@@ -91,7 +91,9 @@ class _SpectralLinear(torch.autograd.Function):
             else:
                 shift = bias if y is not None else None
                 args = (g, x, weight, shift, u, v, sigma, y, want_x, want_w)
-                if torch.is_grad_enabled() or not is_untraced():
+                # what `keys`, of g, do not tell
+                lazy = any(t is not None and t.is_neg() for t in (x, weight, shift))
+                if lazy or torch.is_grad_enabled() or not is_untraced():
                     dx, dw = _ops.spectral_linear_backward(*args)
                 else:  # nothing to record: below the op's Python, which is half the time of a small layer's
                     dx, dw = _ops.spectral_linear_backward.default.redispatch(

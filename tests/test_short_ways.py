@@ -79,6 +79,30 @@ def test_lazily_negated_gradients(make):
         assert (a is None and b is None) or torch.equal(a, b)
 
 
+@pytest.mark.parametrize("which", ["x", "weight", "bias"])
+@pytest.mark.parametrize("needs_x", [False, True])
+@pytest.mark.parametrize("make", [SpectralLinear, lambda *a: spectral_norm(nn.Linear(*a))])
+def test_lazily_negated_operands(make, needs_x, which):
+    torch.manual_seed(0)
+    layer = make(40, 30)
+    twin = copy.deepcopy(layer)
+    x, g = torch.randn(1, 40), torch.randn(1, 30)
+    if which == "weight":
+        owner = layer if isinstance(layer, SpectralLinear) else layer.parametrizations.weight
+        name = "weight" if owner is layer else "original"
+        setattr(owner, name, nn.Parameter(torch._neg_view(-getattr(owner, name).detach())))
+    if which == "bias":
+        layer.bias = nn.Parameter(torch._neg_view(-layer.bias.detach()))
+    given = torch._neg_view(-x) if which == "x" else x.clone()
+    given.requires_grad_(needs_x)
+    layer(given).backward(g)
+    want = x.clone().requires_grad_(needs_x)
+    twin(want).backward(g)
+    torch.testing.assert_close(given.grad, want.grad)
+    for (name, p), (_, q) in zip(layer.named_parameters(), twin.named_parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, msg=name)
+
+
 def test_lazily_negated_gradient_of_the_normalized_weight():
     torch.manual_seed(0)
     layer = spectral_norm(nn.Linear(5, 4))
