@@ -91,11 +91,12 @@ class _SpectralLinear(torch.autograd.Function):
             else:
                 shift = bias if y is not None else None
                 args = (g, x, weight, shift, u, v, sigma, y, want_x, want_w)
-                # what `keys`, of g, do not tell
-                lazy = any(t is not None and t.is_neg() for t in (x, weight, shift))
-                if lazy or torch.is_grad_enabled() or not is_untraced():
+                if torch.is_grad_enabled() or not is_untraced():
                     dx, dw = _ops.spectral_linear_backward(*args)
                 else:  # nothing to record: below the op's Python, which is half the time of a small layer's
+                    for t in (x, weight, shift, u, v, sigma, y):
+                        if t is not None:
+                            keys = keys | torch._C._dispatch_keys(t)
                     dx, dw = _ops.spectral_linear_backward.default.redispatch(
                         keys & _below_inplace, *args
                     )
@@ -109,8 +110,9 @@ def fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether torch.addmm serves as it is, below the op's dispatch and its checks: matrices that fit, on the CPU."""
     return (
         type(x) is Tensor
+        and x.layout is torch.strided
         and x.dim() == 2
-        and x.shape[1] == weight.shape[1]
+        and x.shape[1] == weight.shape[1] != 0
         and x.dtype == weight.dtype
         and x.is_cpu
         and weight.is_cpu

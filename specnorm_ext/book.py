@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,28 +38,6 @@ class Book:
     forwards: Forwards = field(default_factory=Forwards)  # that a recomputation may ask for
     given: Values | None = None  # by `group`, in force until its next update
     group: Any = None  # a weak reference to a SpectralNormGroup
-    watched: Callable[[], Tensor | None] | None = (
-        None  # a weak reference to a weight, see keep_until_gradient
-    )
-
-    def keep_until_gradient(self, weight: Tensor) -> None:
-        """Forget `kept` when a gradient of the weight is computed.
-
-        The step of a fused optimizer changes the weight and leaves its version as it is; but before a step comes a
-        gradient.
-        """
-        if self.watched is not None and self.watched() is weight:
-            return
-        own = weakref.ref(self)
-
-        def forget(_: Tensor) -> None:
-            handle.remove()
-            book = own()
-            if book is not None:
-                book.kept = book.watched = None
-
-        handle = weight.register_hook(forget)
-        self.watched = weakref.ref(weight)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Book:
         # No group updates a copy, and no graph leads to it.

@@ -321,14 +321,21 @@ def _check_number(name: str, value: object, least: int) -> None:
         raise ValueError(f"estimate: expected {name} >= {least}, got {value}")
 
 
-def _check(weights: Sequence[Tensor], options: Options) -> None:
+def _refuse_vmap(weights: Sequence[Tensor]) -> None:
     functorch = torch._C._functorch
-    transforms = functorch.get_interpreter_stack() or []
-    if any(x.key() == functorch.TransformType.Vmap for x in transforms):
+    transforms: Sequence[Any] = getattr(functorch, "get_interpreter_stack", list)() or ()
+    vmapped = any(x.key() == functorch.TransformType.Vmap for x in transforms)
+    if vmapped and any(
+        isinstance(w, Tensor) and functorch.is_functorch_wrapped_tensor(w) for w in weights
+    ):
         raise RuntimeError(
-            "estimate: expected no torch.func.vmap (nor jacfwd, jacrev, hessian) around it, got one: when to stop "
+            "estimate: expected no torch.func.vmap (nor jacfwd, jacrev, hessian) over a weight, got one: when to stop "
             "depends on values; pass the matrices as a list, and take jvp or grad"
         )
+
+
+def _check(weights: Sequence[Tensor], options: Options) -> None:
+    _refuse_vmap(weights)
     for i, w in enumerate(weights):
         if not isinstance(w, Tensor):
             raise TypeError(

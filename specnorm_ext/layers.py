@@ -153,10 +153,10 @@ class SpectralLinear(SpectralLayer, nn.Linear):
     ``weight`` is W, as it is trained and stored; ``normalized_weight`` is what the layer applies, ``sigma`` the norm
     that it divides by. u and v are in the state dict under ``spectral._u`` and ``spectral._v`` (the learned scale
     under ``spectral.scale``); checkpoints of torch's parametrization and of the old ``torch.nn.utils.spectral_norm``
-    load as well. In eval sigma is computed once per version of the weight. The step of a fused optimizer
-    leaves no version behind: sigma is computed anew after each gradient of the weight. Nor does a change through
-    ``.data``: on the CPU it is seen by the entries (of more than 1024, by 16 of them), elsewhere not at all; call
-    ``eval()`` after it.
+    load as well. In eval sigma is computed once per version of the weight. A change through ``.data`` leaves no
+    version behind: on the CPU it is seen by the entries (of more than 1024, by 16 of them), elsewhere not at all; call
+    ``eval()`` after it. Nor does the step of a fused optimizer: where gradients of a weight of more than 1024 entries
+    are recorded, sigma is computed anew.
 
     Shapes and dtypes: x [..., in_features], y [..., out_features], in the weight's dtype (under autocast as
     ``torch.nn.Linear``); float32, float64, bfloat16, float16. Differentiable in x, weight and bias to any order, with u

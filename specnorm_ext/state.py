@@ -19,6 +19,8 @@ from .book import Book, Values
 from .convolution_operator import ConvOperator
 from .recomputation import Forward, Place, left_to_python, version_of
 
+HASHED_WHOLE = 1024  # entries, as in csrc/borrow.h
+
 UVSigma = tuple[Tensor, Tensor, Tensor]
 
 standalone_forwards = 0  # in training, of weights outside any group: why a group looks for new ones
@@ -329,19 +331,16 @@ class SpectralState(nn.Module):
             with torch.inference_mode(False):  # it may serve in training's graphs later
                 values = self._bilinear(parts, u, v, direct)
             kept = book.kept = Values(weight, weight.data_ptr(), *values)
-        if recorded:
-            book.keep_until_gradient(weight)
         return kept.u, kept.v, kept.sigma
 
     @staticmethod
     def _may_keep(weight: Tensor, recorded: bool) -> bool:
-        if weight.is_cpu:
-            return True
-        # Where entries are not looked at, nothing tells of a fused optimizer's step between this forward and the
-        # next: who trains in eval calls with gradients, and before a step there is one.
-        if recorded and (not weight.is_leaf or weight.grad is not None):
-            return False
-        return not is_capturing(weight)
+        if recorded:
+            # Fused optimizers step without a trace in the version counter, and who trains in eval calls with
+            # gradients. A weight that is looked at whole (trace_of) needs no such trace; to look at all of a larger
+            # one would take as long as its sigma does.
+            return weight.is_cpu and weight.is_leaf and weight.numel() <= HASHED_WHOLE
+        return weight.is_cpu or not is_capturing(weight)
 
     @left_to_python
     def _given(self) -> Values | None:
@@ -590,7 +589,10 @@ class SpectralState(nn.Module):
 
 
 def trace_of(weight: Tensor) -> Any:
-    """What an in-place change of the weight changes; on the CPU entries, too: .data leaves no version behind."""
+    """What an in-place change of the weight changes; on the CPU entries, too: .data leaves no version behind.
+
+    All of HASHED_WHOLE entries at most, 16 of more.
+    """
     version = version_of(weight)
     return (version, _C.fingerprint(weight)) if weight.is_cpu else version
 

@@ -364,6 +364,8 @@ def test_transforms() -> None:
     for transformed in (torch.func.vmap(value), torch.func.jacfwd(value)):
         with pytest.raises(RuntimeError, match=r"estimate: expected no torch\.func\.vmap"):
             transformed(w[None])
+    doubled = torch.func.vmap(lambda x: x * float(specnorm_ext.estimate(w[:3])))(torch.ones(2))
+    torch.testing.assert_close(doubled, torch.full((2,), float(specnorm_ext.estimate(w[:3]))))
 
 
 @pytest.mark.parametrize(

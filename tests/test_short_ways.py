@@ -129,3 +129,62 @@ def test_ends_of_the_range_are_left_to_the_op(recorded, factor):
         x.double(), layer.normalized_weight.double(), layer.bias.double()
     )
     torch.testing.assert_close(y.double(), expected.detach(), rtol=1e-4, atol=1e-4)
+
+
+class Unwrapping(Tensor):
+    """No memory of its own, and every op on it gives a plain tensor: as weights that are dequantized when used."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner):
+        return Tensor._make_wrapper_subclass(
+            cls, inner.shape, dtype=inner.dtype, requires_grad=inner.requires_grad
+        )
+
+    def __init__(self, inner):
+        self.inner = inner.detach()
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].inner)
+        return func(*[x.inner if isinstance(x, cls) else x for x in args], **(kwargs or {}))
+
+
+@pytest.mark.parametrize("case", ["bias", "x", "saved x", "zero x"])
+def test_operands_without_memory(case):
+    torch.manual_seed(0)
+    layer = SpectralLinear(640, 5)
+    bias = torch.randn(5)
+    twin = copy.deepcopy(layer)
+    twin.bias = nn.Parameter(bias.clone(), requires_grad=False)
+    layer.bias = nn.Parameter(Unwrapping(bias) if case == "bias" else bias, requires_grad=False)
+    x, g = torch.randn(3, 640), torch.randn(3, 5)
+    given, want = x, x.clone()
+    if case in ("x", "saved x"):
+        given, want = x.requires_grad_(), want.requires_grad_()
+    if case == "x":
+        given = Unwrapping(x)
+        given.requires_grad_()
+    if case == "zero x":
+        given, want = torch._efficientzerotensor((3, 640)), torch.zeros(3, 640)
+    hooks = (lambda t: t.detach().clone(), lambda t: Unwrapping(t))
+    with (
+        torch.autograd.graph.saved_tensors_hooks(*hooks)
+        if case == "saved x"
+        else torch.enable_grad()
+    ):
+        y = layer(given)
+    y.backward(g)
+    twin(want).backward(g)
+    torch.testing.assert_close(layer.weight.grad, twin.weight.grad)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("recorded", [False, True])
+def test_no_features(recorded):
+    with torch.set_grad_enabled(recorded):
+        assert torch.equal(SpectralLinear(0, 7, bias=False)(torch.randn(3, 0)), torch.zeros(3, 7))
+        layer = SpectralLinear(0, 7)
+        assert torch.equal(layer(torch.randn(3, 0)), layer.bias.expand(3, 7))
