@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -164,7 +164,7 @@ class PacGen:
 
     value: float
     rho: float
-    diagonal: list[Tensor]
+    diagonal: list[Tensor] = field(repr=False)
 
 
 def pacgen(

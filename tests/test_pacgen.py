@@ -582,3 +582,10 @@ def test_refused_optimizers() -> None:
         ValueError, match=r"PerturbedOptimizer.update: expected loss to be one number"
     ):
         ours.update(lambda: net(x) - y)
+
+
+def test_what_is_printed_of_it_are_its_numbers() -> None:
+    net = nn.Linear(30, 20)
+    x = torch.randn(8, 30)
+    found = pacgen(lambda: net(x).square().mean(), net.parameters(), rho=1.0)
+    assert repr(found) == f"PacGen(value={found.value!r}, rho=1.0)"
