@@ -55,7 +55,9 @@ class _SpectralLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, how, x, weight, bias, u, v, sigma):
-        if isinstance(how, float):
+        if isinstance(
+            how, float
+        ):  # 1 / sigma, of spectral_linear_direct; else the dispatcher's keys
             y = scaled_linear(x, weight.t(), bias, how)
         else:
             y = _ops.spectral_linear.default.redispatch(
@@ -93,7 +95,7 @@ class _SpectralLinear(torch.autograd.Function):
                 args = (g, x, weight, shift, u, v, sigma, y, want_x, want_w)
                 if torch.is_grad_enabled() or not is_untraced():
                     dx, dw = _ops.spectral_linear_backward(*args)
-                else:  # nothing to record: below the op's Python, which is half the time of a small layer's
+                else:  # nothing to record: below the op's Python, which a small layer feels
                     for t in (x, weight, shift, u, v, sigma, y):
                         if t is not None:
                             keys = keys | torch._C._dispatch_keys(t)

@@ -60,11 +60,6 @@ def tensor_list(op: str, weights: Tensor | Iterable[Tensor], least_rank: int = 0
     return found
 
 
-def as_matrix(x: Tensor) -> Tensor:
-    """[m, n]: the first dimension, and the rest flattened."""
-    return x if x.dim() == 2 else x.flatten(1)
-
-
 # ---- the weights of a model ---------------------------------------------------------------------------------------
 
 

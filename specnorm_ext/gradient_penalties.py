@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ._arguments import flag, function, number, random_source
+from ._arguments import flag, function, number, random_source, recording
 from ._checks import state_dtype
 from ._directions import lengths_of
 
@@ -36,11 +36,7 @@ _SAMPLINGS = ("interpolate", "real", "fake", "both")
 def _recording() -> Iterator[bool]:
     """Gradients on, whatever mode the caller is in; whether the caller can use a graph of them."""
     wanted = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-    with contextlib.ExitStack() as stack:
-        if torch.is_inference_mode_enabled():
-            stack.enter_context(torch.inference_mode(False))
-        if not torch.is_grad_enabled():
-            stack.enter_context(torch.enable_grad())
+    with recording():
         yield wanted
 
 

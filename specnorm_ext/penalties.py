@@ -21,7 +21,6 @@ from ._weights import (
     DEFAULT_KINDS,
     Select,
     Tracked,
-    as_matrix,
     tensor_list,
     weights_of,
 )
@@ -41,6 +40,7 @@ from .losses import (
     wgan_critic_loss,
     wgan_generator_loss,
 )
+from .matrices import flattened
 from .projections import ProjectionHook, clip_frobenius_, clip_weights_, project_spectral_norm_
 from .reference import _rescaled
 
@@ -255,7 +255,7 @@ def orthogonality_penalty(
     coefficient = number(op, "coefficient", coefficient)
     terms = []
     for w in found:
-        x = as_matrix(w.to(state_dtype(w.dtype)))
+        x = flattened(w.to(state_dtype(w.dtype)), "other")
         x = x if x.shape[0] <= x.shape[1] else x.mT
         with torch.autocast(x.device.type, enabled=False):
             gram = x @ x.mT

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from . import functional
 from ._arguments import count, number
 from ._ops import is_plain
-from ._weights import DEFAULT_KINDS, KINDS, Select, Tracked, as_matrix, tensor_list
+from ._weights import DEFAULT_KINDS, KINDS, Select, Tracked, tensor_list
 from .estimate import estimate_matrices
-from .matrices import Matrix
+from .matrices import Matrix, flattened
 
 
 def _writable(op: str, weights: Sequence[Tensor]) -> None:
@@ -245,7 +245,7 @@ def project_spectral_norm_(
                     f"{', '.join(type(x).__name__ for x in (weights, u, v))}"
                 )
             us, vs = ([x] if isinstance(x, Tensor) else list(x) for x in (u, v))
-            matrices = [as_matrix(x) for x in found]
+            matrices = [flattened(x, "other") for x in found]
             sigma = functional.power_iteration(matrices, us, vs, steps).double()
         else:
             if not number(op, "rtol", rtol, above=True) < 1:
@@ -259,7 +259,7 @@ def project_spectral_norm_(
 
 def _cold(op: str, weights: list[Tensor], rtol: float) -> Tensor:
     matrices = [
-        Matrix(str(i), as_matrix(x.detach()), tuple(x.shape), x.dtype, "other")
+        Matrix(str(i), flattened(x.detach(), "other"), tuple(x.shape), x.dtype, "other")
         for i, x in enumerate(weights)
     ]
     found = estimate_matrices(matrices, tol=rtol)
