@@ -77,7 +77,8 @@ class Borrower {
       return false;
     }
     const std::optional<ScalarType> dtype = dlpack::scalar_type(t);
-    if (!dtype || t.device_type != dlpack::kCpu) return false;
+    // without memory: empty, or freed (storage.resize_(0)), which the op refuses by name
+    if (!dtype || t.device_type != dlpack::kCpu || t.data == nullptr) return false;
     out.data = static_cast<char*>(t.data) + t.byte_offset;
     out.dim = t.ndim;
     out.sizes = t.shape;

@@ -32,6 +32,17 @@ inline std::string shape_text(const Operand& t) {
   return text.str();
 }
 
+// A tensor whose storage was freed (storage.resize_(0), as sharded training does between uses) still
+// has its shape. `name` in parts: "weights[", 3, "]".
+template <class... Name>
+void check_memory(const char* op, const Operand& t, const Name&... name) {
+  if (t.data != nullptr) return;
+  for (int64_t d = 0; d < t.dim; ++d)
+    if (t.sizes[d] == 0) return;
+  fail("RuntimeError", op, ": expected ", name..., " to hold its elements, got a tensor of shape ",
+       shape_text(t), " whose memory was freed; gather or load it first");
+}
+
 inline void check_status(const char* op, Status status) {
   if (status == kOutOfMemory)
     fail("RuntimeError", op,
@@ -60,6 +71,7 @@ inline void check_weights(const char* op, const Operands& weights) {
     if (w.dim != 2)
       fail("ValueError", op, ": expected weights[", i, "] to be a matrix [m, n], got shape ",
            shape_text(w));
+    check_memory(op, w, "weights[", i, "]");
   }
 }
 
@@ -75,6 +87,7 @@ inline void check_state(const char* op, const char* name, size_t i, const Operan
   if (x.dim < 1 || x.dim > 2 || x.sizes[0] != length)
     fail("ValueError", op, ": expected ", name, "[", i, "] to have shape [", length, "] or [",
          length, ", b], got ", shape_text(x));
+  check_memory(op, x, name, "[", i, "]");
 }
 
 inline void check_pairs(const char* op, const Operands& weights, const Operands& u,
@@ -104,6 +117,7 @@ inline void check_sigma_values(const char* op, const Operands& weights, const Op
          ", got ", dtype_name(sigma.dtype));
   if (!sigma.same_device(weights[0]))
     fail("TypeError", op, ": expected sigma on the device of the weights");
+  check_memory(op, sigma, "sigma");
 }
 
 // Two written tensors that share memory would be written by two threads at once, and a weight that
@@ -175,6 +189,7 @@ inline void check_normalize_backward(const Operands& grads, const Operands& weig
     if (g.dim != 2 || g.sizes[0] != w.sizes[0] || g.sizes[1] != w.sizes[1])
       fail("ValueError", op, ": expected grads[", i, "] to have shape ", shape_text(w), ", got ",
            shape_text(g));
+    check_memory(op, g, "grads[", i, "]");
   }
 }
 
@@ -191,6 +206,7 @@ inline void check_certified_matvec(const Operands& weights, const Operands& v) {
     if (v[i].dim != 1 || v[i].sizes[0] != weights[i].sizes[1])
       fail("ValueError", op, ": expected v[", i, "] to have shape [", weights[i].sizes[1],
            "], got ", shape_text(v[i]));
+    check_memory(op, v[i], "v[", i, "]");
   }
 }
 
@@ -218,6 +234,7 @@ inline void check_krylov(const Operands& weights, const Operands& basis, const O
     if (x.dim == 2 && !contiguous)
       fail("ValueError", op, ": expected ", name, "[", i,
            "] to be contiguous, which it is written as; pass a contiguous() one");
+    check_memory(op, x, name, "[", i, "]");
   };
   for (size_t i = 0; i < weights.size(); ++i) {
     const Operand &w = weights[i], &q = basis[i], &h = projected[i];
@@ -250,6 +267,7 @@ inline void check_krylov(const Operands& weights, const Operands& basis, const O
          "], got ", shape_text(units));
   if (!weights.empty() && !units.same_device(weights[0]))
     fail("TypeError", op, ": expected units on the device of the weights");
+  check_memory(op, units, "units");
   const Operands scalars{units};
   const std::vector<Span> written = sorted_spans({&basis, &projected, &scalars});
   if (written_twice(written) || written_and_read(written, weights).written != nullptr)
@@ -265,6 +283,7 @@ inline void check_like_weight(const char* op, const char* name, const Operand& t
          ", as the weight, got ", dtype_name(t.dtype));
   if (!t.same_device(weight))
     fail("TypeError", op, ": expected ", name, " on the device of the weight");
+  check_memory(op, t, name);
 }
 
 inline void check_spectral_linear(const char* op, const Operand& x, const Operand& weight,
@@ -278,6 +297,7 @@ inline void check_spectral_linear(const char* op, const Operand& x, const Operan
   if (weight.dim != 2)
     fail("ValueError", op, ": expected weight to be a matrix [out, in], got shape ",
          shape_text(weight));
+  check_memory(op, weight, "weight");
   check_like_weight(op, "x", x, weight);
   if (x.dim < 1 || x.sizes[x.dim - 1] != weight.sizes[1])
     fail("ValueError", op, ": expected x to have shape [..., ", weight.sizes[1], "], got ",
@@ -295,6 +315,7 @@ inline void check_spectral_linear(const char* op, const Operand& x, const Operan
            dtype_name(weight.dtype), " weight, got ", dtype_name(t.dtype));
     if (!t.same_device(weight))
       fail("TypeError", op, ": expected ", name, " on the device of the weight");
+    check_memory(op, t, name);
   };
   like_state("u", u);
   like_state("v", v);

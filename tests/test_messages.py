@@ -9,6 +9,7 @@ from helpers import BF16, F32, bits
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import vmap
 
+import specnorm_ext
 from specnorm_ext import _checks
 from specnorm_ext import functional as F
 
@@ -376,3 +377,46 @@ def test_a_failed_call_leaves_the_next_one_right():
         with pytest.raises(ValueError, match="n_iterations"):
             ops.power_iteration_([w], [u], [v], 0)
     assert ops.power_iteration_([w], [u], [v]).isfinite().all()
+
+
+FREED = ["torch.ops", "functional", "no_grad", "requires grad"]
+
+
+@pytest.mark.parametrize("path", FREED)
+@pytest.mark.parametrize("op", ["power_iteration_", "sigma", "normalize", "normalize_backward"])
+def test_freed_memory(op, path):
+    """A tensor whose storage was freed, as sharded training does between uses, has a shape and no elements."""
+    if path in ("functional", "requires grad") and op == "normalize_backward":
+        return  # not public there; torch's own operations, which look at no pointer
+    for name in good(op):
+        if name in ("n_iterations", "eps"):
+            continue
+        args = good(op)
+        one = args[name][1] if isinstance(args[name], list) else args[name]
+        one.untyped_storage().resize_(0)
+        which = name if name == "sigma" else rf"{name}\[1\]"
+        with pytest.raises(RuntimeError, match=rf"^{op}: expected {which} to hold its elements"):
+            PATHS[path](op, args)
+
+
+def test_freed_memory_of_a_layer():
+    for layer in (
+        specnorm_ext.SpectralLinear(4, 4),
+        specnorm_ext.spectral_norm(torch.nn.Linear(4, 4)),
+    ):
+        weight = next(p for n, p in layer.named_parameters() if "bias" not in n)
+        layer.eval()
+        layer(x(2, 4))
+        weight.untyped_storage().resize_(0)
+        for training in (False, True):
+            layer.train(training)
+            for grad in (False, True):
+                with (
+                    torch.set_grad_enabled(grad),
+                    pytest.raises(RuntimeError, match="whose memory was freed"),
+                ):
+                    layer(x(2, 4))
+    weight, u, v, one = x(3, 4), x(3), x(4), torch.ones(())
+    weight.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="spectral_linear: expected weight to hold its elements"):
+        ops.spectral_linear(x(2, 4), weight, None, u, v, one)
