@@ -22,7 +22,9 @@ class Values:
     inverse: float | None = None  # 1 / d of `current`, 0 where that is 0, once somebody has asked
     transposed: Tensor | None = None  # the weight's view [in, out], likewise
     captured: bool = False  # made while a CUDA graph was captured, in whose memory they are
-    version: Any = None  # of the weight (state.trace_of), where they hold for this one only
+    # what they hold for: of a group the weight's trace (state.trace_of; None: whatever it is), in eval
+    # SpectralState._eye. In here, so that a thread never sees the values of one weight beside the version of another.
+    version: Any = None
 
 
 @dataclass
@@ -33,7 +35,7 @@ class Book:
     unseeded: bool = False  # u, v not yet drawn (a meta weight)
     unverified: bool = False  # u, v not yet seen beside this weight (just loaded, or assigned to)
     seen: tuple[Any, ...] | None = None  # what the last verification in eval looked at
-    kept: Values | None = None  # of that one, where sigma is computed once per weight version
+    kept: Values | None = None  # in eval, where sigma is computed once per weight version
     compiled: bool = False  # written by torch.compile, read by nobody
     forwards: Forwards = field(default_factory=Forwards)  # that a recomputation may ask for
     given: Values | None = None  # by `group`, in force until its next update

@@ -320,17 +320,16 @@ class SpectralState(nn.Module):
         seen = self._eye(weight, u, v)
         if book.seen != seen:
             self.verify(parts)
-            book.kept = None
-            book.seen = self._eye(weight, u, v)
+            book.seen = seen = self._eye(weight, u, v)
         recorded = torch.is_grad_enabled() and weight.requires_grad
         if not self.keeps_sigma or not self._may_keep(weight, recorded):
             book.kept = None
             return self._bilinear(parts, u, v, direct)
         kept = book.kept
-        if kept is None:
+        if kept is None or kept.version != seen:
             with torch.inference_mode(False):  # it may serve in training's graphs later
                 values = self._bilinear(parts, u, v, direct)
-            kept = book.kept = Values(weight, weight.data_ptr(), *values)
+            kept = book.kept = Values(weight, weight.data_ptr(), *values, version=seen)
         return kept.u, kept.v, kept.sigma
 
     @staticmethod
@@ -381,7 +380,7 @@ class SpectralState(nn.Module):
             u, v = self._buffers["_u"], self._buffers["_v"]
             assert u is not None
             assert v is not None
-            if values is not None and book.seen != self._eye(weight, u, v):
+            if values is not None and values.version != self._eye(weight, u, v):
                 return None
         if values is None or values.weight is not weight or values.pointer != weight.data_ptr():
             return None
@@ -391,11 +390,11 @@ class SpectralState(nn.Module):
             d = values.sigma.item()
             if self.bound is not None:
                 d = d / self.bound if not d <= self.bound else 1.0
-            values.inverse = scalar_inverse(d)
-            if values.inverse is None:
+            inverse = scalar_inverse(d)
+            if inverse is None:
                 return None
-            if values.transposed is None:
-                values.transposed = weight.detach().t()
+            values.transposed = weight.detach().t()
+            values.inverse = inverse  # last: another thread's forward goes by it
         return values
 
     def _eye(self, weight: Tensor, u: Tensor, v: Tensor) -> tuple[Any, ...]:
@@ -509,7 +508,6 @@ class SpectralState(nn.Module):
         ):
             self.verify(parts)
             if not self.training:
-                book.kept = None
                 book.seen = self._eye(weight, u, v)
         return parts, self._bilinear(parts, u, v, False)
 
