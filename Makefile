@@ -12,9 +12,10 @@ TORCH ?= 2.14.1
 demo: $(VENV)/.demo
 	$(PY) bench/demo.py
 
-# As many processes as cores, each with threads of its own: those must not spin while they wait.
+# As many processes as cores, each with threads of its own: those must not spin while they wait. When one of them dies
+# the run ends there, with the test's name: pytest-xdist 3.8 would start another, and wait for ever at the end.
 test: $(VENV)/.test
-	OMP_WAIT_POLICY=passive $(PY) -m pytest -n auto --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -n auto --maxprocesses 8 --max-worker-restart 0 --dist loadgroup --no-loadscope-reorder
 
 bench: $(VENV)/.bench
 	$(PY) bench/bench_power_iteration.py

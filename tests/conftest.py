@@ -10,6 +10,7 @@ from cuda_on_host import host_runner
 ON_HOST = "cuda_on_host"
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist, which reads the marks in a hook of this name
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A file is one process's, for what its tests share; so are all the files that need the kernels built for the host.
 
