@@ -3,6 +3,11 @@ all the files that test them; and which tests stay together where several proces
 
 from __future__ import annotations
 
+import os
+
+# torch.compile's graphs are small here: they need no pool of compiling processes, which outlive their test.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 import pytest
 import torch
 from cuda_on_host import host_runner
