@@ -153,10 +153,10 @@ class SpectralLinear(SpectralLayer, nn.Linear):
     ``weight`` is W, as it is trained and stored; ``normalized_weight`` is what the layer applies, ``sigma`` the norm
     that it divides by. u and v are in the state dict under ``spectral._u`` and ``spectral._v`` (the learned scale
     under ``spectral.scale``); checkpoints of torch's parametrization and of the old ``torch.nn.utils.spectral_norm``
-    load as well. In eval sigma is computed once per version of the weight. A change through ``.data`` leaves no
-    version behind: on the CPU it is seen by the entries (of more than 1024, by 16 of them), elsewhere not at all; call
-    ``eval()`` after it. Nor does the step of a fused optimizer: where gradients of a weight of more than 1024 entries
-    are recorded, sigma is computed anew.
+    load as well. In eval sigma is computed once per version of the weight, and after the step of any optimizer. A
+    change through ``.data`` leaves no version behind: on the CPU it is seen by the entries (of more than 1024, by 16 of
+    them), elsewhere not at all; call ``eval()`` after it. Where gradients of a float64 weight of more than 1024 entries
+    are recorded, as by ``torch.autograd.gradcheck``, sigma is computed at each call.
 
     Shapes and dtypes: x [..., in_features], y [..., out_features], in the weight's dtype (under autocast as
     ``torch.nn.Linear``); float32, float64, bfloat16, float16. Differentiable in x, weight and bias to any order, with u

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _C, _ops, operator_norm, recomputation, verification
+from . import _C, _ops, _steps, operator_norm, recomputation, verification
 from ._checks import SIXTEEN_BIT, check_spectral_options, state_dtype
 from ._ops import is_ordinary, is_plain, is_untraced
 from .blocks import Blocks
@@ -334,12 +334,12 @@ class SpectralState(nn.Module):
 
     @staticmethod
     def _may_keep(weight: Tensor, recorded: bool) -> bool:
-        if recorded:
-            # Fused optimizers step without a trace in the version counter, and who trains in eval calls with
-            # gradients. A weight that is looked at whole (trace_of) needs no such trace; to look at all of a larger
-            # one would take as long as its sigma does.
-            return weight.is_cpu and weight.is_leaf and weight.numel() <= HASHED_WHOLE
-        return weight.is_cpu or not is_capturing(weight)
+        # torch.autograd.gradcheck moves single entries, in float64, without a trace in the version counter: it is
+        # right where the weight is looked at whole (trace_of), or not kept.
+        seen = weight.dtype != torch.float64 or (weight.is_cpu and weight.numel() <= HASHED_WHOLE)
+        return (weight.is_cpu or not is_capturing(weight)) and (
+            not recorded or (weight.is_leaf and seen)
+        )
 
     @left_to_python
     def _given(self) -> Values | None:
@@ -401,7 +401,7 @@ class SpectralState(nn.Module):
         """What tells one state of the weight in eval from another, without reading all of it."""
         if not self.keeps_sigma:
             return (weight.data_ptr(), version_of(weight), version_of(u), version_of(v))
-        eye = (weight.data_ptr(), trace_of(weight), version_of(u), version_of(v))
+        eye = (weight.data_ptr(), trace_of(weight), version_of(u), version_of(v), _steps.taken)
         # one stream does not wait for what another has kept
         return (*eye, torch.cuda.current_stream(weight.device)) if weight.is_cuda else eye
 

@@ -350,14 +350,15 @@ def test_eval_computes_sigma_once_per_weight(make, change, recorded, monkeypatch
     torch.testing.assert_close(layer.spectral._book.kept.sigma, sigma.abs())
 
 
-@pytest.mark.parametrize("between", [torch.enable_grad, None])
-def test_a_fused_step_in_eval_where_no_sampled_entry_changes(between):
-    """No version tells of it, nor do the sampled entries."""
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("between", [torch.enable_grad, torch.no_grad, None])
+def test_a_fused_step_in_eval_where_no_sampled_entry_changes(between, dtype):
+    """No version tells of it, nor do the sampled entries: the optimizer does."""
     torch.manual_seed(0)
-    layer = SpectralLinear(64, 32, dtype=F64).eval()
+    layer = SpectralLinear(64, 32, dtype=dtype).eval()
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.01, fused=True)
-    x = torch.randn(3, 64, dtype=F64)
-    mask = torch.zeros(32, 64, dtype=F64)
+    x = torch.randn(3, 64, dtype=dtype)
+    mask = torch.zeros(32, 64, dtype=dtype)
     mask[7, 5] = 1
     for _ in range(2):
         (layer(x) * layer(-x)).sum().backward()
@@ -369,6 +370,51 @@ def test_a_fused_step_in_eval_where_no_sampled_entry_changes(between):
         optimizer.step()
         assert trace_of(layer.weight) == trace
         torch.testing.assert_close(layer(x), copy.deepcopy(layer)(x))
+
+
+def test_eval_computes_sigma_of_a_large_weight_once_under_recorded_gradients(monkeypatch):
+    """As an attack on a trained model calls it; until any optimizer steps."""
+    torch.manual_seed(0)
+    layer = SpectralLinear(64, 32).eval()
+    count, x = Count(monkeypatch), torch.randn(3, 64, requires_grad=True)
+    for _ in range(3):
+        layer(x).square().sum().backward()
+    assert count.calls == 1
+    other = torch.nn.Linear(2, 2)
+    other(torch.ones(1, 2)).sum().backward()
+    torch.optim.SGD(other.parameters(), lr=0.1).step()
+    layer(x)
+    layer(x)
+    assert count.calls == 2
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler
+def test_a_compiled_step_is_seen_and_no_reason_to_compile_again():
+    torch.manual_seed(0)
+    layer = SpectralLinear(64, 32).eval()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, fused=True)
+    compiled = torch.compile(optimizer.step, backend="eager")
+    x, mask = torch.randn(3, 64), torch.zeros(32, 64)
+    mask[7, 5] = 1
+    for i in range(5):
+        with torch._dynamo.config.patch(error_on_recompile=i > 1):
+            layer(x).square().sum().backward()
+            layer.weight.grad.mul_(mask)
+            trace = trace_of(layer.weight)
+            compiled()
+            assert trace_of(layer.weight) == trace
+            torch.testing.assert_close(layer(x), copy.deepcopy(layer)(x))
+            optimizer.zero_grad()
+
+
+def test_gradcheck_of_a_large_weight_in_eval():
+    """Its numerical derivative moves entries through .data, one at a time."""
+    torch.manual_seed(0)
+    layer = SpectralLinear(35, 30, bias=False, n_power_iterations=200, dtype=F64)
+    layer(torch.randn(2, 35, dtype=F64))
+    layer.eval()
+    x = torch.randn(2, 35, dtype=F64)
+    assert torch.autograd.gradcheck(lambda _: layer(x), (layer.weight,))
 
 
 def test_a_fused_step_is_seen_by_any_entry_of_a_small_weight():
