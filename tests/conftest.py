@@ -13,6 +13,8 @@ import torch
 from cuda_on_host import host_runner
 
 ON_HOST = "cuda_on_host"
+SPEED = pytest.StashKey[str]()  # of the emulation
+SPEED_SENT = "specnorm_ext_emulation"  # by a process of pytest-xdist's, to the first one
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist, which reads the marks in a hook of this name
@@ -32,12 +34,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group(groups[item]))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error) -> None:
+    """A process of pytest-xdist's has ended: what its fixtures had to say."""
+    if SPEED_SENT in getattr(node, "workeroutput", {}):
+        node.config.stash[SPEED] = node.workeroutput[SPEED_SENT]
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     """What tests want people to read, also from other processes: record_property("printed", text)."""
     for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
         for name, value in report.user_properties:
             if name == "printed":
                 terminalreporter.write_line(value)
+    if SPEED in terminalreporter.config.stash:
+        terminalreporter.write_line(terminalreporter.config.stash[SPEED])
 
 
 @pytest.fixture(autouse=True)
@@ -59,12 +70,15 @@ def cuda_on_host(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def runner(cuda_on_host):
+def runner(cuda_on_host, pytestconfig):
     """The launchers of csrc/*_cuda.cu on the emulated device."""
     runner = host_runner.Runner(cuda_on_host.runner(), cuda_on_host.out)
     yield runner
     runner.close()  # with AddressSanitizer's report of leaks, if any
-    print(
-        f"\n{runner.cases} cases, {runner.switches / 1e6:.0f} million switches, "
+    speed = (
+        f"CUDA on the host: {runner.cases} cases, {runner.switches / 1e6:.0f} million switches, "
         f"{runner.microseconds / 1e6:.1f} s: {runner.switches / max(runner.microseconds, 1):.1f} million a second"
     )
+    pytestconfig.stash[SPEED] = speed
+    if hasattr(pytestconfig, "workeroutput"):
+        pytestconfig.workeroutput[SPEED_SENT] = speed
