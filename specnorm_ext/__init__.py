@@ -69,7 +69,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER})
+    return sorted({*__all__, *_LATER, "__version__", "__doc__", "__file__", "__name__", "__path__"})
 
 
 def build_info() -> dict[str, object]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import certificates, functional, krylov, subspace
+from ._arguments import count, random_source
 from ._checks import DTYPES, MAX_COLUMNS, state_dtype
 from .matrices import Matrix, collect_matrices
 from .search import (
@@ -314,13 +315,6 @@ def _batches(
 # ---- the public functions ---------------------------------------------------------------------------------------
 
 
-def _check_number(name: str, value: object, least: int) -> None:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise TypeError(f"estimate: expected {name} to be an integer, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"estimate: expected {name} >= {least}, got {value}")
-
-
 def _refuse_vmap(weights: Sequence[Tensor]) -> None:
     functorch = torch._C._functorch
     transforms: Sequence[Any] = getattr(functorch, "get_interpreter_stack", list)() or ()
@@ -386,10 +380,7 @@ def _check(weights: Sequence[Tensor], options: Options) -> None:
             f"estimate: expected certified to be False, True or one of {', '.join(CERTIFICATES)}, "
             f"got {options.certified!r}"
         )
-    if options.generator is not None and not isinstance(options.generator, torch.Generator):
-        raise TypeError(
-            f"estimate: expected generator to be a torch.Generator, got {type(options.generator).__name__}"
-        )
+    random_source("estimate", options.generator)
 
 
 def _check_start(weight: Tensor, start: tuple[Tensor, Tensor]) -> None:
@@ -507,11 +498,8 @@ def estimate(
             f"estimate: expected a tensor or a list of tensors, got {type(weight).__name__}"
         )
     weights = [weight] if single else list(weight)
-    _check_number("k", k, 1)
-    _check_number("max_reads", max_reads, 1)
-    options = Options(
-        method, rtol, int(k), int(max_reads), certified, failure_probability, generator
-    )
+    k, max_reads = count("estimate", "k", k), count("estimate", "max_reads", max_reads)
+    options = Options(method, rtol, k, max_reads, certified, failure_probability, generator)
     _check(weights, options)
     results = _estimate_list(weights, _starts(weights, u, v, single), options)
     return results[0] if single else results

@@ -378,7 +378,7 @@ def test_transforms() -> None:
         ((torch.ones(3, 3, device="meta"),), {}, ValueError, "to hold data, got a meta tensor"),
         ((torch.ones(3, 4),), {"k": 4}, ValueError, r"k <= min\(m, n\) = 3 for weight, got 4"),
         ((torch.ones(3, 4),), {"k": 0}, ValueError, "k >= 1, got 0"),
-        ((torch.ones(3, 4),), {"k": 1.5}, TypeError, "k to be an integer, got float"),
+        ((torch.ones(3, 4),), {"k": 1.5}, TypeError, "k to be an int, got float"),
         ((torch.ones(3, 4),), {"rtol": 0.0}, ValueError, "rtol between 0 and 1, got 0.0"),
         ((torch.ones(3, 4),), {"rtol": -1e-3}, ValueError, "rtol between 0 and 1"),
         ((torch.ones(3, 4),), {"rtol": "a"}, TypeError, "rtol to be a number, got str"),
