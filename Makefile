@@ -13,9 +13,11 @@ demo: $(VENV)/.demo
 	$(PY) bench/demo.py
 
 # As many processes as cores, each with threads of its own: those must not spin while they wait. When one of them dies
-# the run ends there, with the test's name: pytest-xdist 3.8 would start another, and wait for ever at the end.
+# the run ends there, with the test's name: pytest-xdist 3.8 would start another, and wait for ever at the end. A test
+# that hangs prints where, and its process ends; the longest takes minutes (kernels of two architectures, as shipped).
 test: $(VENV)/.test
-	OMP_WAIT_POLICY=passive $(PY) -m pytest -n auto --maxprocesses 8 --max-worker-restart 0 --dist loadgroup --no-loadscope-reorder
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -n auto --maxprocesses 8 --max-worker-restart 0 --dist loadgroup \
+	  --no-loadscope-reorder --timeout 1200 --timeout-method thread
 
 bench: $(VENV)/.bench
 	$(PY) bench/bench_power_iteration.py
