@@ -152,8 +152,9 @@ fi
 
 if wants test; then
   # -v names a test before it runs, so that the log of a hang ends with its name
-  step test 150 8 "$python" -m pytest -c "$repo/pyproject.toml" --rootdir "$repo" -p no:cacheprovider -v --tb=short \
-    -o faulthandler_timeout=60 --durations=5 "$repo/tests/test_cuda.py" "$repo/tests/test_cuda_runtime.py" ||
+  step test 165 8 "$python" -m pytest -c "$repo/pyproject.toml" --rootdir "$repo" -p no:cacheprovider -v --tb=short \
+    -o faulthandler_timeout=60 --durations=5 "$repo/tests/test_cuda.py" "$repo/tests/test_cuda_runtime.py" \
+    "$repo/tests/test_cuda_layers.py" ||
     { echo "-- tests that failed, and how:"; grep -E '^(FAILED|ERROR|E  )|Exit: ' "$logs/test.log" | cut -c1-300 | head -n 40; }
 fi
 
