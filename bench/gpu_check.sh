@@ -151,11 +151,18 @@ fi
 # ---- test -------------------------------------------------------------------------------------------------------------
 
 if wants test; then
-  # -v names a test before it runs, so that the log of a hang ends with its name
-  step test 165 8 "$python" -m pytest -c "$repo/pyproject.toml" --rootdir "$repo" -p no:cacheprovider -v --tb=short \
-    -o faulthandler_timeout=60 --durations=5 "$repo/tests/test_cuda.py" "$repo/tests/test_cuda_runtime.py" \
-    "$repo/tests/test_cuda_layers.py" ||
-    { echo "-- tests that failed, and how:"; grep -E '^(FAILED|ERROR|E  )|Exit: ' "$logs/test.log" | cut -c1-300 | head -n 40; }
+  # -v names tests, so that the log of a hang tells which were done
+  tests=("$python" -m pytest -c "$repo/pyproject.toml" --rootdir "$repo" -p no:cacheprovider -v --tb=short
+    -o faulthandler_timeout=60 --durations=5)
+  failures() { grep -E '^(FAILED|ERROR|E  )|Exit: ' "$logs/$1.log" | cut -c1-300 | head -n 40; }
+  # A thousand short tests of values, whose time is the CPU's, for what they are compared with: side by side where
+  # pytest-xdist is installed. What is about time, memory and waiting has the GPU to itself.
+  parallel=()
+  if "$python" -c 'import xdist' >/dev/null 2>&1; then parallel=(-n 4); fi
+  step values 150 8 "${tests[@]}" "${parallel[@]}" "$repo/tests/test_cuda.py" ||
+    { echo "-- tests that failed, and how:"; failures values; }
+  step runtime 120 8 "${tests[@]}" "$repo/tests/test_cuda_runtime.py" "$repo/tests/test_cuda_layers.py" ||
+    { echo "-- tests that failed, and how:"; failures runtime; }
 fi
 
 # ---- compute-sanitizer --------------------------------------------------------------------------------------------------
