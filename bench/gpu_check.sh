@@ -10,7 +10,7 @@
 #   CMAKE_CUDA_ARCHITECTURES     default native, this machine's GPU
 #   COMPUTE_SANITIZER            its path, where it is neither on the PATH nor beside nvcc
 #   SPECNORM_EXT_COMMIT          goes into the JSON where there is no git (default: git's own)
-#   OUT         a directory that gets the logs, the summary and the JSON, too
+#   OUT         a directory that gets the summary and the logs, as gpu_check.log, and the JSON, too
 #
 # A step that fails is reported and the others still run. Exit code: 0 if all passed, 1 if any failed or there is no GPU,
 # 2 for a wrong option.
@@ -151,10 +151,18 @@ fi
 # ---- test -------------------------------------------------------------------------------------------------------------
 
 if wants test; then
-  # -v names a test before it runs, so that the log of a hang ends with its name
-  step test 150 8 "$python" -m pytest -c "$repo/pyproject.toml" --rootdir "$repo" -p no:cacheprovider -v --tb=short \
-    -o faulthandler_timeout=60 --durations=5 "$repo/tests/test_cuda.py" "$repo/tests/test_cuda_runtime.py" ||
-    { echo "-- tests that failed, and how:"; grep -E '^(FAILED|ERROR|E  )|Exit: ' "$logs/test.log" | cut -c1-300 | head -n 40; }
+  # -v names tests, so that the log of a hang tells which were done
+  tests=("$python" -m pytest -c "$repo/pyproject.toml" --rootdir "$repo" -p no:cacheprovider -v --tb=short
+    -o faulthandler_timeout=60 --durations=5)
+  failures() { grep -E '^(FAILED|ERROR|E  )|Exit: ' "$logs/$1.log" | cut -c1-300 | head -n 40; }
+  # A thousand short tests of values, whose time is the CPU's, for what they are compared with: side by side where
+  # pytest-xdist is installed. What is about time, memory and waiting has the GPU to itself.
+  parallel=()
+  if "$python" -c 'import xdist' >/dev/null 2>&1; then parallel=(-n 4); fi
+  step values 150 8 "${tests[@]}" "${parallel[@]}" "$repo/tests/test_cuda.py" ||
+    { echo "-- tests that failed, and how:"; failures values; }
+  step runtime 120 8 "${tests[@]}" "$repo/tests/test_cuda_runtime.py" "$repo/tests/test_cuda_layers.py" ||
+    { echo "-- tests that failed, and how:"; failures runtime; }
 fi
 
 # ---- compute-sanitizer --------------------------------------------------------------------------------------------------
@@ -199,13 +207,14 @@ fi
   printf '%s\n' "${summary[@]}"
 } | tee "$logs/summary.txt"
 if [ -n "$out" ]; then
-  mkdir -p "$out"
-  for log in "$logs"/*; do tail -c 4000000 "$log" >"$out/$(basename "$log")"; done
+  mkdir -p "$out"  # one file, the summary first: where only a few come back
+  for log in "$logs"/summary.txt "$logs"/*.log; do printf '\n==== %s\n' "$(basename "$log")"; tail -c 1500000 "$log"; done \
+    >"$out/gpu_check.log"
   if wants bench; then find "$results" -name '*.json' -newer "$work/began" -exec cp {} "$out/" \; ; fi
 fi
 if wants bench; then find "$results" -name '*.json' -newer "$work/began" -exec echo "gpu_check: wrote" {} \; ; fi
 if [ "$failed" -ne 0 ]; then
-  echo "gpu_check: $failed steps failed; logs in ${out:-$logs}"
+  echo "gpu_check: $failed steps failed; logs in ${out:+$out and }$logs"
   exit 1
 fi
-echo "gpu_check: all passed; logs in ${out:-$logs}"
+echo "gpu_check: all passed; logs in ${out:+$out and }$logs"

@@ -156,6 +156,12 @@ uint32_t alignment(const void* p) {
   return uint32_t(address & (~address + 1));
 }
 
+// The library has no preference of its own for the bias, which its epilogue reads as it writes D.
+uint32_t alignment_of_output(const Product& p) {
+  const uint32_t of_d = alignment(p.d.data);
+  return p.bias == nullptr ? of_d : std::min(of_d, alignment(p.bias));
+}
+
 const char* words(int status) {
   switch (status) {
     case 0:
@@ -190,7 +196,7 @@ Plan search(int device, const Product& product) {
   call.prefer(kPrefAlignA, alignment(call.p.a.data));
   call.prefer(kPrefAlignB, alignment(call.p.b.data));
   call.prefer(kPrefAlignC, alignment(call.p.d.data));
-  call.prefer(kPrefAlignD, alignment(call.p.d.data));
+  call.prefer(kPrefAlignD, alignment_of_output(call.p));
   Heuristic best{};
   int found = 0;
   if (call.status == 0)
@@ -237,7 +243,8 @@ Plan plan(int device, const Product& p) {
                 p.d.ld,
                 alignment(p.a.data),
                 alignment(p.b.data),
-                alignment(p.d.data)};
+                alignment(p.d.data),
+                alignment_of_output(p)};
   {
     const std::lock_guard<std::mutex> lock(mutex);
     const auto it = known.find(key);

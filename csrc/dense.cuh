@@ -51,10 +51,51 @@ __device__ __forceinline__ uint32_t hash(uint32_t index, uint32_t column) {
   return x ^ (x >> 15);
 }
 
+// Where one block goes through a vector in memory, each wait for it is most of the time: elements
+// that a thread loads before it uses or stores the first (a store that might overlap would hold
+// back each next load).
+constexpr int kVectorAhead = 4;
+
+// f(k, x[k]) for all k of this thread, in order.
+template <class C, class F>
+__device__ __forceinline__ void for_elements(const C* x, int64_t x_stride, int64_t n, int64_t first,
+                                             int64_t step, F f) {
+  for (int64_t k = first; k < n; k += kVectorAhead * step) {
+    C value[kVectorAhead];
+#pragma unroll
+    for (int i = 0; i < kVectorAhead; ++i)
+      if (k + i * step < n) value[i] = x[(k + i * step) * x_stride];
+#pragma unroll
+    for (int i = 0; i < kVectorAhead; ++i)
+      if (k + i * step < n) f(k + i * step, value[i]);
+  }
+}
+template <class C, class F>
+__device__ __forceinline__ void for_elements(const C* x, int64_t n, F f) {
+  for_elements(x, 1, n, threadIdx.x, blockDim.x, f);
+}
+// f(k, x[k], y[k])
+template <class C, class F>
+__device__ __forceinline__ void for_pairs(const C* x, const C* y, int64_t n, F f) {
+  const int64_t step = blockDim.x;
+  for (int64_t k = threadIdx.x; k < n; k += kVectorAhead * step) {
+    C a[kVectorAhead], b[kVectorAhead];
+#pragma unroll
+    for (int i = 0; i < kVectorAhead; ++i) {
+      if (k + i * step >= n) continue;
+      a[i] = x[k + i * step];
+      b[i] = y[k + i * step];
+    }
+#pragma unroll
+    for (int i = 0; i < kVectorAhead; ++i)
+      if (k + i * step < n) f(k + i * step, a[i], b[i]);
+  }
+}
+
 template <class C>
 __device__ __noinline__ double block_inner(const C* x, const C* y, int64_t n, double* sums) {
   double sum = 0;
-  for (int64_t k = threadIdx.x; k < n; k += blockDim.x) sum += double(x[k]) * double(y[k]);
+  for_pairs(x, y, n, [&](int64_t, C a, C b) { sum += double(a) * double(b); });
   return block_sum(sum, sums);
 }
 
@@ -72,7 +113,24 @@ __device__ __noinline__ void block_gram(const C* x, int64_t stride, int64_t n, i
 
 template <class C>
 __device__ __noinline__ void block_scale(C* x, int64_t n, double factor) {
-  for (int64_t k = threadIdx.x; k < n; k += blockDim.x) x[k] = C(double(x[k]) * factor);
+  for_elements(x, n, [&](int64_t k, C value) { x[k] = C(double(value) * factor); });
+  __syncthreads();
+}
+
+// to[k] = factor from[k] for k = first, first + step, ...; no barrier
+template <class C>
+__device__ __noinline__ void hand_over(C* to, int64_t to_stride, const C* from, int64_t n,
+                                       double factor, int64_t first, int64_t step) {
+  for_elements(from, 1, n, first, step,
+               [&](int64_t k, C value) { to[k * to_stride] = C(double(value) * factor); });
+}
+
+// to = unit from / size, in two steps: unit / size may be past the largest number.
+template <class C>
+__device__ __noinline__ void block_divide(C* to, const C* from, int64_t n, double size,
+                                          double unit) {
+  for_elements(from, n,
+               [&](int64_t k, C value) { to[k] = C(double(C(double(value) / size)) * unit); });
   __syncthreads();
 }
 
@@ -98,8 +156,8 @@ __device__ __noinline__ void block_orthonormalize(C* x, int64_t stride, int64_t 
           for (int j = 0; j < i; ++j) {
             const C* xj = x + j * stride;
             const double c = block_inner(xj, xi, n, sums);
-            for (int64_t k = threadIdx.x; k < n; k += blockDim.x)
-              xi[k] = C(double(xi[k]) - c * double(xj[k]));
+            for_pairs(xi, xj, n,
+                      [&](int64_t k, C a, C b) { xi[k] = C(double(a) - c * double(b)); });
             __syncthreads();
           }
         const double after = sqrt(block_inner(xi, xi, n, sums));

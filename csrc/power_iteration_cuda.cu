@@ -283,7 +283,7 @@ struct Plan {
     for (DeviceItem& item : items) {
       bool by_columns;
       const Rows<S> x = stored_rows<S>(item.weight, &by_columns);
-      const int64_t row = needs_of<S>(item, kGroupOfBlocks, int(x.rows), kThreads).slice;
+      const int64_t row = (x.length + Packed<S>::count - 1) / Packed<S>::count * 16;
       const int64_t rows_per = room / row;
       if (rows_per < 1) return cudaSuccess;
       const int64_t least = (x.rows + rows_per - 1) / rows_per;

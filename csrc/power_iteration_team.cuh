@@ -34,7 +34,6 @@ __device__ __forceinline__ bool finite(double x) {
 template <class S, int B>
 struct Solver {
   using C = typename Elem<S>::C;
-  static constexpr int kAhead = 4;  // loads in flight where one block goes through a vector
 
   // who
   int kind;
@@ -128,27 +127,21 @@ struct Solver {
         continue;
       }
       const C* from = static_cast<const C*>(item->v.data) + i * item->v.col_stride;
-      double largest = 0;
-      const int64_t step = blockDim.x;
-      for (int64_t k = threadIdx.x; k < n; k += kAhead * step) {
-        C x[kAhead];
-#pragma unroll
-        for (int j = 0; j < kAhead; ++j)
-          if (k + j * step < n) x[j] = from[(k + j * step) * item->v.row_stride];
-#pragma unroll
-        for (int j = 0; j < kAhead; ++j) {
-          if (k + j * step >= n) continue;
-          to[k + j * step] = x[j];
-          const double size = fabs(double(x[j]));
-          largest = size > largest ? size : largest;
-        }
-      }
+      double largest = 0, squares = 0;
+      for_elements(from, item->v.row_stride, n, threadIdx.x, blockDim.x, [&](int64_t k, C x) {
+        to[k] = x;
+        const double size = fabs(double(x));
+        largest = size > largest ? size : largest;
+        squares += size * size;
+      });
       largest = block_max(largest, d->sums);
+      squares = block_sum(squares, d->sums);
       // whose squares float64 cannot hold
-      if (largest > 0 && (largest < 1e-100 || largest > 1e100) && finite(largest))
+      if (largest > 0 && (largest < 1e-100 || largest > 1e100) && finite(largest)) {
         for (int64_t k = threadIdx.x; k < n; k += blockDim.x) to[k] = C(double(to[k]) / largest);
-      __syncthreads();
-      double size = sqrt(block_inner(to, to, n, d->sums));
+        squares = block_inner(to, to, n, d->sums);
+      }
+      double size = sqrt(squares);
       if (!(size > 0) || !finite(size)) {
         block_seed(to, n, uint32_t(i));
         size = sqrt(block_inner(to, to, n, d->sums));
@@ -157,8 +150,9 @@ struct Solver {
       // A start exactly orthogonal to the leading vector would stay so for ever. One rounding
       // error's worth of a fixed pattern lets it grow, and moves a healthy trajectory by no more.
       const C amount = C(Range<C>::epsilon / sqrt(double(n)));
-      for (int64_t k = threadIdx.x; k < n; k += blockDim.x)
-        to[k] += amount * C(int(hash(uint32_t(k), uint32_t(100 + i)) & 2u) - 1);
+      for_elements(to, n, [&](int64_t k, C x) {
+        to[k] = x + amount * C(int(hash(uint32_t(k), uint32_t(100 + i)) & 2u) - 1);
+      });
       __syncthreads();
     }
     to -= b * to_stride;
@@ -310,18 +304,8 @@ struct Solver {
   // The team's share of to[k] = factor from[k].
   __device__ void hand_out(const VectorRef& to, int column, const C* from, int64_t count,
                            double factor, unsigned share, unsigned shares) {
-    C* x = static_cast<C*>(to.data) + column * to.col_stride;
-    const int64_t step = int64_t(shares) * blockDim.x;
-    for (int64_t k = int64_t(share) * blockDim.x + threadIdx.x; k < count; k += kAhead * step) {
-      C value[kAhead];  // loaded together: a store that might overlap would hold back each next
-                        // load
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i)
-        if (k + i * step < count) value[i] = from[k + i * step];
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i)
-        if (k + i * step < count) x[(k + i * step) * to.row_stride] = C(double(value[i]) * factor);
-    }
+    hand_over(static_cast<C*>(to.data) + column * to.col_stride, to.row_stride, from, count, factor,
+              int64_t(share) * blockDim.x + threadIdx.x, int64_t(shares) * blockDim.x);
   }
   // t is as long as W has stored rows, which may be nearly all of W.
   __device__ void hand_out_t(const VectorRef& to, int64_t count, double factor) {
@@ -330,21 +314,7 @@ struct Solver {
     else if (threadIdx.x == 0)
       header->t_factor = factor;
   }
-  // a = unit z / size, in two steps: unit / size may be past the largest number.
-  __device__ void next_vector(double size) {
-    const int64_t step = blockDim.x;
-    for (int64_t k = threadIdx.x; k < length(); k += kAhead * step) {
-      C value[kAhead];
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i)
-        if (k + i * step < length()) value[i] = z[k + i * step];
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i)
-        if (k + i * step < length())
-          a[k + i * step] = C(double(C(double(value[i]) / size)) * dot_unit);
-    }
-    __syncthreads();
-  }
+  __device__ void next_vector(double size) { block_divide(a, z, length(), size, dot_unit); }
 
   // One column: every block concludes the same.
   __device__ Action conclude_vector(double tt, double zz) {

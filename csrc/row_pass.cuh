@@ -220,26 +220,41 @@ __device__ __forceinline__ void row_pass(const Rows<S>& x, int64_t r0, int64_t r
                              shared, groups);
 }
 
+template <class S, bool Whole>
+__device__ __forceinline__ double largest_element_as(const Rows<S>& x, int64_t r0, int64_t r1,
+                                                     double* sums) {
+  constexpr int kPack = Packed<S>::count;
+  constexpr int kAhead = 4;  // packs in flight, of as many rows: one block may go through all of W
+  const int lane = int(threadIdx.x % 32), warps = int(blockDim.x / 32);
+  double top = 0;
+  double strange = 0;
+  for (int64_t r = r0 + threadIdx.x / 32; r < r1; r += kAhead * warps)
+    for (int64_t j = int64_t(lane) * kPack; j < x.length; j += 32 * kPack) {
+      Packed<S> w[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        w[i].raw = uint4{0, 0, 0, 0};
+        if (r + i * warps < r1) w[i] = x.template fetch_as<Whole>(r + i * warps, j);
+      }
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i)
+#pragma unroll
+        for (int e = 0; e < kPack; ++e) {
+          const double size = fabs(double(w[i].get(e)));
+          if (!(size <= 0x1.fffffffffffffp1023)) strange = 1;
+          top = size > top ? size : top;
+        }
+    }
+  top = block_max(top, sums);
+  return block_max(strange, sums) > 0 ? double(NAN) : top;
+}
+
 // max |W| over rows [r0, r1), NaN if any element is not finite; the same in every thread.
 template <class S>
 __device__ __noinline__ double largest_element(const Rows<S>& x, int64_t r0, int64_t r1,
                                                double* sums) {
-  constexpr int kPack = Packed<S>::count;
-  const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
-  double top = 0;
-  double strange = 0;
-  for (int64_t r = r0 + warp; r < r1; r += blockDim.x / 32)
-    for (int64_t j = int64_t(lane) * kPack; j < x.length; j += 32 * kPack) {
-      const Packed<S> w = x.fetch(r, j);
-#pragma unroll
-      for (int e = 0; e < kPack; ++e) {
-        const double size = fabs(double(w.get(e)));
-        if (!(size <= 0x1.fffffffffffffp1023)) strange = 1;
-        top = size > top ? size : top;
-      }
-    }
-  top = block_max(top, sums);
-  return block_max(strange, sums) > 0 ? double(NAN) : top;
+  return x.whole() ? largest_element_as<S, true>(x, r0, r1, sums)
+                   : largest_element_as<S, false>(x, r0, r1, sums);
 }
 
 }  // namespace device

@@ -1,6 +1,6 @@
 // sigma_i = u_i^T W_i v_i on a CUDA device, one read of each W:
 //
-//   tiles    block: rows [r0, r1) of one matrix, sum_r weight_r (w_r . dotted), in float64
+//   tiles    block: units [q0, q1) of one matrix, sum of weight_r w_rj dotted_j, in float64
 //   finish   block a matrix: the tiles' sums in order, written as sigma
 //
 // One launch does both for a list whose matrices are small enough that a cluster holds all tiles of
@@ -24,10 +24,14 @@ using namespace device;
 
 namespace {
 
-constexpr int kThreads = 256, kRows = 4;  // rows a warp has in flight
-constexpr int kSums = 4;                  // plain, scaled up, scaled down, largest term
-constexpr int64_t kGrain = 32 << 10;      // bytes below which a tile is not worth a block
-constexpr int64_t kMostTiles = 2048;      // eight sums for each thread of the second launch
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+// Loads of a thread in flight: rows, and packs of each, of which float64 has registers for one.
+constexpr int kRows = 4;
+template <class S>
+constexpr int kAhead = sizeof(S) == 8 ? 1 : 2;
+constexpr int kSums = 4;              // plain, scaled up, scaled down, largest term
+constexpr int64_t kGrain = 32 << 10;  // bytes below which a tile is not worth a block
+constexpr int64_t kMostTiles = 2048;  // eight sums for each thread of the second launch
 
 // A leading column: [m] or [n].
 struct Line {
@@ -75,48 +79,72 @@ __device__ __forceinline__ C sigma_of(const double (&sums)[kSums]) {
   return is_finite(value) ? C(value) : C(NAN);
 }
 
-template <class S, int N>
-__global__ void __launch_bounds__(kThreads, 2)
-    sigma_tiles(const __grid_constant__ SigmaLaunch<N> p) {
-  using C = typename Elem<S>::C;
+// What a warp takes at a time: kRows rows, or several times as many where `lanes` threads hold a
+// row, of up to kAhead packs a thread. Less than a row where rows are long: a matrix of few rows
+// has work for all warps, too.
+struct Units {
+  int lanes;               // to a row
+  int64_t rows, length;    // of a unit
+  int64_t per_row, count;  // units
+};
+template <class S>
+__host__ __device__ inline Units units_of(const Rows<S>& x) {
+  constexpr int kPack = Packed<S>::count;
+  Units units{1, 0, 0, 0, 0};
+  while (units.lanes < 32 && units.lanes * kPack < x.length) units.lanes *= 2;
+  units.rows = kRows * (32 / units.lanes);
+  units.length = units.lanes * kPack * kAhead<S>;
+  units.per_row = (x.length + units.length - 1) / units.length;
+  units.count = (x.rows + units.rows - 1) / units.rows * units.per_row;
+  return units;
+}
+
+// Adds this thread's part of units [q0, q1) to the sums.
+template <class S, bool Whole>
+__device__ __forceinline__ void add_units(const Rows<S>& x, const Units& units, int64_t q0,
+                                          int64_t q1, const typename Elem<S>::C* a,
+                                          int64_t a_stride, const typename Elem<S>::C* c,
+                                          int64_t c_stride, double (&sums)[kSums]) {
   constexpr int kPack = Packed<S>::count;
   constexpr bool kWide = sizeof(S) == 8;
-  const int which = p.cluster ? int(blockIdx.x) / p.cluster : item_of_block(p.items, p.count);
-  const SigmaDeviceItem& item = p.items[which];
-  bool by_columns;
-  const Rows<S> x = stored_rows<S>(item.weight, &by_columns);
-  const Line& dotted = by_columns ? item.u : item.v;
-  const Line& weights = by_columns ? item.v : item.u;
-  const C* a = static_cast<const C*>(dotted.data);
-  const C* c = static_cast<const C*>(weights.data);
-  const int64_t tile = int64_t(blockIdx.x) - item.first_block;
-  const int64_t per = (x.rows + item.blocks - 1) / item.blocks;
-  // (blocks of a cluster past the matrix's own have none)
-  const int64_t r0 = tile * per, r1 = r0 + per < x.rows ? r0 + per : x.rows;
+  constexpr int kScales = kWide ? 3 : 1;  // 1, 2^900, 2^-900
   const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
-  const double up = ldexp(1.0, 900), down = ldexp(1.0, -900);
-
-  double sums[kSums] = {0, 0, 0, 0};
-  for (int64_t r = r0 + warp * kRows; r < r1; r += kThreads / 32 * kRows) {
-    double row[kRows][3];
+  const int step = 32 / units.lanes;
+  [[maybe_unused]] const double up = ldexp(1.0, 900), down = ldexp(1.0, -900);
+  for (int64_t q = q0 + warp; q < q1; q += kWarps) {
+    // 64-bit division costs as much as the rest of a unit
+    const int64_t group = units.count < (int64_t(1) << 32)
+                              ? int64_t(uint32_t(q) / uint32_t(units.per_row))
+                              : q / units.per_row;
+    const int64_t r0 = group * units.rows + lane / units.lanes;
+    const int64_t j0 =
+        (q - group * units.per_row) * units.length + int64_t(lane % units.lanes) * kPack;
+    Packed<S> w[kAhead<S>][kRows];
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) row[i][0] = row[i][1] = row[i][2] = 0;
-    for (int64_t j = int64_t(lane) * kPack; j < x.length; j += 32 * kPack) {
-      Packed<S> w[kRows];
+    for (int k = 0; k < kAhead<S>; ++k)
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        w[i].raw = uint4{0, 0, 0, 0};
-        if (r + i < r1) w[i] = x.fetch(r + i, j);
+        const int64_t r = r0 + i * step, j = j0 + k * units.lanes * kPack;
+        w[k][i].raw = uint4{0, 0, 0, 0};
+        if (r < x.rows && j < x.length) w[k][i] = x.template fetch_as<Whole>(r, j);
       }
+    double row[kRows][kScales];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+#pragma unroll
+      for (int k = 0; k < kScales; ++k) row[i][k] = 0;
+#pragma unroll
+    for (int k = 0; k < kAhead<S>; ++k) {
+      const int64_t j = j0 + k * units.lanes * kPack;
 #pragma unroll
       for (int e = 0; e < kPack; ++e) {
         if (j + e >= x.length) continue;
-        const double y = double(a[(j + e) * dotted.stride]);
+        const double y = double(a[(j + e) * a_stride]);
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
-          const double element = double(w[i].get(e));
+          const double element = double(w[k][i].get(e));
           row[i][0] += element * y;
-          if (kWide) {
+          if constexpr (kWide) {
             row[i][1] += element * (y * up);
             row[i][2] += element * (y * down);
           }
@@ -125,12 +153,39 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      if (r + i >= r1) continue;
-      const double factor = double(c[(r + i) * weights.stride]);
-      for (int k = 0; k < (kWide ? 3 : 1); ++k) sums[k] += row[i][k] * factor;
+      if (r0 + i * step >= x.rows) continue;
+      const double factor = double(c[(r0 + i * step) * c_stride]);
+#pragma unroll
+      for (int k = 0; k < kScales; ++k) sums[k] += row[i][k] * factor;
       sums[3] = fmax(sums[3], fabs(row[i][0]));
     }
   }
+}
+
+template <class S, int N>
+__global__ void __launch_bounds__(kThreads, 2)
+    sigma_tiles(const __grid_constant__ SigmaLaunch<N> p) {
+  using C = typename Elem<S>::C;
+  const int which = p.cluster ? int(blockIdx.x) / p.cluster : item_of_block(p.items, p.count);
+  const SigmaDeviceItem& item = p.items[which];
+  bool by_columns;
+  const Rows<S> x = stored_rows<S>(item.weight, &by_columns);
+  const Line& dotted = by_columns ? item.u : item.v;
+  const Line& weights = by_columns ? item.v : item.u;
+  const C* a = static_cast<const C*>(dotted.data);
+  const C* c = static_cast<const C*>(weights.data);
+  const Units units = units_of(x);
+  const int64_t tile = int64_t(blockIdx.x) - item.first_block;
+  const int64_t per = (units.count + item.blocks - 1) / item.blocks;
+  // (blocks of a cluster past the matrix's own have none)
+  const int64_t q0 = tile * per, q1 = q0 + per < units.count ? q0 + per : units.count;
+  const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
+
+  double sums[kSums] = {0, 0, 0, 0};
+  if (x.whole())
+    add_units<S, true>(x, units, q0, q1, a, dotted.stride, c, weights.stride, sums);
+  else
+    add_units<S, false>(x, units, q0, q1, a, dotted.stride, c, weights.stride, sums);
   double* scratch = reinterpret_cast<double*>(dynamic_shared());
   double* own = p.cluster ? scratch + 32 : p.partial + int64_t(blockIdx.x) * kSums;
   for (int k = 0; k < kSums && tile < item.blocks; ++k) {
@@ -171,10 +226,11 @@ template <class S>
 int64_t blocks_of(const MatrixRef& w) {
   bool by_columns;
   const Rows<S> x = stored_rows<S>(w, &by_columns);
-  const int64_t row = x.length * int64_t(sizeof(S));
-  if (x.rows == 0 || row == 0) return 1;
-  const int64_t per = (tile_bytes(x.rows * row, kGrain, kMostTiles) + row - 1) / row;
-  return (x.rows + per - 1) / per;
+  const int64_t bytes = x.rows * x.length * int64_t(sizeof(S));
+  if (bytes == 0) return 1;
+  const int64_t tile = tile_bytes(bytes, kGrain, kMostTiles), count = units_of(x).count;
+  const int64_t per = (count * tile + bytes - 1) / bytes;
+  return (count + per - 1) / per;
 }
 
 template <class S, int N>

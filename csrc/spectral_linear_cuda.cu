@@ -248,10 +248,10 @@ class Run {
   bool allocate(int64_t partials, int64_t product_bytes) {
     if (status_.code != 0) return false;
     const int64_t sums = (partials * int64_t(sizeof(double)) + 255) / 256 * 256;
-    char* memory =
-        static_cast<char*>(call_.workspace(call_.ctx, kScalarBytes + sums + product_bytes));
+    const int64_t bytes = kScalarBytes + sums + product_bytes;
+    char* memory = static_cast<char*>(call_.workspace(call_.ctx, bytes));
     if (memory == nullptr) {
-      status_ = {-1, "workspace", "out of memory"};
+      status_ = no_workspace(bytes);
       return false;
     }
     scalars_ = scalars_at(memory);

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-BENCH = Path(__file__).resolve().parent.parent / "bench"
+TESTS = Path(__file__).resolve().parent
+BENCH = TESTS.parent / "bench"
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without one")
 
 
@@ -148,6 +149,14 @@ def test_gpu_check_refuses_wrong_options(options, said):
     done = gpu_check(*options)
     assert done.returncode == 2
     assert said in done.stderr
+
+
+def test_gpu_check_runs_every_file_of_gpu_tests():
+    script = (BENCH / "gpu_check.sh").read_text()
+    files = [p for p in TESTS.glob("test_*.py") if "\nskip_without_kernels()\n" in p.read_text()]
+    assert len(files) >= 3
+    for path in files:
+        assert f'"$repo/tests/{path.name}"' in script
 
 
 @needs_bash

@@ -511,6 +511,21 @@ def test_spectral_linear_differentiates_twice_and_checks():
 
 
 @gpu
+@every_dtype
+def test_spectral_linear_takes_nothing_from_what_its_memory_held(dtype):
+    """beta, which is 0 for the first products, lies on the device, and 0 times NaN would be NaN."""
+    g, x, w, b, u, v, sigma = (on_device(t) for t in linear_case(64, 512, 384, dtype))
+    for bias in (None, b):
+        held = [torch.full_like(t, torch.nan) for t in (g, x, w)]
+        places = {t.data_ptr() for t in held}
+        del held
+        y = ops.spectral_linear(x, w, bias, u, v, sigma)
+        dx, dw = ops.spectral_linear_backward(g, x, w, None, u, v, sigma, None, True, True)
+        assert places & {t.data_ptr() for t in (y, dx, dw)}, "no memory was given out again"
+        assert all(t.isfinite().all() for t in (y, dx, dw))
+
+
+@gpu
 def test_spectral_linear_in_a_graph_without_waiting():
     g, x, w, b, u, v, sigma = (on_device(t) for t in linear_case(64, 512, 384, BF16))
 

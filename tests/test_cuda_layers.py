@@ -190,7 +190,8 @@ def test_eval_keeps_sigma_but_not_for_a_graph():
 @gpu
 @pytest.mark.parametrize("batch", [64, 2048])
 def test_memory_of_a_training_step(batch):
-    """At most 2% of W, and vectors, over the plain layer."""
+    """At most 2% of W, vectors, and a product's workspace over the plain layer: cublas_lt.cpp allows cuBLASLt 32 MiB,
+    half of this W, for the length of a call; for the plain layer torch keeps as much for good, which no peak shows."""
     peaks = {}
     for name, make in (("plain", nn.Linear), ("ours", SpectralLinear)):
         layer = make(4096, 4096, device="cuda")
@@ -206,4 +207,4 @@ def test_memory_of_a_training_step(batch):
         torch.cuda.synchronize()
         peaks[name] = torch.cuda.max_memory_allocated() - before
         del layer, x, g
-    assert peaks["ours"] <= peaks["plain"] + 0.02 * 4096**2 * 4 + 16 * 4096 * 4
+    assert peaks["ours"] <= peaks["plain"] + 0.02 * 4096**2 * 4 + 16 * 4096 * 4 + (32 << 20)

@@ -180,6 +180,9 @@ def test_views_that_begin_anywhere(runner):
                 for r, c in ((16, 24), (8, 24), (8, 16))
             )
             _, _, _, b, u, v, sigma = case(8, 16, 24, dtype)
+            # of a fused layer's bias: after one from the start, which the same plan would be for
+            check_linear(runner.spectral_linear(x, w, b, sigma), x, w, b, sigma)
+            b = random_weight(1, offset + 16, dtype)[0, offset:]
             check_linear(runner.spectral_linear(x, w, b, sigma), x, w, b, sigma)
             dx, dw = runner.spectral_linear_backward(g, x, w, b, u, v, sigma)
             assert runner.refusal == ""
@@ -216,9 +219,11 @@ def test_empty(runner, shape):
 
 def test_no_workspace(runner):
     g, x, w, b, u, v, sigma = case(5, 7, 3, F32)
-    with pytest.raises(LaunchError, match="out of memory"):
+    library, scalars, sums = 512, 256, 256  # fake_cublas_lt.cpp; 1 / sigma; c, one sum a block
+    words = "expected to allocate a workspace of {} bytes .* got no memory: out of memory"
+    with pytest.raises(LaunchError, match=words.format(library + scalars)):
         runner.spectral_linear(x, w, b, sigma, workspace_fails=True)
-    with pytest.raises(LaunchError, match="out of memory"):
+    with pytest.raises(LaunchError, match=words.format(library + scalars + sums)):
         runner.spectral_linear_backward(g, x, w, b, u, v, sigma, workspace_fails=True)
 
 

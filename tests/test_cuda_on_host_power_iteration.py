@@ -244,3 +244,14 @@ def test_no_workspace(runner, strategy):
         runner.power_iteration_([w], [u], [v], strategy=strategy, workspace_fails=True)
     assert same_bits(u, before[0])
     assert same_bits(v, before[1])
+
+
+@needs("power_iteration")
+@pytest.mark.parametrize("rows", [1 << 31, 3 << 30, 1 << 32])
+def test_a_plan_for_more_rows_than_an_int_counts(runner, rows):
+    """Nothing is launched, since there is no memory: u may be one number."""
+    one = torch.ones(1)
+    with pytest.raises(LaunchError, match="out of memory"):
+        runner.power_iteration_(
+            [one.expand(rows, 1)], [one.expand(rows)], [one], workspace_fails=True
+        )

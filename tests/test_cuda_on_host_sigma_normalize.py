@@ -116,6 +116,18 @@ def test_sigma_of_long_lists_views_and_other_devices(runner, device):
 
 
 @needs("sigma")
+def test_sigma_of_a_few_long_rows_is_the_work_of_many_blocks(runner):
+    """Tiles of 128 KB whatever the shape: whole rows would leave all to one block, and in it to one warp."""
+    for shape in ((1, 300000), (3, 100000)):
+        w = random_weight(*shape)
+        u, v = start(w)
+        for x, a, b in ((w, u, v), (w.mT, v, u)):
+            (got,) = runner.sigma([x], [a], [b])
+            check_sigma(x, a, b, got)
+            assert runner.stats.workspace_bytes == 10 * 4 * 8  # tiles of four float64 sums
+
+
+@needs("sigma")
 @each_dtype
 def test_sigma_at_any_scale_and_not_finite(runner, dtype):
     base = random_weight(20, 30, F64).clamp(-3, 3)

@@ -237,6 +237,8 @@ int cublasLtMatmul(Handle handle, void* desc, const void* alpha, const void* a, 
   for (int i = 0; i < 4; ++i)
     require(reinterpret_cast<uintptr_t>(pointers[i]) % found.alignment[i] == 0,
             "a matrix is not aligned as the algorithm was told");
+  require(reinterpret_cast<uintptr_t>(what.bias) % found.alignment[3] == 0,
+          "the bias is not aligned as the algorithm was told of D");
   require(c == d, "C is not D");
   require(workspace_bytes == kWorkspace, "not the workspace that the algorithm asked for");
   require(reinterpret_cast<uintptr_t>(workspace) % 256 == 0, "the workspace is not aligned");
