@@ -243,7 +243,7 @@ _impl.impl("normalize_backward", _normalize_backward_autograd, "Autograd", with_
 def is_untraced() -> bool:
     """Whether Python may look at values now: nothing traced, faked, in a torch.func transform or forward AD."""
     return (
-        not torch.compiler.is_compiling()
+        not torch.compiler.is_dynamo_compiling()  # is_compiling() would be that of all threads
         and torch.autograd.forward_ad._current_level < 0
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()

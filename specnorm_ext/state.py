@@ -275,7 +275,7 @@ class SpectralState(nn.Module):
     @left_to_python
     def _place(self) -> Place | None:
         """Where this forward runs, if activation checkpointing may repeat it."""
-        if torch.compiler.is_compiling():
+        if recomputation.is_compiling():
             if self.training:
                 # A compiled checkpoint would recompute from the v that its own forward has left. One that changes
                 # an attribute, however, torch.compile leaves to Python (fullgraph=True: refuses), where all is right.
@@ -345,7 +345,7 @@ class SpectralState(nn.Module):
     def _given(self) -> Values | None:
         """What the group has computed, if it is in force here."""
         book = self._book
-        if torch.compiler.is_compiling():
+        if recomputation.is_compiling():
             return book.given
         given = book.given
         if given is None or given.version not in (None, trace_of(given.weight)):

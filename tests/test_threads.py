@@ -1,0 +1,108 @@
+"""Threads that share a model, or only the process: what one of them does is no other's fault."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from specnorm_ext import SpectralLinear, SpectralNormGroup
+
+
+@contextmanager
+def busy(work: Callable[[], object], threads: int = 3) -> Iterator[None]:
+    """`work` again and again in other threads, which take turns at nearly every line; their errors are this one's."""
+    every, stop, errors = sys.getswitchinterval(), threading.Event(), []
+
+    def run() -> None:
+        try:
+            while not stop.is_set():
+                work()
+        except Exception as error:
+            errors.append(error)
+
+    workers = [threading.Thread(target=run) for _ in range(threads)]
+    sys.setswitchinterval(1e-6)
+    try:
+        for worker in workers:
+            worker.start()
+        yield
+    finally:
+        stop.set()
+        for worker in workers:
+            worker.join()
+        sys.setswitchinterval(every)
+    if errors:
+        raise errors[0]
+
+
+@pytest.mark.parametrize("when", ["manual", "step"])
+def test_forwards_beside_an_update(when):
+    """Actors beside a learner: a forward sees the values of one update, and leaves nothing of an old one behind."""
+    torch.set_num_threads(1)
+    model = nn.Sequential(*(SpectralLinear(16, 16) for _ in range(4)))
+    optimizer = torch.optim.SGD(model.parameters(), 0.0) if when == "step" else None
+    group = SpectralNormGroup(model, when, optimizer=optimizer)
+    group.update()
+    x = torch.randn(2, 16)
+
+    @torch.no_grad()
+    def act() -> None:
+        model(x)
+
+    for step in range(30):
+        with busy(act):
+            for _ in range(10):
+                with torch.no_grad():
+                    for p in model.parameters():
+                        p.mul_(1.25 if step % 2 else 0.8)
+                group.update()
+        for layer in model:
+            given = layer.spectral._book.given
+            if given.inverse is not None:
+                assert given.inverse == 1 / given.sigma.item()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint_while_another_thread_compiles(use_reentrant):
+    """torch.compiler.is_compiling() is one flag for the process."""
+    inside, done = threading.Event(), threading.Event()
+
+    def backend(graph: torch.fx.GraphModule, _inputs: object) -> Callable[..., object]:
+        inside.set()
+        done.wait(60)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: x + 1, backend=backend)
+    other = threading.Thread(target=compiled, args=(torch.ones(2),))
+    other.start()
+    try:
+        assert inside.wait(60)
+        layers = nn.Sequential(SpectralLinear(4, 4), SpectralLinear(4, 4))
+        SpectralNormGroup(layers)
+        before = layers[0].spectral._u.clone()
+        x = torch.randn(2, 4, requires_grad=True)
+        checkpoint(layers, x, use_reentrant=use_reentrant).sum().backward()
+        assert x.grad is not None
+        # by the group, in one call: that alone iterates on what it has copied from
+        assert not torch.equal(layers[0].spectral._u, before)
+    finally:
+        done.set()
+        other.join()
+
+
+def test_a_group_updates_while_another_thread_compiles(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+    model = nn.Sequential(SpectralLinear(4, 4), SpectralLinear(4, 4))
+    group = SpectralNormGroup(model)
+    updates = []
+    monkeypatch.setattr(group, "_update_training", lambda keep: updates.append(keep))
+    model(torch.randn(2, 4))
+    assert updates == [True]
