@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -10,9 +11,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from specnorm_ext import SpectralLinear, SpectralNormGroup
+from specnorm_ext import SpectralLinear, SpectralNormGroup, remove, spectral_norm
+from specnorm_ext.convolution import conv_weight
+from specnorm_ext.matrices import collect_matrices
 
 
 @contextmanager
@@ -106,3 +110,23 @@ def test_a_group_updates_while_another_thread_compiles(monkeypatch):
     monkeypatch.setattr(group, "_update_training", lambda keep: updates.append(keep))
     model(torch.randn(2, 4))
     assert updates == [True]
+
+
+def test_looking_at_weights_leaves_the_mode_of_their_parametrizations_to_others():
+    """Two who look at once: the second found eval, which the first had switched to, and left it so."""
+    model = nn.Sequential(*(spectral_norm(nn.Conv1d(4, 4, 1)) for _ in range(2)))
+    modes = []
+
+    class Look(nn.Module):
+        def forward(self, x):
+            modes.append([m.training for m in model.modules()])
+            return x
+
+    for layer in model:
+        parametrize.register_parametrization(layer, "weight", Look())
+    modes.clear()
+    collect_matrices(model)
+    conv_weight(model[0])
+    remove(copy.deepcopy(model))  # whose parametrizations are copies, and the model theirs
+    assert len(modes) == 5
+    assert all(all(x) for x in modes)
