@@ -198,7 +198,9 @@ class _Normalize(torch.autograd.Function):
 
 def _normalize_backward(grads, weights, u, v, sigma):
     """The op; without the dispatcher where nothing is to be recorded."""
-    negated = any(x.is_neg() for x in (*grads, *weights))  # which borrowed memory does not tell
+    negated = any(
+        x.is_neg() for x in (*grads, *weights, *u, *v, sigma)
+    )  # which borrowed memory does not tell
     if not negated and not torch.is_grad_enabled() and is_untraced():
         out = [torch.empty_like(w) for w in weights]
         if _C.normalize_backward(grads, weights, u, v, sigma, out):
