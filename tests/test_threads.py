@@ -14,9 +14,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from specnorm_ext import SpectralLinear, SpectralNormGroup, remove, spectral_norm
+from specnorm_ext import SpectralLinear, SpectralNormGroup, remove, spectral_norm, verification
 from specnorm_ext.convolution import conv_weight
 from specnorm_ext.matrices import collect_matrices
+from specnorm_ext.state import SpectralState
 
 
 @contextmanager
@@ -130,3 +131,67 @@ def test_looking_at_weights_leaves_the_mode_of_their_parametrizations_to_others(
     remove(copy.deepcopy(model))  # whose parametrizations are copies, and the model theirs
     assert len(modes) == 5
     assert all(all(x) for x in modes)
+
+
+LAYERS = {
+    "layer": lambda: SpectralLinear(8, 8),
+    "parametrization": lambda: spectral_norm(nn.Linear(8, 8)),
+}
+
+
+def weight_u_v(layer: nn.Module) -> list[torch.Tensor]:
+    return [x for name, x in layer.state_dict().items() if "bias" not in name]
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_what_is_loaded_while_u_and_v_are_looked_at_stays(kind, monkeypatch):
+    """A forward beside load_state_dict sees the new weight with the old u and v. It may not overwrite the new ones."""
+    server, other = LAYERS[kind]().eval(), LAYERS[kind]().eval()
+    x = torch.randn(2, 8)
+    want, loaded = other(x), weight_u_v(other)
+    weight, *state = weight_u_v(server)
+    with torch.no_grad():
+        weight.copy_(loaded[0])
+    iterate, calls = SpectralState._iterate, []
+
+    def interrupted(self, parts, *args):
+        calls.append(len(calls))
+        if len(calls) == 2:  # the old ones were found wanting; the other thread goes on
+            for old, new in zip(state, loaded[1:], strict=True):
+                old.copy_(new)
+        return iterate(self, parts, *args)
+
+    monkeypatch.setattr(SpectralState, "_iterate", interrupted)
+    torch.testing.assert_close(server(x), want + (server.bias - other.bias))
+    assert len(calls) > 2
+    for got, new in zip(weight_u_v(server), loaded, strict=True):
+        assert torch.equal(got, new)
+
+
+def test_a_weight_that_changes_while_u_and_v_are_looked_at_is_looked_at_again(monkeypatch):
+    layer, x = SpectralLinear(8, 8).eval(), torch.randn(2, 8)
+    first, second = torch.randn(8, 8), torch.randn(8, 8)
+    verify = SpectralState.verify
+
+    def interrupted(self, parts):
+        verify(self, parts)
+        if torch.equal(layer.weight, first):
+            layer.weight.copy_(second)  # by another thread
+
+    with torch.no_grad():
+        layer.weight.copy_(first)
+        monkeypatch.setattr(SpectralState, "verify", interrupted)
+        for _ in range(2):
+            with pytest.warns(UserWarning, match="do not belong"):
+                layer(x)
+    sigma = torch.linalg.matrix_norm(second, 2)
+    assert 0.75 * sigma < layer.spectral._book.kept.sigma.item() < 1.01 * sigma
+
+
+def test_a_lock_that_is_never_free_holds_nobody_up():
+    """As in a process that was forked while another thread had it."""
+    layer, other = SpectralLinear(8, 8).eval(), SpectralLinear(8, 8)
+    with verification._lock:
+        layer.load_state_dict(other.state_dict())
+    for got, new in zip(weight_u_v(layer), weight_u_v(other), strict=True):
+        assert torch.equal(got, new)
