@@ -198,7 +198,9 @@ class _Normalize(torch.autograd.Function):
 
 def _normalize_backward(grads, weights, u, v, sigma):
     """The op; without the dispatcher where nothing is to be recorded."""
-    negated = any(x.is_neg() for x in (*grads, *weights))  # which borrowed memory does not tell
+    negated = any(
+        x.is_neg() for x in (*grads, *weights, *u, *v, sigma)
+    )  # which borrowed memory does not tell
     if not negated and not torch.is_grad_enabled() and is_untraced():
         out = [torch.empty_like(w) for w in weights]
         if _C.normalize_backward(grads, weights, u, v, sigma, out):
@@ -243,7 +245,7 @@ _impl.impl("normalize_backward", _normalize_backward_autograd, "Autograd", with_
 def is_untraced() -> bool:
     """Whether Python may look at values now: nothing traced, faked, in a torch.func transform or forward AD."""
     return (
-        not torch.compiler.is_compiling()
+        not torch.compiler.is_dynamo_compiling()  # is_compiling() would be that of all threads
         and torch.autograd.forward_ad._current_level < 0
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()

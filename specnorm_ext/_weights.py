@@ -15,6 +15,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm as OldSpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm as OldWeightNorm
 
+from . import recomputation
 from ._arguments import count, number
 from ._checks import DTYPES, state_dtype
 from ._ops import is_plain
@@ -331,7 +332,7 @@ class Tracked(nn.Module):
     def _weights(self, frozen: bool) -> Iterator[tuple[Found, Tensor]]:
         """The weights as they are now; `frozen`: those without gradient as well."""
         op = type(self).__name__
-        if not torch.compiler.is_compiling() and _seen(self._model[0]) != self._seen:
+        if not recomputation.is_compiling() and _seen(self._model[0]) != self._seen:
             raise RuntimeError(
                 f"{op}: expected the model's modules and parameters as they were found, got others; call refresh()"
             )

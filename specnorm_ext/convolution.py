@@ -26,6 +26,7 @@ from .convolution_bounds import (
 )
 from .convolution_operator import MODULES, TRANSPOSED_MODULES, ConvOperator, Sizes
 from .estimate import Estimate
+from .matrices import value_in_eval
 
 _EXPLICIT = 2000  # columns up to which the matrix is written out for a certificate: about a second on one core
 _EXPLICIT_NUMBERS = 1 << 25  # and its numbers: 256 MB
@@ -385,13 +386,7 @@ def conv_weight(module: nn.Module) -> Tensor:
         return normalized
     if not parametrize.is_parametrized(module, "weight"):
         return cast(Tensor, module.weight)
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        return cast(Tensor, module.weight)
-    finally:
-        for m, mode in modes:
-            m.training = mode
+    return value_in_eval(cast(nn.ModuleDict, module.parametrizations)["weight"])
 
 
 def operator_of(module: nn.Module, input_size: Sizes, op: str = "conv_norm_of") -> ConvOperator:

@@ -92,6 +92,8 @@ class _Call:
         """
         first = self.members[0].state
         on_cpu = self.matrices[0].is_cpu
+        # of before the iteration: a weight that another thread writes to meanwhile is one that this does not hold for
+        versions = [trace_of(m.values.weight) if this_version else None for m in self.members]
         sigma = first._iterate(self.matrices, self.us, self.vs, first.n_power_iterations, on_cpu)
         sigmas = sigma.split(1 if self.one_each else self.counts)
         pieces: Sequence[Any] = [x for m in self.members for x in (m.u, m.v)]
@@ -103,12 +105,12 @@ class _Call:
                 pieces = [x.view(s) for x, s in zip(pieces, self.shapes, strict=True)]
         captured = is_capturing(sigma)
         i = 0
-        for m, s in zip(self.members, sigmas, strict=True):
-            values = m.values
-            values.u, values.v, values.sigma, values.inverse = pieces[i], pieces[i + 1], s, None
-            values.captured = captured
-            values.version = trace_of(values.weight) if this_version else None
-            m.state._book.given = values
+        for m, s, version in zip(self.members, sigmas, versions, strict=True):
+            # A new one each time: a forward in another thread may be reading the last.
+            old, u, v = m.values, pieces[i], pieces[i + 1]
+            view = old.transposed
+            m.values = Values(old.weight, old.pointer, u, v, s, None, view, captured, version)
+            m.state._book.given = m.values
             i += 2
 
 
@@ -134,7 +136,7 @@ class _RootHook:
 
     def __call__(self, module: nn.Module, *_: Any) -> None:
         # Compiled, each layer iterates by itself; a DataParallel replica has u and v of its own.
-        if torch.compiler.is_compiling() or "_is_replica" in module.__dict__:
+        if recomputation.is_compiling() or "_is_replica" in module.__dict__:
             return
         group = self.link.group
         if self.after:
@@ -255,8 +257,8 @@ class SpectralNormGroup:
         self._removed = False
         self._of_copy = False  # made by a hook that came with a copied model: gives way to one that is asked for
         self._members: list[_Member] = []
-        self._calls: list[_Call] = []
-        self._called: list[_Member] = []  # whom they are for
+        # the last calls, and whom they are for; together, as another thread may arrange others at any time
+        self._arrangement: tuple[list[_Member], list[_Call]] = [], []
         self._handles: list[Any] = []
         self._standalone = -1
         self._books: list[Book] = []
@@ -312,7 +314,7 @@ class SpectralNormGroup:
         self._handles.clear()
         for m in self._members:
             m.state.leave_group()
-        self._members, self._calls, self._called = [], [], []
+        self._members, self._arrangement = [], ([], [])
         self._removed = True
 
     def _check_in_use(self, method: str) -> None:
@@ -376,10 +378,11 @@ class SpectralNormGroup:
 
     def _arranged(self, members: list[_Member]) -> list[_Call]:
         """`members` as calls of the op, with u and v that fit their weights."""
-        if members == self._called and all([m.is_as_seen() for m in members]):  # noqa: C419  (quicker)
-            for call in self._calls:
+        called, arranged = self._arrangement
+        if members == called and all([m.is_as_seen() for m in members]):  # noqa: C419  (quicker)
+            for call in arranged:
                 call.refresh()
-            return self._calls
+            return arranged
         usable = [m for m in members if is_ordinary(m.parameters.get(m.key))]
         calls: dict[Any, list[_Member]] = {}
         for m in usable:
@@ -392,9 +395,9 @@ class SpectralNormGroup:
             )  # it iterates through its convolution
             which = (weight.dtype, weight.device, state.n_power_iterations, state.eps, alone)
             calls.setdefault(which, []).append(m)
-        self._calls = [_Call(x) for x in calls.values()]
-        self._called = members if len(usable) == len(members) else []
-        return self._calls
+        arranged = [_Call(x) for x in calls.values()]
+        self._arrangement = members if len(usable) == len(members) else [], arranged
+        return arranged
 
     def _run(self, members: list[_Member], keep: bool) -> None:
         if not is_untraced():
@@ -440,7 +443,7 @@ class SpectralNormGroup:
 def _copied() -> SpectralNormGroup:
     """What a model that holds its own group has in a copy: in no use, like any group that was removed."""
     group = SpectralNormGroup.__new__(SpectralNormGroup)
-    group._members, group._calls, group._called, group._handles = [], [], [], []
+    group._members, group._arrangement, group._handles = [], ([], []), []
     group._removed = True
     return group
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +84,19 @@ def kind_by_module(module: nn.Module, x: Tensor) -> str:
     return "linear"
 
 
+def _in_eval(module: nn.Module) -> nn.Module:
+    """In eval, over the same tensors. The module's own mode stays: other threads may be training by it."""
+    shown = copy.copy(module)
+    children = {k: x if x is None else _in_eval(x) for k, x in module._modules.items()}
+    shown.__dict__.update(training=False, _modules=children)
+    return shown
+
+
+def value_in_eval(parametrizations: nn.Module) -> Tensor:
+    """What a layer multiplies with in eval, computed now by its torch ParametrizationList; looking changes nothing."""
+    return cast(Tensor, _in_eval(parametrizations)())
+
+
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
     """Every parameter once, as its layer applies it: name, layer, tensor."""
     seen: set[int] = set()
@@ -99,15 +114,8 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
         lists = module.parametrizations
         assert isinstance(lists, nn.ModuleDict)
         for name, plist in lists.items():
-            # What the layer really multiplies with, computed as in eval so that looking changes nothing.
-            modes = [(m, m.training) for m in plist.modules()]
-            plist.eval()
-            try:
-                with torch.no_grad():
-                    x = plist()
-            finally:
-                for m, mode in modes:
-                    m.training = mode
+            with torch.no_grad():
+                x = value_in_eval(plist)
             yield f"{prefix}.{name}" if prefix else name, module, x
 
 
@@ -154,4 +162,12 @@ def collect_matrices(source: nn.Module | Mapping[str, Tensor] | Sequence[Tensor]
     )
 
 
-__all__ = ["Matrix", "collect_matrices", "flattened", "kind_by_module", "matrix_of", "tensors_of"]
+__all__ = [
+    "Matrix",
+    "collect_matrices",
+    "flattened",
+    "kind_by_module",
+    "matrix_of",
+    "tensors_of",
+    "value_in_eval",
+]

@@ -59,6 +59,15 @@ def version_of(x: Tensor) -> int:
         return 0
 
 
+@left_to_python
+def is_compiling() -> bool:
+    """Whether this call is being traced. torch.compiler.is_compiling() says so in every other thread meanwhile."""
+    return torch.compiler.is_dynamo_compiling() or (
+        # torch.export, whose modes are those of one thread
+        torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
 def is_eager() -> bool:
     """Whether Python sees each forward: not traced for a graph, not inside a torch.func transform."""
     if torch._C._are_functorch_transforms_active():

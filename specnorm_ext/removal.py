@@ -14,6 +14,7 @@ from . import layers, parametrizations
 from ._ties import Place, holders
 from .group import SpectralNormGroup, is_group_hook
 from .layers import SpectralLayer
+from .matrices import value_in_eval
 from .parametrizations import parametrizations_of
 from .state import SpectralState
 
@@ -179,13 +180,7 @@ def remove(model: nn.Module) -> nn.Module:
 def _value_in_eval(plist: Any) -> Tensor:
     if plist.is_tensor and plist.original.is_meta:
         return cast(Tensor, plist.original)
-    modes = [(x, x.training) for x in plist.modules()]
-    plist.eval()
-    try:
-        return cast(Tensor, plist().detach())
-    finally:
-        for x, training in modes:
-            x.training = training
+    return value_in_eval(plist).detach()
 
 
 def _holding(weight: nn.Parameter, value: Tensor, holders: int) -> nn.Parameter:

@@ -275,7 +275,7 @@ class SpectralState(nn.Module):
     @left_to_python
     def _place(self) -> Place | None:
         """Where this forward runs, if activation checkpointing may repeat it."""
-        if torch.compiler.is_compiling():
+        if recomputation.is_compiling():
             if self.training:
                 # A compiled checkpoint would recompute from the v that its own forward has left. One that changes
                 # an attribute, however, torch.compile leaves to Python (fullgraph=True: refuses), where all is right.
@@ -320,7 +320,7 @@ class SpectralState(nn.Module):
         seen = self._eye(weight, u, v)
         if book.seen != seen:
             self.verify(parts)
-            book.seen = seen = self._eye(weight, u, v)
+            book.seen = seen = self._eye_verified(seen, weight, u, v)
         recorded = torch.is_grad_enabled() and weight.requires_grad
         if not self.keeps_sigma or not self._may_keep(weight, recorded):
             book.kept = None
@@ -345,7 +345,7 @@ class SpectralState(nn.Module):
     def _given(self) -> Values | None:
         """What the group has computed, if it is in force here."""
         book = self._book
-        if torch.compiler.is_compiling():
+        if recomputation.is_compiling():
             return book.given
         given = book.given
         if given is None or given.version not in (None, trace_of(given.weight)):
@@ -404,6 +404,12 @@ class SpectralState(nn.Module):
         eye = (weight.data_ptr(), trace_of(weight), version_of(u), version_of(v), _steps.taken)
         # one stream does not wait for what another has kept
         return (*eye, torch.cuda.current_stream(weight.device)) if weight.is_cuda else eye
+
+    def _eye_verified(
+        self, before: tuple[Any, ...], weight: Tensor, u: Tensor, v: Tensor
+    ) -> tuple[Any, ...]:
+        """_eye after verify: u and v as that has left them, the weight as it was before, whoever has written to it."""
+        return (*before[:2], *self._eye(weight, u, v)[2:])
 
     def _bilinear(self, parts: list[Tensor], u: Tensor, v: Tensor, direct: bool) -> UVSigma:
         """sigma = u^T W v of u and v as they are, and u turned where the weight's sign was: sigma is a norm."""
@@ -501,14 +507,12 @@ class SpectralState(nn.Module):
         if u.dtype != state_dtype(weight.dtype) or u.device != weight.device:
             u, v = self.place(weight)
         book = self._book
-        if is_plain(weight) and (
-            book.unseeded
-            or book.unverified
-            or (not self.training and book.seen != self._eye(weight, u, v))
-        ):
-            self.verify(parts)
-            if not self.training:
-                book.seen = self._eye(weight, u, v)
+        if is_plain(weight):
+            seen = None if self.training else self._eye(weight, u, v)
+            if book.unseeded or book.unverified or (seen is not None and book.seen != seen):
+                self.verify(parts)
+                if seen is not None:
+                    book.seen = self._eye_verified(seen, weight, u, v)
         return parts, self._bilinear(parts, u, v, False)
 
     @torch.no_grad()
@@ -565,7 +569,8 @@ class SpectralState(nn.Module):
                 self._book.unseeded = False
             self._book.unverified = True
             self.forget()
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        with verification.writing():
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def fit_columns(self, name: str, loaded: Tensor, own: Tensor) -> Tensor:
         """A checkpoint's u or v with another number of columns: the leading ones kept, missing ones drawn."""

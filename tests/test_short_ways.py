@@ -10,7 +10,7 @@ from helpers import F32, F64
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from specnorm_ext import SpectralLinear, spectral_norm
+from specnorm_ext import SpectralLinear, functional, spectral_norm
 
 BF16 = torch.bfloat16
 
@@ -113,6 +113,20 @@ def test_lazily_negated_gradient_of_the_normalized_weight():
     twin.weight.backward(g.resolve_neg())
     original = layer.parametrizations.weight.original
     assert torch.equal(original.grad, twin.parametrizations.weight.original.grad)
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_lazily_negated_state_of_normalize(which):
+    """u, v or sigma as the imaginary part of a conjugate is: its memory holds the negative."""
+    w = torch.randn(6, 5, requires_grad=True)
+    state = [torch.randn(6), torch.randn(5), torch.rand(1) + 1]
+    found = []
+    for _ in range(2):
+        u, v, sigma = state
+        (y,) = functional.normalize([w], [u], [v], sigma)
+        found.append(torch.autograd.grad(y.square().sum(), w)[0])
+        state[which] = torch._neg_view(-state[which])
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("factor", [1e-25, 1e-40, 1e25])
