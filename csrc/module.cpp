@@ -7,6 +7,7 @@
 
 #include <torch/headeronly/version.h>
 
+#include <algorithm>
 #include <string>
 
 #include "borrow.h"
@@ -25,11 +26,23 @@ using specnorm::BorrowedList;
 using specnorm::Borrower;
 using specnorm::Operand;
 
+// Results are written end to end.
+bool is_line(const Operand& x) {
+  return x.dim == 1 && (x.sizes[0] <= 1 || x.strides[0] == 1);
+}
+
+bool alike(const specnorm::Operands& a, const specnorm::Operands& b) {
+  return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const Operand& x, const Operand& y) {
+    return x.dtype == y.dtype && std::equal(x.sizes, x.sizes + x.dim, y.sizes, y.sizes + y.dim);
+  });
+}
+
 bool power_iteration(const Borrower& from, py::handle weights, py::handle u, py::handle v,
                      int64_t n_iterations, double eps, py::handle sigma) {
   const BorrowedList w(from, weights), us(from, u), vs(from, v);
   Operand out;
   if (!w.good() || !us.good() || !vs.good() || !from.borrow(sigma.ptr(), out)) return false;
+  if (!is_line(out)) return false;
   const py::gil_scoped_release unlocked;
   specnorm::check_power_iteration(w.operands(), us.operands(), vs.operands(), n_iterations, eps);
   specnorm::check_sigma_values("power_iteration_", w.operands(), out);
@@ -43,6 +56,7 @@ bool sigma(const Borrower& from, py::handle weights, py::handle u, py::handle v,
   const BorrowedList w(from, weights), us(from, u), vs(from, v);
   Operand out;
   if (!w.good() || !us.good() || !vs.good() || !from.borrow(sigma.ptr(), out)) return false;
+  if (!is_line(out)) return false;
   const py::gil_scoped_release unlocked;
   specnorm::check_sigma(w.operands(), us.operands(), vs.operands());
   specnorm::check_sigma_values("sigma", w.operands(), out);
@@ -57,7 +71,7 @@ bool normalize(const Borrower& from, py::handle weights, py::handle u, py::handl
   Operand values;
   if (!w.good() || !us.good() || !vs.good() || !out.good() || !from.borrow(sigma.ptr(), values))
     return false;
-  if (values.dim != 1 || (values.sizes[0] > 1 && values.strides[0] != 1)) return false;
+  if (!is_line(values) || !alike(w.operands(), out.operands())) return false;
   const py::gil_scoped_release unlocked;
   specnorm::check_normalize(w.operands(), us.operands(), vs.operands(), values);
   if (!w.operands().empty()) specnorm::run_normalize_cpu(w.operands(), out.operands(), values.data);
@@ -71,7 +85,7 @@ bool normalize_backward(const Borrower& from, py::handle grads, py::handle weigh
   if (!g.good() || !w.good() || !us.good() || !vs.good() || !out.good() ||
       !from.borrow(sigma.ptr(), values))
     return false;
-  if (values.dim != 1 || (values.sizes[0] > 1 && values.strides[0] != 1)) return false;
+  if (!is_line(values) || !alike(w.operands(), out.operands())) return false;
   const py::gil_scoped_release unlocked;
   specnorm::check_normalize_backward(g.operands(), w.operands(), us.operands(), vs.operands(),
                                      values);
