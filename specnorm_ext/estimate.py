@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 from . import certificates, functional, krylov, subspace
 from ._checks import DTYPES, MAX_COLUMNS, state_dtype
+from ._sharded import whole
 from .matrices import Matrix, collect_matrices
 from .search import (
     Certified,
@@ -506,7 +507,7 @@ def estimate(
         raise TypeError(
             f"estimate: expected a tensor or a list of tensors, got {type(weight).__name__}"
         )
-    weights = [weight] if single else list(weight)
+    weights = [whole(x) for x in ([weight] if single else weight)]
     _check_number("k", k, 1)
     _check_number("max_reads", max_reads, 1)
     options = Options(

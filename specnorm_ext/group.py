@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import recomputation
 from . import state as states
 from ._ops import is_ordinary, is_untraced
+from ._sharded import is_distributed, is_remnant
 from .book import Book, Values
 from .layers import SpectralLayer
 from .parametrizations import parametrizations_of
@@ -34,7 +35,9 @@ class _Member:
     def is_given(self) -> bool:
         """Whether what the layer has been given holds for the weight as it is."""
         given = self.state._book.given
-        return given is not None and given.version in (None, trace_of(given.weight))
+        if given is None or given.version is None:
+            return given is not None
+        return not is_remnant(given.weight) and given.version == trace_of(given.weight)
 
     def is_as_seen(self) -> bool:
         values, state = self.values, self.state
@@ -256,7 +259,10 @@ class SpectralNormGroup:
         self._of_copy = False  # made by a hook that came with a copied model: gives way to one that is asked for
         self._members: list[_Member] = []
         self._calls: list[_Call] = []
-        self._called: list[_Member] = []  # whom they are for
+        self._called: list[_Member] | None = (
+            None  # whom they are for; None where some had no weight there
+        )
+        self._absent: list[_Member] = []  # those: sharded, and gathered for their own forward alone
         self._handles: list[Any] = []
         self._standalone = -1
         self._books: list[Book] = []
@@ -291,18 +297,23 @@ class SpectralNormGroup:
         """Iterate on every weight, also of layers in eval, and give the layers in training what comes of it."""
         self._check_in_use("update")
         self.serves = self.serves or not self._handles
-        self._run(self._look(), keep=torch.is_grad_enabled())
+        self._renew(self._look(), keep=torch.is_grad_enabled())
 
     @torch.no_grad()
     def sigmas(self) -> dict[str, Tensor]:
         """|u^T W v| of every weight by name, as u and v stand, in one call; [], or [blocks] for fused weights."""
         self._check_in_use("sigmas")
         out: dict[str, Tensor] = {}
-        for call in self._arranged(self._look()):
+        members = self._look()
+        for call in self._arranged(members):
             state = call.members[0].state
             values = state._form(call.matrices, call.us, call.vs).abs()
             for m, s in zip(call.members, values.split(call.counts), strict=True):
                 out[m.name] = s[0] if m.state.blocks is None else s
+        for m in members:
+            weight = m.parameters.get(m.key)
+            if weight is not None and (is_distributed(weight) or is_remnant(weight)):
+                out[m.name] = m.state.sigma_of(weight)
         return {m.name: out[m.name] for m in self._members if m.name in out}
 
     def remove(self) -> None:
@@ -312,7 +323,7 @@ class SpectralNormGroup:
         self._handles.clear()
         for m in self._members:
             m.state.leave_group()
-        self._members, self._calls, self._called = [], [], []
+        self._members, self._calls, self._called, self._absent = [], [], None, []
         self._removed = True
 
     def _check_in_use(self, method: str) -> None:
@@ -380,7 +391,12 @@ class SpectralNormGroup:
             for call in self._calls:
                 call.refresh()
             return self._calls
-        usable = [m for m in members if is_ordinary(m.parameters.get(m.key))]
+        usable: list[_Member] = []
+        self._absent = []
+        for m in members:
+            weight = m.parameters.get(m.key)
+            there = weight is not None and is_ordinary(weight) and not is_remnant(weight)
+            (usable if there else self._absent).append(m)
         calls: dict[Any, list[_Member]] = {}
         for m in usable:
             weight, state = m.parameters[m.key], m.state
@@ -393,7 +409,7 @@ class SpectralNormGroup:
             which = (weight.dtype, weight.device, state.n_power_iterations, state.eps, alone)
             calls.setdefault(which, []).append(m)
         self._calls = [_Call(x) for x in calls.values()]
-        self._called = members if len(usable) == len(members) else []
+        self._called = None if self._absent else members
         return self._calls
 
     def _run(self, members: list[_Member], keep: bool) -> None:
@@ -405,11 +421,17 @@ class SpectralNormGroup:
         for call in self._arranged(members):
             call.run(keep, self.follows_versions)
 
+    def _renew(self, members: list[_Member], keep: bool) -> None:
+        """_run(); who cannot have an update now has none, and asks for one when its weight is there."""
+        self._run(members, keep)
+        for m in self._absent:
+            m.state._book.given = None
+
     def _update_training(self, keep: bool) -> None:
         members = self._look()
         training = [m for m in members if m.state.training]
         if training:
-            self._run(members if len(training) == len(members) else training, keep)
+            self._renew(members if len(training) == len(members) else training, keep)
 
     def serve(self) -> None:
         """For layers that have been given nothing: just loaded, moved or found, or back in training. Or for another
@@ -440,7 +462,8 @@ class SpectralNormGroup:
 def _copied() -> SpectralNormGroup:
     """What a model that holds its own group has in a copy: in no use, like any group that was removed."""
     group = SpectralNormGroup.__new__(SpectralNormGroup)
-    group._members, group._calls, group._called, group._handles = [], [], [], []
+    group._members, group._calls, group._called, group._absent = [], [], None, []
+    group._handles = []
     group._removed = True
     return group
 

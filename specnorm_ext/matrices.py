@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from ._checks import DTYPES
+from ._sharded import MATRICES, is_distributed, require_memory, whole
 from .layers import SpectralLayer
 
 
@@ -83,7 +86,7 @@ def kind_by_module(module: nn.Module, x: Tensor) -> str:
 
 
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
-    """Every parameter once, as its layer applies it: name, layer, tensor."""
+    """Every parameter once, as its layer applies it: name, layer, tensor; a DTensor where the layer has one."""
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         if isinstance(module, parametrize.ParametrizationList):
@@ -91,6 +94,10 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
         for name, x in module.named_parameters(recurse=False):
             if id(x) not in seen:
                 seen.add(id(x))
+                # FullyShardedDataParallel's, which would be passed over as a vector
+                flat = getattr(x, "_is_flat_param", False)
+                if flat or (name == "weight" and isinstance(module, MATRICES) and not is_lazy(x)):
+                    require_memory(f"{prefix}.{name}" if prefix else name, x)
                 if name == "weight" and isinstance(module, SpectralLayer):
                     x = module.normalized_weight  # what the layer multiplies with
                 yield f"{prefix}.{name}" if prefix else name, module, x
@@ -104,11 +111,20 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
             plist.eval()
             try:
                 with torch.no_grad():
-                    x = plist()
+                    x = _value_of(plist)
             finally:
                 for m, mode in modes:
                     m.training = mode
             yield f"{prefix}.{name}" if prefix else name, module, x
+
+
+def _value_of(plist: Any) -> Tensor:
+    if not plist.is_tensor or not is_distributed(plist.original):
+        return cast(Tensor, plist())
+    x = whole(plist.original)
+    for parametrization in plist:
+        x = parametrization(x)
+    return x
 
 
 def collect_matrices(source: nn.Module | Mapping[str, Tensor] | Sequence[Tensor]) -> list[Matrix]:
@@ -124,13 +140,13 @@ def collect_matrices(source: nn.Module | Mapping[str, Tensor] | Sequence[Tensor]
     """
     if isinstance(source, nn.Module):
         return [
-            matrix_of(name, x, kind_by_module(module, x))
+            matrix_of(name, whole(x), kind_by_module(module, x))
             for name, module, x in tensors_of(source)
             if _is_matrix(x)
         ]
     if isinstance(source, Mapping):
         return [
-            matrix_of(name, x, _kind_by_name(name, x))
+            matrix_of(name, whole(x), _kind_by_name(name, x))
             for name, x in source.items()
             if _is_matrix(x) and not _STATE_KEY.search(name)
         ]
@@ -146,7 +162,8 @@ def collect_matrices(source: nn.Module | Mapping[str, Tensor] | Sequence[Tensor]
                     f"spectral_norms: expected tensor {i} to be a floating-point matrix or of higher rank, got {what}"
                 )
         return [
-            matrix_of(str(i), x, "conv" if x.dim() > 2 else "linear") for i, x in enumerate(source)
+            matrix_of(str(i), whole(x), "conv" if x.dim() > 2 else "linear")
+            for i, x in enumerate(source)
         ]
     raise TypeError(
         f"spectral_norms: expected a module, a mapping of names to tensors or a list of tensors, got "

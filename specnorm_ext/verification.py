@@ -20,15 +20,27 @@ WARM_UP_ITERATIONS = 15  # torch's, at registration
 STALE_BELOW = 0.75
 
 
-def draw(state: SpectralState, which: Sequence[int], parts: list[Tensor]) -> None:
+def draw(
+    state: SpectralState,
+    which: Sequence[int],
+    parts: list[Tensor],
+    generator: torch.Generator | None = None,
+) -> None:
     """New u and v for these parts of the weight, iterated on as torch does at registration."""
     us, vs = state._us(state._u), state._vs(state._v)
     for i in which:
         for x in (us[i], vs[i]):
             # drawn contiguous, as torch draws, whatever x's strides
-            fresh = torch.empty(x.shape, dtype=x.dtype, device=x.device).normal_(0, 1)
+            fresh = torch.empty(x.shape, dtype=x.dtype, device=x.device).normal_(
+                0, 1, generator=generator
+            )
             x.copy_(nn.functional.normalize(fresh, dim=0))
     warm_up(state, which, parts)
+
+
+def same_everywhere(state: SpectralState) -> torch.Generator:
+    """For what is drawn in a forward: the processes of FSDP, whose seeds may differ, must have the same norms."""
+    return torch.Generator(state._u.device).manual_seed(0)
 
 
 def warm_up(state: SpectralState, which: Sequence[int], parts: list[Tensor]) -> None:
@@ -43,7 +55,7 @@ def verify(state: SpectralState, parts: list[Tensor]) -> None:
     us, vs = state._us(state._u), state._vs(state._v)
     if state._book.unseeded:
         state._book.unseeded = state._book.unverified = False
-        draw(state, range(len(parts)), parts)
+        draw(state, range(len(parts)), parts, same_everywhere(state))
         return
     state._book.unverified = False
     if any(0 in x.shape for x in parts):
@@ -70,7 +82,7 @@ def verify(state: SpectralState, parts: list[Tensor]) -> None:
             "specnorm_ext: u or v of a spectrally normalized weight held NaN, Inf or zeros; drawn anew",
             stacklevel=3,
         )
-        draw(state, bad, parts)
+        draw(state, bad, parts, same_everywhere(state))
         if len(bad) == len(parts):
             return
     good = [i for i in range(len(parts)) if i not in bad]
