@@ -568,7 +568,8 @@ def spectral_norms(source, *, tol=1e-3, max_reads=1000, certified=False, progres
 
     Args:
         source: a module, a state dict (any mapping of names to tensors), or a sequence of tensors. Tensors of rank 2
-            and more in float32, float64, bfloat16 or float16 count; of a module, parametrized weights as used.
+            and more in float32, float64, bfloat16 or float16 count; of a module, parametrized weights as used. DTensors
+            are gathered, all of them, and all processes must call.
         tol: relative error to reach, in (0, 1).
         max_reads: reads of a matrix after which it is given up as not converged.
         certified: an upper bound, as in :func:`estimate`.
@@ -580,6 +581,7 @@ def spectral_norms(source, *, tol=1e-3, max_reads=1000, certified=False, progres
 
     Raises:
         TypeError: a source of another kind, or a sequence with something that is no matrix.
+        RuntimeError: weights that FullyShardedDataParallel has in pieces.
         ValueError: tol outside (0, 1), max_reads < 1, an unknown certificate.
 
     Source: as :func:`estimate`.

@@ -210,7 +210,9 @@ class SpectralNormGroup:
     A deep copy of the model is in no group (and a copy of a group of no use): under "forward" it makes one of its
     own, which gives way to another one, otherwise its layers iterate by themselves. Under torch.compile "forward"
     leaves the iteration to the compiled layers; "step" and :meth:`update` run outside of the graph, whose layers use
-    what they give. Layers captured in a CUDA graph use an update that was captured with them, and otherwise iterate
+    what they give. Weights that FSDP has dealt out are updated where a forward of their layer has them gathered: "step"
+    and :meth:`update` hold from that next training forward on; "forward" takes in one call what the root has gathered.
+    Layers captured in a CUDA graph use an update that was captured with them, and otherwise iterate
     by themselves.
 
     Raises:
@@ -301,7 +303,10 @@ class SpectralNormGroup:
 
     @torch.no_grad()
     def sigmas(self) -> dict[str, Tensor]:
-        """|u^T W v| of every weight by name, as u and v stand, in one call; [], or [blocks] for fused weights."""
+        """|u^T W v| of every weight by name, as u and v stand, in one call; [], or [blocks] for fused weights.
+
+        Sharded weights are gathered one after another, by all processes: all must ask.
+        """
         self._check_in_use("sigmas")
         out: dict[str, Tensor] = {}
         members = self._look()

@@ -80,12 +80,15 @@ class SpectralLayer(nn.Module):
 
     @property
     def sigma(self) -> Tensor:
-        """|u^T W v| by u and v as they stand, detached and on the weight's device: [], or [blocks]. One read of W."""
+        """|u^T W v| by u and v as they stand, detached and on the weight's device: [], or [blocks]. One read of W.
+
+        Of a weight that fully_shard() has dealt out that of the whole, which all processes gather: all must ask.
+        """
         return self.spectral.sigma_of(self.weight)
 
     @property
     def normalized_weight(self) -> Tensor:
-        """What the layer applies, W / sigma times the learned scale, detached, by u and v as they stand."""
+        """What the layer applies, W / sigma times the learned scale, detached, by u and v as they stand; gathered."""
         return self.spectral.normalized_of(self.weight)
 
     def reset_parameters(self) -> None:

@@ -206,6 +206,7 @@ def project_spectral_norm_(
     Args:
         weights: a tensor or a list of tensors of rank 2 and more, written; higher ranks are flattened to
             [out, in * k]. A weight that is given twice is changed once. 1-D tensors have :func:`clip_frobenius_`.
+            A DTensor is gathered for its norm and scaled in parts, by one factor: all its processes must call.
         bound: c, positive.
         u, v: from the last call, updated in place: see :func:`specnorm_ext.functional.power_iteration`. Both or none.
         n_power_iterations: with u and v.
