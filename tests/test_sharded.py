@@ -298,6 +298,8 @@ def norms_between_steps_are_those_of_the_whole(rank: int, folder: str) -> None:
     found[1].value.backward()
     found[0].value.backward()
     torch.testing.assert_close(whole(weights[1].grad), weights[0].grad)
+    kernels = [m.conv.weight for m in (one, model)]
+    assert specnorm_ext.conv_norm(kernels[1], 4) == specnorm_ext.conv_norm(kernels[0], 4)
     assert specnorm_ext.spectral_norms([weights[1]]) == specnorm_ext.spectral_norms([weights[0]])
 
 
