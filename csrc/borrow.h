@@ -77,9 +77,9 @@ class Borrower {
       return false;
     }
     const std::optional<ScalarType> dtype = dlpack::scalar_type(t);
-    // without memory: empty, or freed (storage.resize_(0)), which the op refuses by name
-    if (!dtype || t.device_type != dlpack::kCpu || t.data == nullptr) return false;
-    out.data = static_cast<char*>(t.data) + t.byte_offset;
+    if (!dtype || t.device_type != dlpack::kCpu) return false;
+    out.data = memory_of(static_cast<char*>(t.data) + t.byte_offset);
+    if (out.data == nullptr) return false;  // empty, or freed, which the op refuses by name
     out.dim = t.ndim;
     out.sizes = t.shape;
     out.strides = t.strides;

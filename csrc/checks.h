@@ -32,8 +32,8 @@ inline std::string shape_text(const Operand& t) {
   return text.str();
 }
 
-// A tensor whose storage was freed (storage.resize_(0), as sharded training does between uses) still
-// has its shape. `name` in parts: "weights[", 3, "]".
+// A tensor whose storage was freed (storage.resize_(0), as sharded training does between uses)
+// still has its shape. `name` in parts: "weights[", 3, "]".
 template <class... Name>
 void check_memory(const char* op, const Operand& t, const Name&... name) {
   if (t.data != nullptr) return;

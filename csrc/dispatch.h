@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <cstdlib>
 #include <optional>
 #include <vector>
 
@@ -72,6 +73,22 @@ inline const char* dtype_name(ScalarType t) {
   }
 }
 
+// The pointer to a CPU tensor's elements, or nullptr if its memory was freed: torch then gives the
+// offset of the first element, counted from 0. A real one is far above, except where the heap is
+// not, on other systems or in a program that is not position-independent: there only 0 tells.
+inline char* memory_of(void* data) {
+#if defined(__linux__)
+  static const bool heap_is_high = [] {
+    void* p = std::malloc(1);
+    const bool high = reinterpret_cast<uintptr_t>(p) >> 40 != 0;
+    std::free(p);
+    return high;
+  }();
+  if (heap_is_high && reinterpret_cast<uintptr_t>(data) >> 40 == 0) return nullptr;
+#endif
+  return static_cast<char*>(data);
+}
+
 // What the checks and kernels ask of a tensor, asked once: every question is a call across the
 // stable ABI, and lists of hundreds of small matrices feel each of them.
 struct Operand {
@@ -93,7 +110,8 @@ struct Operand {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(h, &stride_list));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(h, &device_type));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(h, &device_index));
-    data = static_cast<char*>(pointer);
+    static const int32_t cpu = aoti_torch_device_type_cpu();
+    data = device_type == cpu ? memory_of(pointer) : static_cast<char*>(pointer);
     sizes = size_list;
     strides = stride_list;
   }

@@ -8,6 +8,7 @@ C++ exception back into the class its message names.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn, SupportsFloat, SupportsIndex
 
@@ -21,11 +22,21 @@ MAX_COLUMNS = 8
 MOST_ITERATIONS = 1_000_000_000
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.float64, *SIXTEEN_BIT)
+# what torch's DTensor says of an op that it has no rule for
+_DISTRIBUTED = re.compile(
+    r"specnorm_ext\.(\w+)\.\w+ (?:got mixed torch\.Tensor and DTensor|does not have a sharding strategy)"
+)
 _CLASSES = {"TypeError": TypeError, "ValueError": ValueError, "RuntimeError": RuntimeError}
 
 
 def raise_typed(error: RuntimeError) -> NoReturn:
     """Re-raise `error` as the class that the first word of its message names, with the rest as message."""
+    distributed = _DISTRIBUTED.search(str(error))
+    if distributed is not None:
+        raise TypeError(
+            f"{distributed[1]}: expected plain tensors, got a DTensor, the norm of whose parts is not its own; pass "
+            "weight.full_tensor()"
+        ) from None
     name, separator, rest = str(error).partition(": ")
     cls = _CLASSES.get(name)
     if cls is None or not separator:

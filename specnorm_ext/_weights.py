@@ -19,6 +19,7 @@ from . import recomputation
 from ._arguments import count, number
 from ._checks import DTYPES, state_dtype
 from ._ops import is_plain
+from ._sharded import is_distributed, same_for_all, whole
 from .layers import SpectralLayer
 from .matrices import Matrix, kind_by_module, matrix_of, tensors_of
 from .state import SpectralState
@@ -302,10 +303,12 @@ class Tracked(nn.Module):
             weight = x.now()
             assert weight is not None
             state = before.get(x.name)
-            matrix = weight.detach().movedim(x.dim, 0).flatten(1)
+            weight = weight.detach()
+            gathered = whole(weight)
+            matrix = gathered.movedim(x.dim, 0).flatten(1)
             if state is None or state.dim != x.dim or not _fits(state, matrix):
                 state = SpectralState(
-                    weight.detach(),
+                    gathered,
                     self.n_power_iterations,
                     x.dim,
                     self.eps,
@@ -314,6 +317,8 @@ class Tracked(nn.Module):
                 )
             else:
                 state._book.unverified = True
+            if is_distributed(weight):  # each process has drawn its own
+                state._u, state._v = (whole(same_for_all(weight, y)) for y in (state._u, state._v))
             x.state = state
             _insert(states, x.name, state)
         self.states = states.train(self.training)
@@ -356,13 +361,15 @@ class Tracked(nn.Module):
         for x, weight in self._weights(frozen):
             state = x.state
             assert state is not None
-            matrix = state.matrices(weight)[0]
+            gathered = whole(weight)
+            matrix = state.matrices(gathered)[0]
             if not _fits(state, matrix):
                 raise RuntimeError(
                     f"{type(self).__name__}: expected {x.name} to have the shape that it was found with, got "
                     f"{list(weight.shape)}; call refresh()"
                 )
-            u, v = _pair(state, weight, matrix, x.is_computed)
+            # what is gathered, or computed by a parametrization, is another tensor each time
+            u, v = _pair(state, gathered, matrix, x.is_computed or gathered is not weight)
             key = (weight.dtype, weight.device)
             call = calls.setdefault(key, Call([], [], [], [], []))
             call.found.append(x)
@@ -392,7 +399,6 @@ def _pair(
         u, v = state.place(weight)
     book = state._book
     new = book.unseeded or book.unverified
-    # what a parametrization computes is another tensor each time
     looks = not (new or state.training or computed)
     if (new or looks) and is_plain(weight) and (new or book.seen != state._eye(weight, u, v)):
         state.verify([matrix.detach()])

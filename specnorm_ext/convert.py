@@ -22,6 +22,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm as OldHook
 from torch.nn.utils.spectral_norm import SpectralNormLoadStateDictPreHook, SpectralNormStateDictHook
 
 from ._checks import DTYPES, MAX_COLUMNS, state_dtype
+from ._sharded import require_unsharded
 from ._ties import holders
 from .layers import SpectralLayer
 from .parametrizations import (
@@ -496,8 +497,9 @@ def convert(
     Raises:
         TypeError: not a module; ``match`` is not callable.
         ValueError: a plain layer with a weight tied to another module's, uninitialized, or inside of
-            DistributedDataParallel (convert before wrapping); options of plain layers where none is converted; nothing
-            to convert in a plain model; options out of range. Nothing has changed then.
+            DistributedDataParallel (convert before wrapping); a sharded model (likewise); options of plain layers
+            where none is converted; nothing to convert in a plain model; options out of range. Nothing has changed
+            then.
 
     Example:
         >>> import torch, specnorm_ext
@@ -507,6 +509,7 @@ def convert(
         ('SpectralLinear', 'Linear')
     """
     require_module("convert", model)
+    require_unsharded("convert", model)
     if match is not None and not callable(match):
         raise TypeError(
             f"convert: expected match to be a function of (name, module), got {type(match).__name__}"

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from . import krylov
 from ._arguments import count
 from ._checks import state_dtype
+from ._sharded import whole
 from .certificates import cholesky_bound
 from .convolution_bounds import (
     Grid,
@@ -375,6 +376,7 @@ def conv_norm(
         padding_mode,
         output_padding,
     )
+    weight = whole(weight)
     _check_data("conv_norm", weight)
     return _operator_norm(a, weight, rtol, max_reads, certified)
 

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from . import certificates, functional, krylov, subspace
 from ._arguments import count, random_source
 from ._checks import DTYPES, MAX_COLUMNS, state_dtype
+from ._sharded import whole
 from .matrices import Matrix, collect_matrices
 from .search import (
     Certified,
@@ -497,7 +498,7 @@ def estimate(
         raise TypeError(
             f"estimate: expected a tensor or a list of tensors, got {type(weight).__name__}"
         )
-    weights = [weight] if single else list(weight)
+    weights = [whole(x) for x in ([weight] if single else weight)]
     k, max_reads = count("estimate", "k", k), count("estimate", "max_reads", max_reads)
     options = Options(method, rtol, k, max_reads, certified, failure_probability, generator)
     _check(weights, options)
@@ -555,7 +556,8 @@ def spectral_norms(source, *, tol=1e-3, max_reads=1000, certified=False, progres
 
     Args:
         source: a module, a state dict (any mapping of names to tensors), or a sequence of tensors. Tensors of rank 2
-            and more in float32, float64, bfloat16 or float16 count; of a module, parametrized weights as used.
+            and more in float32, float64, bfloat16 or float16 count; of a module, parametrized weights as used. DTensors
+            are gathered, all of them, and all processes must call.
         tol: relative error to reach, in (0, 1).
         max_reads: reads of a matrix after which it is given up as not converged.
         certified: an upper bound, as in :func:`estimate`.
@@ -567,6 +569,7 @@ def spectral_norms(source, *, tol=1e-3, max_reads=1000, certified=False, progres
 
     Raises:
         TypeError: a source of another kind, or a sequence with something that is no matrix.
+        RuntimeError: weights that FullyShardedDataParallel has in pieces.
         ValueError: tol outside (0, 1), max_reads < 1, an unknown certificate.
 
     Source: as :func:`estimate`.

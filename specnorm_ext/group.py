@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import recomputation
 from . import state as states
 from ._ops import is_ordinary, is_untraced
+from ._sharded import is_distributed, is_remnant
 from .book import Book, Values
 from .layers import SpectralLayer
 from .parametrizations import parametrizations_of
@@ -34,7 +35,9 @@ class _Member:
     def is_given(self) -> bool:
         """Whether what the layer has been given holds for the weight as it is."""
         given = self.state._book.given
-        return given is not None and given.version in (None, trace_of(given.weight))
+        if given is None or given.version is None:
+            return given is not None
+        return not is_remnant(given.weight) and given.version == trace_of(given.weight)
 
     def is_as_seen(self) -> bool:
         values, state = self.values, self.state
@@ -112,6 +115,17 @@ class _Call:
             m.values = Values(old.weight, old.pointer, u, v, s, None, view, captured, version)
             m.state._book.given = m.values
             i += 2
+
+
+class _Arrangement(NamedTuple):
+    """Calls of the op; in one object, as another thread may arrange others at any time."""
+
+    members: list[_Member] | None  # whom they are for; None where some had no weight there
+    calls: list[_Call]
+    absent: list[_Member]  # those: sharded, and gathered for their own forward alone
+
+
+_NOTHING = _Arrangement(None, [], [])
 
 
 class _Link:
@@ -209,7 +223,9 @@ class SpectralNormGroup:
     A deep copy of the model is in no group (and a copy of a group of no use): under "forward" it makes one of its
     own, which gives way to another one, otherwise its layers iterate by themselves. Under torch.compile "forward"
     leaves the iteration to the compiled layers; "step" and :meth:`update` run outside of the graph, whose layers use
-    what they give. Layers captured in a CUDA graph use an update that was captured with them, and otherwise iterate
+    what they give. Weights that FSDP has dealt out are updated where a forward of their layer has them gathered: "step"
+    and :meth:`update` hold from that next training forward on; "forward" takes in one call what the root has gathered.
+    Layers captured in a CUDA graph use an update that was captured with them, and otherwise iterate
     by themselves.
 
     Raises:
@@ -257,8 +273,7 @@ class SpectralNormGroup:
         self._removed = False
         self._of_copy = False  # made by a hook that came with a copied model: gives way to one that is asked for
         self._members: list[_Member] = []
-        # the last calls, and whom they are for; together, as another thread may arrange others at any time
-        self._arrangement: tuple[list[_Member], list[_Call]] = [], []
+        self._arrangement = _NOTHING  # the last one
         self._handles: list[Any] = []
         self._standalone = -1
         self._books: list[Book] = []
@@ -293,18 +308,26 @@ class SpectralNormGroup:
         """Iterate on every weight, also of layers in eval, and give the layers in training what comes of it."""
         self._check_in_use("update")
         self.serves = self.serves or not self._handles
-        self._run(self._look(), keep=torch.is_grad_enabled())
+        self._renew(self._look(), keep=torch.is_grad_enabled())
 
     @torch.no_grad()
     def sigmas(self) -> dict[str, Tensor]:
-        """|u^T W v| of every weight by name, as u and v stand, in one call; [], or [blocks] for fused weights."""
+        """|u^T W v| of every weight by name, as u and v stand, in one call; [], or [blocks] for fused weights.
+
+        Sharded weights are gathered one after another, by all processes: all must ask.
+        """
         self._check_in_use("sigmas")
         out: dict[str, Tensor] = {}
-        for call in self._arranged(self._look()):
+        members = self._look()
+        for call in self._arranged(members):
             state = call.members[0].state
             values = state._form(call.matrices, call.us, call.vs).abs()
             for m, s in zip(call.members, values.split(call.counts), strict=True):
                 out[m.name] = s[0] if m.state.blocks is None else s
+        for m in members:
+            weight = m.parameters.get(m.key)
+            if weight is not None and (is_distributed(weight) or is_remnant(weight)):
+                out[m.name] = m.state.sigma_of(weight)
         return {m.name: out[m.name] for m in self._members if m.name in out}
 
     def remove(self) -> None:
@@ -314,7 +337,7 @@ class SpectralNormGroup:
         self._handles.clear()
         for m in self._members:
             m.state.leave_group()
-        self._members, self._arrangement = [], ([], [])
+        self._members, self._arrangement = [], _NOTHING
         self._removed = True
 
     def _check_in_use(self, method: str) -> None:
@@ -378,12 +401,17 @@ class SpectralNormGroup:
 
     def _arranged(self, members: list[_Member]) -> list[_Call]:
         """`members` as calls of the op, with u and v that fit their weights."""
-        called, arranged = self._arrangement
-        if members == called and all([m.is_as_seen() for m in members]):  # noqa: C419  (quicker)
-            for call in arranged:
+        was = self._arrangement
+        if members == was.members and all([m.is_as_seen() for m in members]):  # noqa: C419  (quicker)
+            for call in was.calls:
                 call.refresh()
-            return arranged
-        usable = [m for m in members if is_ordinary(m.parameters.get(m.key))]
+            return was.calls
+        usable: list[_Member] = []
+        absent: list[_Member] = []
+        for m in members:
+            weight = m.parameters.get(m.key)
+            there = weight is not None and is_ordinary(weight) and not is_remnant(weight)
+            (usable if there else absent).append(m)
         calls: dict[Any, list[_Member]] = {}
         for m in usable:
             weight, state = m.parameters[m.key], m.state
@@ -396,7 +424,7 @@ class SpectralNormGroup:
             which = (weight.dtype, weight.device, state.n_power_iterations, state.eps, alone)
             calls.setdefault(which, []).append(m)
         arranged = [_Call(x) for x in calls.values()]
-        self._arrangement = members if len(usable) == len(members) else [], arranged
+        self._arrangement = _Arrangement(None if absent else members, arranged, absent)
         return arranged
 
     def _run(self, members: list[_Member], keep: bool) -> None:
@@ -408,11 +436,17 @@ class SpectralNormGroup:
         for call in self._arranged(members):
             call.run(keep, self.follows_versions)
 
+    def _renew(self, members: list[_Member], keep: bool) -> None:
+        """_run(); who cannot have an update now has none, and asks for one when its weight is there."""
+        self._run(members, keep)
+        for m in self._arrangement.absent:
+            m.state._book.given = None
+
     def _update_training(self, keep: bool) -> None:
         members = self._look()
         training = [m for m in members if m.state.training]
         if training:
-            self._run(members if len(training) == len(members) else training, keep)
+            self._renew(members if len(training) == len(members) else training, keep)
 
     def serve(self) -> None:
         """For layers that have been given nothing: just loaded, moved or found, or back in training. Or for another
@@ -443,7 +477,7 @@ class SpectralNormGroup:
 def _copied() -> SpectralNormGroup:
     """What a model that holds its own group has in a copy: in no use, like any group that was removed."""
     group = SpectralNormGroup.__new__(SpectralNormGroup)
-    group._members, group._arrangement, group._handles = [], ([], []), []
+    group._members, group._arrangement, group._handles = [], _NOTHING, []
     group._removed = True
     return group
 

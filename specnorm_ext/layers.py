@@ -12,6 +12,7 @@ from torch.nn import functional as nnf
 from ._checks import check_like_weight
 from ._linear import fits, scaled_linear, spectral_linear_direct
 from ._ops import is_plain
+from ._sharded import is_distributed, is_remnant, refuse_distributed
 from .blocks import Blocks
 from .convolution_operator import Sizes, operator_of_layer
 from .state import SpectralState, scalar_inverse
@@ -79,12 +80,15 @@ class SpectralLayer(nn.Module):
 
     @property
     def sigma(self) -> Tensor:
-        """|u^T W v| by u and v as they stand, detached and on the weight's device: [], or [blocks]. One read of W."""
+        """|u^T W v| by u and v as they stand, detached and on the weight's device: [], or [blocks]. One read of W.
+
+        Of a weight that fully_shard() has dealt out that of the whole, which all processes gather: all must ask.
+        """
         return self.spectral.sigma_of(self.weight)
 
     @property
     def normalized_weight(self) -> Tensor:
-        """What the layer applies, W / sigma times the learned scale, detached, by u and v as they stand."""
+        """What the layer applies, W / sigma times the learned scale, detached, by u and v as they stand; gathered."""
         return self.spectral.normalized_of(self.weight)
 
     def reset_parameters(self) -> None:
@@ -99,12 +103,21 @@ class SpectralLayer(nn.Module):
     def __repr__(self) -> str:
         return f"{self._get_name()}({self.extra_repr()})"  # on one line, without the child that holds u and v
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        # parallelize_module() puts it here; what fully_shard() has made, a loaded one may replace
+        if name == "weight" and not is_distributed(self._parameters.get(name)):
+            refuse_distributed(type(self).__name__, param)
+        super().register_parameter(name, param)
+
     def extra_repr(self) -> str:
         parts = [super().extra_repr()]
         if self.spectral.n_power_iterations != 1:
             parts.append(f"n_power_iterations={self.spectral.n_power_iterations}")
         parts += self.spectral.options()
-        if not self.weight.is_meta and not self.spectral._book.unseeded:
+        weight = self.weight
+        # a repr must wait for no other process
+        here = not weight.is_meta and not is_distributed(weight) and not is_remnant(weight)
+        if here and not self.spectral._book.unseeded:
             values = self.sigma.reshape(-1).tolist()
             parts.append(f"sigma={', '.join(f'{x:.4g}' for x in values[:4])}")
             if len(values) > 4:

@@ -6,13 +6,15 @@ import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from ._checks import DTYPES
+from ._sharded import MATRICES, is_distributed, require_memory, whole
 from .layers import SpectralLayer
 
 
@@ -94,11 +96,17 @@ def _in_eval(module: nn.Module) -> nn.Module:
 
 def value_in_eval(parametrizations: nn.Module) -> Tensor:
     """What a layer multiplies with in eval, computed now by its torch ParametrizationList; looking changes nothing."""
-    return cast(Tensor, _in_eval(parametrizations)())
+    shown: Any = _in_eval(parametrizations)
+    if not shown.is_tensor or not is_distributed(shown.original):
+        return cast(Tensor, shown())
+    x = whole(shown.original)
+    for parametrization in shown:
+        x = parametrization(x)
+    return x
 
 
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
-    """Every parameter once, as its layer applies it: name, layer, tensor."""
+    """Every parameter once, as its layer applies it: name, layer, tensor; a DTensor where the layer has one."""
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         if isinstance(module, parametrize.ParametrizationList):
@@ -106,6 +114,10 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
         for name, x in module.named_parameters(recurse=False):
             if id(x) not in seen:
                 seen.add(id(x))
+                # FullyShardedDataParallel's, which would be passed over as a vector
+                flat = getattr(x, "_is_flat_param", False)
+                if flat or (name == "weight" and isinstance(module, MATRICES) and not is_lazy(x)):
+                    require_memory(f"{prefix}.{name}" if prefix else name, x)
                 if name == "weight" and isinstance(module, SpectralLayer):
                     x = module.normalized_weight  # what the layer multiplies with
                 yield f"{prefix}.{name}" if prefix else name, module, x
@@ -132,13 +144,13 @@ def collect_matrices(source: nn.Module | Mapping[str, Tensor] | Sequence[Tensor]
     """
     if isinstance(source, nn.Module):
         return [
-            matrix_of(name, x, kind_by_module(module, x))
+            matrix_of(name, whole(x), kind_by_module(module, x))
             for name, module, x in tensors_of(source)
             if _is_matrix(x)
         ]
     if isinstance(source, Mapping):
         return [
-            matrix_of(name, x, _kind_by_name(name, x))
+            matrix_of(name, whole(x), _kind_by_name(name, x))
             for name, x in source.items()
             if _is_matrix(x) and not _STATE_KEY.search(name)
         ]
@@ -154,7 +166,8 @@ def collect_matrices(source: nn.Module | Mapping[str, Tensor] | Sequence[Tensor]
                     f"spectral_norms: expected tensor {i} to be a floating-point matrix or of higher rank, got {what}"
                 )
         return [
-            matrix_of(str(i), x, "conv" if x.dim() > 2 else "linear") for i, x in enumerate(source)
+            matrix_of(str(i), whole(x), "conv" if x.dim() > 2 else "linear")
+            for i, x in enumerate(source)
         ]
     raise TypeError(
         f"spectral_norms: expected a module, a mapping of names to tensors or a list of tensors, got "

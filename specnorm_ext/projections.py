@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import functional
 from ._arguments import count, number
 from ._ops import is_plain
+from ._sharded import is_distributed, same_for_all, whole
 from ._weights import DEFAULT_KINDS, KINDS, Select, Tracked, tensor_list
 from .estimate import estimate_matrices
 from .matrices import Matrix, flattened
@@ -57,7 +58,13 @@ def _distinct(weights: Sequence[Tensor]) -> list[int]:
 
 def _shrink(weight: Tensor, norm: Tensor, bound: float, unit: Tensor | float = 1.0) -> None:
     """W / max(1, unit norm / bound), in place; W as it is where the norm is not finite."""
-    if is_plain(norm) and norm.is_cpu and not bound / float(unit) < norm.item() < math.inf:
+    parts = is_distributed(weight)
+    if (
+        not parts
+        and is_plain(norm)
+        and norm.is_cpu
+        and not bound / float(unit) < norm.item() < math.inf
+    ):
         return  # nothing to write
     if math.prod(weight.shape) == 0:
         return
@@ -66,6 +73,8 @@ def _shrink(weight: Tensor, norm: Tensor, bound: float, unit: Tensor | float = 1
     limit = torch.full_like(norm, bound) / unit
     outside = (norm > limit) & norm.isfinite()
     factor = torch.where(outside, limit / norm, torch.ones_like(norm))
+    if parts:  # one factor for all parts, whatever u and v each process has
+        factor = same_for_all(weight, factor)
     if weight.dtype in (torch.float32, torch.float64):
         weight.mul_(factor.to(weight.dtype))
     else:
@@ -115,10 +124,10 @@ def _frobenius(x: Tensor) -> tuple[Tensor, Tensor | float]:
     """|x|_F as a number and its unit, in float64, where squares of every other dtype stay in range; the unit of float64
     itself is its largest entry."""
     if x.dtype != torch.float64 or x.numel() == 0:
-        return torch.linalg.vector_norm(x, dtype=torch.float64), 1.0
-    top = x.abs().amax()
+        return whole(torch.linalg.vector_norm(x, dtype=torch.float64)), 1.0
+    top = whole(x.abs().amax())
     unit = torch.where(torch.isfinite(top) & (top > 0), top, torch.ones_like(top))
-    return torch.linalg.vector_norm(x / unit), unit
+    return whole(torch.linalg.vector_norm(x / unit)), unit
 
 
 def clip_frobenius_(weights: Tensor | Iterable[Tensor], bound: float = 1.0) -> Tensor:
@@ -197,6 +206,7 @@ def project_spectral_norm_(
     Args:
         weights: a tensor or a list of tensors of rank 2 and more, written; higher ranks are flattened to
             [out, in * k]. A weight that is given twice is changed once. 1-D tensors have :func:`clip_frobenius_`.
+            A DTensor is gathered for its norm and scaled in parts, by one factor: all its processes must call.
         bound: c, positive.
         u, v: from the last call, updated in place: see :func:`specnorm_ext.functional.power_iteration`. Both or none.
         n_power_iterations: with u and v.
@@ -245,7 +255,7 @@ def project_spectral_norm_(
                     f"{', '.join(type(x).__name__ for x in (weights, u, v))}"
                 )
             us, vs = ([x] if isinstance(x, Tensor) else list(x) for x in (u, v))
-            matrices = [flattened(x, "other") for x in found]
+            matrices = [flattened(whole(x), "other") for x in found]
             sigma = functional.power_iteration(matrices, us, vs, steps).double()
         else:
             if not number(op, "rtol", rtol, above=True) < 1:
@@ -259,7 +269,7 @@ def project_spectral_norm_(
 
 def _cold(op: str, weights: list[Tensor], rtol: float) -> Tensor:
     matrices = [
-        Matrix(str(i), flattened(x.detach(), "other"), tuple(x.shape), x.dtype, "other")
+        Matrix(str(i), flattened(whole(x.detach()), "other"), tuple(x.shape), x.dtype, "other")
         for i, x in enumerate(weights)
     ]
     found = estimate_matrices(matrices, tol=rtol)

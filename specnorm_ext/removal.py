@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from . import layers, parametrizations
+from ._sharded import require_unsharded
 from ._ties import Place, holders
 from .group import SpectralNormGroup, is_group_hook
 from .layers import SpectralLayer
@@ -102,8 +103,8 @@ def remove(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: not a module.
-        ValueError: a layer with experts, or of a class derived from ours, for which torch has no plain one. Nothing has
-            changed then.
+        ValueError: a model that is sharded; a layer with experts, or of a class derived from ours, for which torch has
+            no plain one. Nothing has changed then.
 
     Example:
         >>> import torch, specnorm_ext
@@ -116,6 +117,7 @@ def remove(model: nn.Module) -> nn.Module:
         ))
     """
     require_module("remove", model)
+    require_unsharded("remove", model)
     groups: list[Any] = []
     owned: list[tuple[str, nn.Module]] = []
     parametrized: list[tuple[str, nn.Module, str, Any]] = []

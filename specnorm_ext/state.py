@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import _C, _ops, _steps, operator_norm, recomputation, verification
 from ._checks import SIXTEEN_BIT, check_spectral_options, state_dtype
 from ._ops import is_ordinary, is_plain, is_untraced
+from ._sharded import is_distributed, refuse_distributed, require_memory, whole_weight
 from .blocks import Blocks
 from .book import Book, Values
 from .convolution_operator import ConvOperator
@@ -53,6 +54,10 @@ class SpectralState(nn.Module):
         if owner is not None:
             self.owner = owner
         who = self.owner
+        if is_distributed(weight):
+            raise TypeError(
+                f"{who}: expected a weight that is not sharded, got a DTensor; normalize it before sharding"
+            )
         ndim = check_spectral_options(
             who,
             weight,
@@ -300,6 +305,11 @@ class SpectralState(nn.Module):
         assert u is not None
         assert v is not None
         plain = is_plain(weight)
+        if not plain:
+            if not torch.compiler.is_compiling():
+                refuse_distributed(self.owner, weight)
+        elif weight.dim() < 2 or weight.storage_offset() > 0:  # of what FSDP has flattened
+            require_memory(self.owner, weight)
         direct = plain and weight.is_cpu and not weight.is_neg()
         if u.dtype != state_dtype(weight.dtype) or u.device != weight.device:
             u, v = self.place(weight)
@@ -518,12 +528,13 @@ class SpectralState(nn.Module):
     @torch.no_grad()
     def sigma_of(self, weight: Tensor) -> Tensor:
         """sigma = |u^T W v| by u and v as they stand, without an iteration: [] or, with blocks, [blocks]."""
-        sigma = self._standing(weight)[1][2]
+        sigma = self._standing(whole_weight(self.owner, weight))[1][2]
         return sigma[0] if self.blocks is None else sigma
 
     @torch.no_grad()
     def normalized_of(self, weight: Tensor) -> Tensor:
         """normalized() by u and v as they stand, without an iteration."""
+        weight = whole_weight(self.owner, weight)
         parts, (u, v, sigma) = self._standing(weight)
         return self._divided(weight, parts, u, v, self._dependence(u, sigma)[1])
 

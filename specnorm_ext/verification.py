@@ -42,9 +42,14 @@ def writing() -> Iterator[None]:
             _lock.release()
 
 
-def draw(state: SpectralState, which: Sequence[int], parts: list[Tensor]) -> None:
+def draw(
+    state: SpectralState,
+    which: Sequence[int],
+    parts: list[Tensor],
+    generator: torch.Generator | None = None,
+) -> None:
     """New u and v for these parts of the weight, iterated on as torch does at registration."""
-    _draw(state, which, parts, state._us(state._u), state._vs(state._v))
+    _draw(state, which, parts, state._us(state._u), state._vs(state._v), generator)
 
 
 def _draw(
@@ -53,11 +58,14 @@ def _draw(
     parts: list[Tensor],
     us: list[Tensor],
     vs: list[Tensor],
+    generator: torch.Generator | None,
 ) -> None:
     for i in which:
         for x in (us[i], vs[i]):
             # drawn contiguous, as torch draws, whatever x's strides
-            fresh = torch.empty(x.shape, dtype=x.dtype, device=x.device).normal_(0, 1)
+            fresh = torch.empty(x.shape, dtype=x.dtype, device=x.device).normal_(
+                0, 1, generator=generator
+            )
             x.copy_(nn.functional.normalize(fresh, dim=0))
     _warm_up(state, which, parts, us, vs)
 
@@ -73,12 +81,17 @@ def _warm_up(
     state._iterate(chosen[0], chosen[1], chosen[2], WARM_UP_ITERATIONS)
 
 
+def same_everywhere(state: SpectralState) -> torch.Generator:
+    """For what is drawn in a forward: the processes of FSDP, whose seeds may differ, must have the same norms."""
+    return torch.Generator(state._u.device).manual_seed(0)
+
+
 @torch.no_grad()
 def verify(state: SpectralState, parts: list[Tensor]) -> None:
     """Make u and v fit this weight before they are used; warn once of what had to be mended."""
     if state._book.unseeded:
         state._book.unseeded = state._book.unverified = False
-        draw(state, range(len(parts)), parts)
+        draw(state, range(len(parts)), parts, same_everywhere(state))
         return
     if any(0 in x.shape for x in parts):
         state._book.unverified = False
@@ -128,7 +141,7 @@ def _mend(state: SpectralState, parts: list[Tensor], u: Tensor, v: Tensor) -> li
     words = []
     if bad:
         words.append("u or v of a spectrally normalized weight held NaN, Inf or zeros; drawn anew")
-        _draw(state, bad, parts, us, vs)
+        _draw(state, bad, parts, us, vs, same_everywhere(state))
         if len(bad) == len(parts):
             return words
     good = [i for i in range(len(parts)) if i not in bad]

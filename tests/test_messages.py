@@ -382,9 +382,10 @@ def test_a_failed_call_leaves_the_next_one_right():
 FREED = ["torch.ops", "functional", "no_grad", "requires grad"]
 
 
+@pytest.mark.parametrize("view", [False, True])
 @pytest.mark.parametrize("path", FREED)
 @pytest.mark.parametrize("op", ["power_iteration_", "sigma", "normalize", "normalize_backward"])
-def test_freed_memory(op, path):
+def test_freed_memory(op, path, view):
     """A tensor whose storage was freed, as sharded training does between uses, has a shape and no elements."""
     if path in ("functional", "requires grad") and op == "normalize_backward":
         return  # not public there; torch's own operations, which look at no pointer
@@ -393,6 +394,8 @@ def test_freed_memory(op, path):
             continue
         args = good(op)
         one = args[name][1] if isinstance(args[name], list) else args[name]
+        if view:  # as FullyShardedDataParallel keeps its parameters
+            one.set_(torch.ones(one.numel() + 10).untyped_storage(), 10, one.shape, one.stride())
         one.untyped_storage().resize_(0)
         which = name if name == "sigma" else rf"{name}\[1\]"
         with pytest.raises(RuntimeError, match=rf"^{op}: expected {which} to hold its elements"):
