@@ -31,7 +31,8 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
 
     They normalize by the batch as they do in training; ``num_batches_tracked`` does not count. Layers in eval go on
     using their statistics. Spectral norm layers in training iterate on every forward, here too. Activation
-    checkpointing runs the forward again in backward, which then belongs into the block.
+    checkpointing runs the forward again in backward, which then belongs into the block. No other thread may call, copy
+    or save the model meanwhile: the statistics are not in it.
 
     Raises:
         TypeError: model is no module.
