@@ -165,7 +165,7 @@ def a_root_alone_in_a_group_is_one_call(rank: int, folder: str) -> None:
     one, model = Net(), fully_shard(Net())
     group: Any = SpectralNormGroup(model)
     model(own(data(0), rank))
-    assert [len(call.members) for call in group._calls] == [5]
+    assert [len(call.members) for call in group._arrangement.calls] == [5]
     one(data(0))
     same_state(model.state_dict(), one.state_dict())
 
