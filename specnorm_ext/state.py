@@ -306,7 +306,7 @@ class SpectralState(nn.Module):
         assert v is not None
         plain = is_plain(weight)
         if not plain:
-            if not torch.compiler.is_compiling():
+            if not recomputation.is_compiling():
                 refuse_distributed(self.owner, weight)
         elif weight.dim() < 2 or weight.storage_offset() > 0:  # of what FSDP has flattened
             require_memory(self.owner, weight)
