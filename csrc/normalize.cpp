@@ -5,6 +5,7 @@
 #include "checks.h"
 #include "isa_cpu.h"
 #include "ops.h"
+#include "pages.h"
 #if defined(SPECNORM_HAVE_CUDA_KERNELS)
 #include "torch_cuda.h"
 #endif
@@ -65,11 +66,25 @@ std::vector<Tensor> check_and_run_backward(const std::vector<Tensor>& grads,
   });
 }
 
+template <class Kernel>
+void launch_cpu(const char* op, Kernel kernel, const Operands& weights,
+                const NormalizeParams& params) {
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const NormalizeItem& x = params.items[i];
+    const int64_t bytes = x.weight.m * x.weight.n * weights[i].element_size();
+    if (x.out != x.grad.data) prefer_huge_pages(x.out, bytes);
+  }
+  check_status(op, kernel(params, torch_pool()));
+}
+void launch_backward_cpu(const Operands& weights, const NormalizeParams& params) {
+  launch_cpu("normalize_backward", cpu_kernels().normalize_backward, weights, params);
+}
+
 }  // namespace
 
 void run_normalize_cpu(const Operands& weights, const Operands& out, const void* sigma) {
-  fill(weights, out, sigma, nullptr, nullptr, nullptr, [](const NormalizeParams& params) {
-    check_status("normalize", cpu_kernels().normalize(params, torch_pool()));
+  fill(weights, out, sigma, nullptr, nullptr, nullptr, [&](const NormalizeParams& params) {
+    launch_cpu("normalize", cpu_kernels().normalize, weights, params);
   });
 }
 
@@ -79,24 +94,17 @@ std::vector<Tensor> normalize_cpu_op(const std::vector<Tensor>& weights,
   return check_and_run(weights, u, v, sigma, run_normalize_cpu);
 }
 
-namespace {
-void launch_backward_cpu(const NormalizeParams& params) {
-  check_status("normalize_backward", cpu_kernels().normalize_backward(params, torch_pool()));
-}
-}  // namespace
-
 void run_normalize_backward_cpu(const Operands& grads, const Operands& weights, const Operands& u,
                                 const Operands& v, const Operands& out, const void* sigma) {
-  fill(weights, out, sigma, &grads, &u, &v, launch_backward_cpu);
+  fill(weights, out, sigma, &grads, &u, &v,
+       [&](const NormalizeParams& params) { launch_backward_cpu(weights, params); });
 }
 
 std::vector<Tensor> normalize_backward_cpu_op(const std::vector<Tensor>& grads,
                                               const std::vector<Tensor>& weights,
                                               const std::vector<Tensor>& u,
                                               const std::vector<Tensor>& v, const Tensor& sigma) {
-  return check_and_run_backward(
-      grads, weights, u, v, sigma,
-      [](const Operands&, const NormalizeParams& params) { launch_backward_cpu(params); });
+  return check_and_run_backward(grads, weights, u, v, sigma, launch_backward_cpu);
 }
 
 #if defined(SPECNORM_HAVE_CUDA_KERNELS)

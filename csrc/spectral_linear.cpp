@@ -21,6 +21,7 @@
 #include "checks.h"
 #include "isa_cpu.h"
 #include "ops.h"
+#include "pages.h"
 #if defined(SPECNORM_HAVE_CUDA_KERNELS)
 #include "cublas_lt.h"
 #include "torch_cuda.h"
@@ -150,6 +151,7 @@ std::tuple<Tensor, Tensor> spectral_linear_backward_cpu_op(
   const Tensor dx = want_x ? divided_product(g2, weight, batch, in, inverse, nullptr) : none;
   const Tensor dw = want_w ? torch::stable::empty_like(weight) : none;
   if (want_w) {
+    prefer_huge_pages(dw.data_ptr(), w.sizes[0] * w.sizes[1] * w.element_size());
     const Tensor g2t = torch::stable::transpose(g2, 0, 1);
     if (want_x || y) {
       const double c = want_x ? inner_cpu_of(dx, x2, nullptr)

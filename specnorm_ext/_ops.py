@@ -26,6 +26,7 @@ from ._checks import (
     raise_typed,
     state_dtype,
 )
+from ._ownership import is_sole
 
 _ops = torch.ops.specnorm_ext
 _impl = torch.library.Library("specnorm_ext", "IMPL")
@@ -174,6 +175,9 @@ class _Normalize(torch.autograd.Function):
         k = ctx.count
         sigma, *tensors = ctx.saved_tensors
         weights, u, v = (tensors[i * k : (i + 1) * k] for i in range(3))
+        # before anything here refers to one more of them; a gradient that is recorded is somebody's
+        may = not torch.is_grad_enabled() and is_untraced()
+        sole = [may and is_sole(g, i, weights[i]) for i in range(k)]
         given = {i: x for i, x in enumerate(g) if x is not None and ctx.needs_input_grad[3 + i]}
         wanted = list(given)
         grads: list[Tensor | None] = [None] * (3 * k)
@@ -183,26 +187,32 @@ class _Normalize(torch.autograd.Function):
             # is_grads_batched of torch.autograd.grad rests on an older vmap, which stops ops with lists before
             # any kernel of theirs is asked.
             batched = any(torch._C._dispatch_keys(x).has(_legacy_vmap) for x in given.values())
-            run = reference.normalize_backward if batched else _normalize_backward
-            found = run(
+            args = (
                 list(given.values()),
                 [weights[i] for i in wanted],
                 [u[i] for i in wanted],
                 [v[i] for i in wanted],
                 sigma,
             )
+            if batched:
+                found = reference.normalize_backward(*args)
+            else:
+                found = _normalize_backward(*args, [sole[i] for i in wanted])
             for i, x in zip(wanted, found, strict=True):
                 grads[i] = x
         return None, None, None, *grads
 
 
-def _normalize_backward(grads, weights, u, v, sigma):
-    """The op; without the dispatcher where nothing is to be recorded."""
+def _normalize_backward(grads, weights, u, v, sigma, sole):
+    """The op; without the dispatcher, and into the gradients that are ours alone, where nothing is to be recorded."""
     negated = any(
         x.is_neg() for x in (*grads, *weights, *u, *v, sigma)
     )  # which borrowed memory does not tell
     if not negated and not torch.is_grad_enabled() and is_untraced():
-        out = [torch.empty_like(w) for w in weights]
+        out = [
+            g if own else torch.empty_like(w)
+            for g, w, own in zip(grads, weights, sole, strict=True)
+        ]
         if _C.normalize_backward(grads, weights, u, v, sigma, out):
             return out
     return _ops.normalize_backward(grads, weights, u, v, sigma)

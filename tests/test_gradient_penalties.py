@@ -28,6 +28,11 @@ def _one_thread(_repeatable):
     torch.set_num_threads(1)  # nothing here is large
 
 
+def assert_rounding(value: Tensor, expected: Tensor) -> None:
+    """torch may take another convolution where no gradient of the weight is wanted (oneDNN on AVX-512 does)."""
+    torch.testing.assert_close(value.detach(), expected.detach(), rtol=16 * eps_of(F64), atol=0)
+
+
 def quadratic(a: Tensor, w: Tensor):
     """D(x) = <w, x> + x^T A x / 2 of the flattened x, whose gradient is w + A x for symmetric A."""
 
@@ -363,7 +368,7 @@ def test_value_without_a_graph():
     with torch.no_grad():
         value = r1_penalty(critic, x)
         assert not torch.is_grad_enabled()
-    assert value == expected
+    assert_rounding(value, expected)
     assert not value.requires_grad
     with torch.inference_mode():
         made = x.clone()
@@ -371,7 +376,7 @@ def test_value_without_a_graph():
         assert torch.is_inference_mode_enabled()
     assert torch.allclose(value / 2, expected)
     assert not value.requires_grad
-    assert torch.equal(r1_penalty(critic, made), expected)  # an inference tensor, used later
+    assert_rounding(r1_penalty(critic, made), expected)  # an inference tensor, used later
 
 
 def test_modes_stay_and_dropout_is_the_callers():
@@ -397,7 +402,7 @@ def test_nothing_of_the_callers_is_touched():
     (y + value).backward()  # beside the graph of another forward
     assert x.grad is not None
     frozen = copy.deepcopy(critic).requires_grad_(False)
-    assert torch.equal(r1_penalty(frozen, x), value)  # still has a gradient for x, and none beyond
+    assert_rounding(r1_penalty(frozen, x), value)  # still has a gradient for x, and none beyond
     assert torch.allclose(r1_penalty(frozen, x, coefficient=0), torch.zeros((), dtype=F64), atol=0)
 
 

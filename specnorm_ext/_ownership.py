@@ -1,0 +1,106 @@
+"""Whether a gradient is its backward's alone, whose result may then take its memory in place of memory of its own.
+
+A W-sized result in fresh memory is one more write of W, and where malloc takes it from the system each time (W past
+32 MiB) its pages cost more than all arithmetic. torch's engine adds gradients up in place under the same condition:
+nobody else holds the tensor or its storage. How many references a backward written in Python sees when it is alone
+depends on torch's and Python's versions: it is counted once, on gradients that are alone for certain, and trusted
+only if every way of holding on to one shows in the counts.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# below, fresh memory costs next to nothing, and to count takes 3 us
+_LEAST = 64 << 10
+
+
+def _counts(grads: tuple[Tensor | None, ...], i: int) -> tuple[int, ...]:
+    """References to the tensor, its storage and what it is a view of, each as torch and as Python count them."""
+    storage = grads[i].untyped_storage()  # type: ignore[union-attr]
+    base = grads[i]._base  # type: ignore[union-attr]
+    return (
+        sys.getrefcount(grads[i]),
+        grads[i]._use_count(),  # type: ignore[union-attr]
+        sys.getrefcount(storage),
+        torch._C._storage_Use_Count(storage._cdata),
+        0 if base is None else sys.getrefcount(base),
+        0 if base is None else base._use_count(),
+    )
+
+
+class _Probe(torch.autograd.Function):
+    """The identity, whose backward counts as those that ask `is_sole` do: with its gradients as one tuple."""
+
+    @staticmethod
+    def forward(ctx: Any, found: list[tuple[int, ...]], x: Tensor) -> Tensor:
+        ctx.found = found
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *g: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+        ctx.found.append(_counts(g, 0))
+        return None, g[0]
+
+
+Holder = Callable[[Tensor], Any]
+
+
+def _counted(as_view: bool, hold: Holder | None = None) -> tuple[int, ...]:
+    """The counts of a gradient of which `hold` has kept something."""
+    found: list[tuple[int, ...]] = []
+    held: list[Any] = []
+    with torch.enable_grad():
+        x = torch.zeros(4, 4, device="cpu", dtype=torch.float32, requires_grad=True)
+        y = _Probe.apply(found, x)
+        if hold is not None:
+            y.register_hook(lambda g: held.append(hold(g)))
+        ones = torch.ones(4, 4, device="cpu", dtype=torch.float32)
+        ((y.t() if as_view else y) * ones).sum().backward()
+    return found[0]
+
+
+@cache
+def _alone() -> tuple[tuple[int, ...], ...]:
+    """The counts of gradients that nobody else holds, a view and one that is none; empty where they do not tell."""
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+        return ()
+    kept: list[Holder] = [
+        lambda g: g,
+        lambda g: g.detach(),
+        lambda g: g.view(2, 8) if g.is_contiguous() else g.t(),
+        lambda g: g.untyped_storage(),
+        lambda g: g.numpy(),
+    ]
+    of_views: list[Holder] = [lambda g: g._base, lambda g: g._base.detach()]
+    try:
+        alone = (_counted(False), _counted(True))
+        again = (_counted(False), _counted(True))
+        told = not any(
+            _counted(as_view, hold) in alone
+            for as_view in (False, True)
+            for hold in (kept + of_views if as_view else kept)
+        )
+    except (AttributeError, RuntimeError):  # private functions of torch, which may go
+        return ()
+    return alone if told and alone == again else ()
+
+
+def is_sole(grads: tuple[Tensor | None, ...], i: int, weight: Tensor) -> bool:
+    """Whether the result of a backward(ctx, *grads) for `weight` may overwrite grads[i], of the weight's layout."""
+    g = grads[i]
+    if g is None or g.nbytes < _LEAST or not g.is_cpu or type(g) is not Tensor:
+        return False
+    if g.dtype != weight.dtype or g.stride() != weight.stride() or g.is_neg():
+        return False
+    storage = g.untyped_storage()
+    if not storage.resizable():  # memory that torch does not own: NumPy's, say
+        return False
+    del g, storage
+    return _counts(grads, i) in _alone()
