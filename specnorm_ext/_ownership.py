@@ -21,13 +21,13 @@ from torch import Tensor
 _LEAST = 64 << 10
 
 
-def _counts(grads: tuple[Tensor | None, ...], i: int) -> tuple[int, ...]:
+def _counts(grads: tuple[Any, ...], i: int) -> tuple[int, ...]:
     """References to the tensor, its storage and what it is a view of, each as torch and as Python count them."""
-    storage = grads[i].untyped_storage()  # type: ignore[union-attr]
-    base = grads[i]._base  # type: ignore[union-attr]
+    storage = grads[i].untyped_storage()
+    base = grads[i]._base
     return (
         sys.getrefcount(grads[i]),
-        grads[i]._use_count(),  # type: ignore[union-attr]
+        grads[i]._use_count(),
         sys.getrefcount(storage),
         torch._C._storage_Use_Count(storage._cdata),
         0 if base is None else sys.getrefcount(base),
@@ -49,7 +49,7 @@ class _Probe(torch.autograd.Function):
         return None, g[0]
 
 
-Holder = Callable[[Tensor], Any]
+Holder = Callable[[Any], Any]
 
 
 def _counted(as_view: bool, hold: Holder | None = None) -> tuple[int, ...]:
