@@ -22,11 +22,19 @@ constexpr int64_t kGroupBytes = 256 << 10;
 // in registers for the whole group, and no product waits for the one before it.
 constexpr int64_t kShortGroupBytes = 16 << 10, kShortRows = 128, kShortAheadBytes = 2 << 10;
 
+// The next group of rows is asked for while the one at hand is worked on from the cache, so that
+// memory is never idle: every other line of 64 bytes by the dot and the rest by the axpy, or all of
+// them by the axpy where blocks are of two rows, whose dot has no time for it (with AVX2 and four
+// columns of 4096 it cost a tenth, where blocks of four rows gained one).
+template <int R>
+constexpr bool kShared = R == 4;
+
 // t[r][b] = w_r . a_b for R rows and B columns. Several independent sums hide the latency of the
-// multiply-add.
+// multiply-add. `ahead` is the distance of the rows to ask for, 0 for none.
 template <class S, int R, int B>
 SPECNORM_INLINE void dot_block(const S* w, int64_t ld, int64_t n, const typename Elem<S>::C* a,
-                               int64_t a_stride, typename Elem<S>::C* t, int64_t t_stride) {
+                               int64_t a_stride, typename Elem<S>::C* t, int64_t t_stride,
+                               int64_t ahead = 0) {
   using C = typename Elem<S>::C;
   using V = typename Simd<C>::V;
   constexpr int L = Simd<C>::width;
@@ -42,6 +50,10 @@ SPECNORM_INLINE void dot_block(const S* w, int64_t ld, int64_t n, const typename
       V x[B];
 #pragma GCC unroll 8
       for (int b = 0; b < B; ++b) x[b] = Elem<C>::load(a + b * a_stride + j + i * L);
+      if (kShared<R> && ahead != 0 && (j + i * L) * int64_t(sizeof(S)) % 128 == 0) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) __builtin_prefetch(w + (ahead + r) * ld + j + i * L, 0, 2);
+      }
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         const V row = Elem<S>::load(w + r * ld + j + i * L);
@@ -70,9 +82,7 @@ SPECNORM_INLINE void dot_block(const S* w, int64_t ld, int64_t n, const typename
   }
 }
 
-// z_b += sum_r c[r][b] w_r (or = when first). While it works from cache it asks for the rows that
-// the next dot will need, so that memory is never idle; `ahead` is their distance in rows, 0 for
-// none.
+// z_b += sum_r c[r][b] w_r (or = when first); `ahead` as above.
 template <class S, int R, int B>
 SPECNORM_INLINE void axpy_block(const S* w, int64_t ld, int64_t n, const typename Elem<S>::C* t,
                                 int64_t t_stride, typename Elem<S>::C scale, typename Elem<S>::C* z,
@@ -88,7 +98,8 @@ SPECNORM_INLINE void axpy_block(const S* w, int64_t ld, int64_t n, const typenam
     V row[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) row[r] = Elem<S>::load(w + r * ld + j);
-    if (ahead != 0 && (j * int64_t(sizeof(S))) % 64 == 0) {
+    constexpr int64_t every = kShared<R> ? 128 : 64;  // bytes
+    if (ahead != 0 && (j * int64_t(sizeof(S))) % every == every - 64) {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) __builtin_prefetch(w + (ahead + r) * ld + j, 0, 2);
     }
@@ -220,15 +231,26 @@ SPECNORM_INLINE void axpy_pairs(const S* w, int64_t ld, int64_t n, const typenam
   if (j < n) step(j, false);
 }
 
-// Row counts and column counts to template arguments: at most 8 sums are live, which 16 registers
-// hold.
+// Row counts and column counts to template arguments: as many rows at once as have their sums in
+// registers, 8 sums of 16 registers and 16 of the 32 that AVX-512 and AArch64 have. More rows at
+// once, fewer passes over a and z. (Strips of columns whose a and z stay in L1 gained nothing.)
+template <int B>
+constexpr int row_group() {
+#if defined(__AVX512F__) || defined(__aarch64__)
+  return 4;
+#else
+  return B <= 2 ? 4 : 2;
+#endif
+}
+
 template <class S, int B>
 SPECNORM_INLINE void dot_rows(const S* w, int64_t ld, int64_t rows, int64_t n,
                               const typename Elem<S>::C* a, int64_t a_stride,
-                              typename Elem<S>::C* t, int64_t t_stride) {
-  constexpr int R = B <= 2 ? 4 : 2;
+                              typename Elem<S>::C* t, int64_t t_stride, int64_t ahead = 0) {
+  constexpr int R = row_group<B>();
   int64_t r = 0;
-  for (; r + R <= rows; r += R) dot_block<S, R, B>(w + r * ld, ld, n, a, a_stride, t + r, t_stride);
+  for (; r + R <= rows; r += R)
+    dot_block<S, R, B>(w + r * ld, ld, n, a, a_stride, t + r, t_stride, ahead);
   for (; r < rows; ++r) dot_block<S, 1, B>(w + r * ld, ld, n, a, a_stride, t + r, t_stride);
 }
 
@@ -237,7 +259,7 @@ SPECNORM_INLINE void axpy_rows(const S* w, int64_t ld, int64_t rows, int64_t n,
                                const typename Elem<S>::C* t, int64_t t_stride,
                                typename Elem<S>::C scale, typename Elem<S>::C* z, int64_t z_stride,
                                bool first, int64_t ahead) {
-  constexpr int R = B <= 2 ? 4 : 2;
+  constexpr int R = row_group<B>();
   int64_t r = 0;
   for (; r + R <= rows; r += R)
     axpy_block<S, R, B>(w + r * ld, ld, n, t + r, t_stride, scale, z, z_stride, first && r == 0,
@@ -273,11 +295,11 @@ struct RowPass {
 
   struct Dot {
     const RowPass& p;
-    int64_t r0, rows;
+    int64_t r0, rows, ahead;
     template <int B>
     SPECNORM_INLINE void run(int64_t b) const {
       dot_rows<S, B>(p.w + r0 * p.ld, p.ld, rows, p.n, p.a + b * p.a_stride, p.a_stride,
-                     p.t + b * p.t_stride + r0, p.t_stride);
+                     p.t + b * p.t_stride + r0, p.t_stride, b == 0 ? ahead : 0);
     }
   };
   struct Axpy {
@@ -357,7 +379,7 @@ struct RowPass {
         run_pairs(r0, count, more ? group : 0);
         continue;
       }
-      if (mode & kDot) for_column_groups<S>(columns, Dot{*this, r0, count});
+      if (mode & kDot) for_column_groups<S>(columns, Dot{*this, r0, count, more ? group : 0});
       if (mode & kAxpy) {
         for_column_groups<S>(columns, Axpy{*this, r0, count, more ? group : 0});
       }
