@@ -10,9 +10,8 @@ namespace specnorm {
 
 // Asks for huge pages where the system gives them to who asks (Linux: transparent_hugepage =
 // madvise). malloc takes a block past 32 MiB from the system each time, and the first write to each
-// of its 4 KiB pages then costs more than the arithmetic on it: W / sigma of 4096 x 4096 float32
-// took 23 ms, 7.3 into huge pages, 3.4 into memory in use. A hint: nobody minds where it is
-// refused.
+// of its 4 KiB pages then costs more than the arithmetic on it (bench/README.md, "Large weights").
+// A hint: nobody minds where it is refused.
 inline void prefer_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr int64_t kLeast = 8 << 20;  // at 4 MiB nothing was gained
