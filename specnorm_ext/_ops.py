@@ -175,18 +175,22 @@ class _Normalize(torch.autograd.Function):
         k = ctx.count
         sigma, *tensors = ctx.saved_tensors
         weights, u, v = (tensors[i * k : (i + 1) * k] for i in range(3))
-        # before anything here refers to one more of them; a gradient that is recorded is somebody's
-        may = not torch.is_grad_enabled() and is_untraced()
-        sole = [may and is_sole(g, i, weights[i]) for i in range(k)]
-        given = {i: x for i, x in enumerate(g) if x is not None and ctx.needs_input_grad[3 + i]}
+        # is_grads_batched of torch.autograd.grad rests on an older vmap, which stops ops with lists before any kernel
+        # of theirs is asked.
+        batched = any(x is not None and torch._C._dispatch_keys(x).has(_legacy_vmap) for x in g)
+        # Before anything here refers to one more of them. Under create_graph the graph may hold them.
+        may = not batched and not torch.is_grad_enabled() and is_untraced()
+        sole = [may and is_sole(ctx, g, i, weights[i]) for i in range(k)]
+        given = {
+            i: x if x.layout is torch.strided else x.to_dense()  # of a sparse embedding; dW is not
+            for i, x in enumerate(g)
+            if x is not None and ctx.needs_input_grad[3 + i]
+        }
         wanted = list(given)
         grads: list[Tensor | None] = [None] * (3 * k)
         if wanted:
             if len(wanted) < k:
                 sigma = sigma[wanted]
-            # is_grads_batched of torch.autograd.grad rests on an older vmap, which stops ops with lists before
-            # any kernel of theirs is asked.
-            batched = any(torch._C._dispatch_keys(x).has(_legacy_vmap) for x in given.values())
             args = (
                 list(given.values()),
                 [weights[i] for i in wanted],
@@ -214,7 +218,8 @@ def _normalize_backward(grads, weights, u, v, sigma, sole):
             for g, w, own in zip(grads, weights, sole, strict=True)
         ]
         if _C.normalize_backward(grads, weights, u, v, sigma, out):
-            return out
+            # detached: a gradient that was a view is none as dW
+            return [x.detach() if own else x for x, own in zip(out, sole, strict=True)]
     return _ops.normalize_backward(grads, weights, u, v, sigma)
 
 

@@ -1,10 +1,12 @@
 """Whether a gradient is its backward's alone, whose result may then take its memory in place of memory of its own.
 
 A W-sized result in fresh memory is one more write of W, and where malloc takes it from the system each time (W past
-32 MiB) its pages cost more than all arithmetic. torch's engine adds gradients up in place under the same condition:
+32 MiB) its pages cost more than all arithmetic. torch's engine adds gradients up in place under a like condition:
 nobody else holds the tensor or its storage. How many references a backward written in Python sees when it is alone
-depends on torch's and Python's versions: it is counted once, on gradients that are alone for certain, and trusted
-only if every way of holding on to one shows in the counts.
+depends on torch's and Python's versions: it is counted once, on gradients that are alone for certain, and used only if
+the counts of gradients that are held, in each of the ways below, differ. Whatever else may hold one is asked about by
+name: shared memory, memory of NumPy's, debuggers and profilers, which keep references of their own. A weak reference
+does not hold it: one that a hook has taken finds dW.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# below, fresh memory costs next to nothing, and to count takes 3 us
+# below, fresh memory costs next to nothing, and to count takes microseconds
 _LEAST = 64 << 10
+_current_node: Callable[[], Any] = getattr(torch._C, "_current_autograd_node", lambda: None)
 
 
 def _counts(grads: tuple[Any, ...], i: int) -> tuple[int, ...]:
@@ -92,15 +95,31 @@ def _alone() -> tuple[tuple[int, ...], ...]:
     return alone if told and alone == again else ()
 
 
-def is_sole(grads: tuple[Tensor | None, ...], i: int, weight: Tensor) -> bool:
-    """Whether the result of a backward(ctx, *grads) for `weight` may overwrite grads[i], of the weight's layout."""
+def _is_watched() -> bool:
+    """Whether a debugger or a profiler written in Python runs: it may hold what it has seen."""
+    if sys.gettrace() is not None or sys.getprofile() is not None:
+        return True
+    monitoring = getattr(sys, "monitoring", None)  # Python 3.12
+    return monitoring is not None and any(monitoring.get_tool(i) for i in range(6))
+
+
+def is_sole(node: Any, grads: tuple[Tensor | None, ...], i: int, weight: Tensor) -> bool:
+    """Whether the result for `weight` may overwrite grads[i], of its layout, in the backward(node, *grads) at hand."""
     g = grads[i]
-    if g is None or g.nbytes < _LEAST or not g.is_cpu or type(g) is not Tensor:
+    if type(g) is not Tensor or g.layout is not torch.strided or not g.is_cpu:
         return False
-    if g.dtype != weight.dtype or g.stride() != weight.stride() or g.is_neg():
+    if g.nbytes < _LEAST or g.dtype != weight.dtype or g.stride() != weight.stride():
         return False
-    storage = g.untyped_storage()
-    if not storage.resizable():  # memory that torch does not own: NumPy's, say
+    if not (g.is_contiguous() or g.mT.is_contiguous()):  # entries may share memory
         return False
-    del g, storage
+    if g.is_neg() or g.requires_grad or g.is_inference():  # dW would be as well
+        return False
+    if _is_watched() or _current_node() is not node:  # else somebody called backward, with a tensor
+        return False
+    storage, base = g.untyped_storage(), g._base
+    if storage.nbytes() != g.nbytes or storage.is_shared() or not storage.resizable():
+        return False  # part of something larger; another process's, too; memory that torch does not own, NumPy's, say
+    if base is not None and base.untyped_storage()._cdata != storage._cdata:
+        return False  # a hook has given it another's memory
+    del g, storage, base
     return _counts(grads, i) in _alone()

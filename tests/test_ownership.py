@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 
 import numpy as np
 import pytest
@@ -21,8 +22,8 @@ def asked(monkeypatch):
     """What is_sole said, with the address of the gradient."""
     answers: list[tuple[bool, int]] = []
 
-    def spy(grads, i, weight):
-        answer = _ownership.is_sole(grads, i, weight)
+    def spy(node, grads, i, weight):
+        answer = _ownership.is_sole(node, grads, i, weight)
         answers.append((answer, 0 if grads[i] is None else grads[i].data_ptr()))
         return answer
 
@@ -235,6 +236,7 @@ def test_retain_grad(asked):
     w = layer.weight
     w.retain_grad()
     (w * x).sum().backward()
+    assert [a for a, _ in asked] == [True]  # torch keeps a copy
     assert torch.equal(w.grad, x)
     assert_right(layer, x)
 
@@ -256,6 +258,7 @@ def test_handed_to_two(first, asked):
     w = layer.weight
     x = fresh()
     (((w + other) if first else (other + w)) * x).sum().backward()
+    # whichever of the two comes last may have it: the first was given a copy
     assert torch.equal(other.grad, x)
     assert_right(layer, x)
 
@@ -264,6 +267,7 @@ def test_two_layers_of_one_gradient(asked):
     a, b = layer_of(), layer_of()
     x = fresh()
     ((a.weight + b.weight) * x).sum().backward()
+    assert asked[0][0] is False
     assert_right(a, x)
     assert_right(b, x)
 
@@ -314,8 +318,143 @@ def test_another_layout(asked):
     spectral_norm(layer)
     x = fresh()
     (layer.weight * x).sum().backward()
-    assert [a for a, _ in asked] == [x.stride() == raw(layer).stride()]
+    assert [a for a, _ in asked] == [False]
     assert_right(layer, x)
+
+
+def test_batched_gradients(asked):
+    layer = layer_of()
+    rows = (layer.weight * 1).reshape(-1)[:3]
+    (dw,) = torch.autograd.grad(rows, raw(layer), torch.eye(3), is_grads_batched=True)
+    assert [a for a, _ in asked] == [False] * len(asked)
+    for i in range(3):
+        g = torch.zeros(SIZE * SIZE)
+        g[i] = 1
+        torch.testing.assert_close(
+            dw[i].to(F64), expected(layer, g.view(SIZE, SIZE)), rtol=1e-4, atol=1e-4
+        )
+
+
+def test_entries_that_share_memory(asked):
+    """An expanded weight has a gradient of its own strides where what follows sums the rows."""
+    row = fresh()[:1].requires_grad_()
+    w = row.expand(SIZE, SIZE)
+    u, v = (nnf.normalize(x, dim=0) for x in torch.randn(2, SIZE))
+    ops = torch.ops.specnorm_ext
+    sigma = ops.sigma([w.detach()], [u], [v])
+    c = torch.randn(SIZE)
+    (y,) = ops.normalize([w], [u], [v], sigma)
+    (y.sum(0) * c).sum().backward()
+    assert [a for a, _ in asked] == [False]
+    g, x = c.expand(SIZE, SIZE).double(), w.detach().double()
+    dw = (g - (g * x / sigma).sum() * torch.outer(u, v)) / sigma
+    torch.testing.assert_close(row.grad.to(F64), dw.sum(0, keepdim=True), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("product", [nnf.linear, lambda x, w: (w * x[0]).sum()])
+@pytest.mark.parametrize("swap", ["data", "set_"])
+def test_hooks_that_swap_memory(swap, product, asked):
+    layer, held = layer_of(), fresh()
+    before = held.clone()
+
+    def hook(g):
+        if swap == "data":
+            g.data = held
+        else:
+            g.set_(held)
+
+    w = layer.weight
+    w.register_hook(hook)
+    product(torch.randn(4, SIZE), w).sum().backward()
+    assert [a for a, _ in asked] == [False]
+    assert torch.equal(held, before)
+    assert_right(layer, before)
+
+
+def test_memory_of_another_process_too(asked):
+    layer = layer_of()
+    w = layer.weight
+    w.register_hook(lambda g: [None, g.share_memory_()][0])
+    (w * fresh()).sum().backward()
+    assert [a for a, _ in asked] == [False]
+    assert_right(layer, fresh())
+
+
+def test_a_node_called_by_hand(asked):
+    layer, g = layer_of(), fresh()
+    before = g.clone()
+    w = layer.weight
+    with torch.no_grad():
+        w.grad_fn.apply(g)
+    assert not any(a for a, _ in asked)
+    assert torch.equal(g, before)
+
+
+@pytest.mark.parametrize("set_watcher", [sys.settrace, sys.setprofile], ids=["trace", "profile"])
+def test_watched(set_watcher, asked):
+    """A debugger or a profiler may keep what it sees, and must not be counted as nobody."""
+    _ownership._alone.cache_clear()
+    held, kept = [], []
+
+    def watcher(frame, event, arg):
+        held.append((dict(frame.f_locals), arg))
+        return watcher
+
+    layer, x = layer_of(), fresh()
+    loss = (layer.weight * x).sum()
+    old = sys.gettrace() if set_watcher is sys.settrace else sys.getprofile()
+    set_watcher(watcher)
+    try:
+        loss.backward()
+    finally:
+        set_watcher(old)
+    assert [a for a, _ in asked] == [False]
+    held.clear()
+    w = layer.weight
+    w.register_hook(lambda g: kept.append(g))
+    (w * x).sum().backward()
+    assert torch.equal(kept[0], x)
+    assert len(_ownership._alone()) == 2
+
+
+class Recorded(Returns):
+    @staticmethod
+    def backward(ctx, g):
+        with torch.enable_grad():
+            return 2 * torch.ones(SIZE, SIZE, requires_grad=True), None
+
+
+class Inference(Returns):
+    @staticmethod
+    def backward(ctx, g):
+        with torch.inference_mode():
+            return 2 * torch.ones(SIZE, SIZE), None
+
+
+@pytest.mark.parametrize("function", [Recorded, Inference])
+def test_what_the_gradient_is_dw_is_not(function, asked):
+    layer = layer_of()
+    (dw,) = torch.autograd.grad(function.apply(layer.weight, None), raw(layer))
+    assert [a for a, _ in asked] == [False]
+    assert dw.grad_fn is None
+    assert not dw.is_inference()
+
+
+def test_a_view_is_none_as_dw(asked):
+    layer = layer_of()
+    loss = nnf.linear(torch.randn(4, SIZE), layer.weight).pow(2).sum()
+    (dw,) = torch.autograd.grad(loss, raw(layer))
+    assert [a for a, _ in asked] == [True]
+    assert not dw._is_view()
+    dw.detach_()
+
+
+def test_part_of_a_larger_gradient(asked):
+    """Its memory would be kept as long as dW."""
+    layer = layer_of()
+    torch.cat([layer.weight, torch.zeros(4 * SIZE, SIZE)]).pow(2).sum().backward()
+    assert [a for a, _ in asked] == [False]
+    assert raw(layer).grad.untyped_storage().nbytes() == raw(layer).nbytes
 
 
 def test_without_private_functions(monkeypatch):

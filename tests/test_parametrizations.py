@@ -444,3 +444,18 @@ def test_stacked_ensembles_in_training() -> None:
     for i, layer in enumerate(layers):
         torch.testing.assert_close(stacked[i], layer(x))
         torch.testing.assert_close(buffers["parametrizations.weight.0._u"][i], entry(layer)._u)
+
+
+@pytest.mark.parametrize("size", [8, 200])
+def test_sparse_gradient_of_an_embedding(size: int) -> None:
+    """dW is dense, as torch's is: u v^T is."""
+    torch.manual_seed(0)
+    plain = nn.Embedding(size, size, sparse=True, dtype=torch.float64)
+    grads = []
+    for wrap in (torch_spectral_norm, spectral_norm):
+        torch.manual_seed(1)
+        layer = wrap(copy.deepcopy(plain))
+        layer(torch.tensor([1, 2, 3, 3])).square().sum().backward()
+        grads.append(original(layer).grad)
+    assert not grads[1].is_sparse
+    torch.testing.assert_close(grads[1], grads[0].to_dense())
