@@ -122,4 +122,5 @@ def is_sole(node: Any, grads: tuple[Tensor | None, ...], i: int, weight: Tensor)
     if base is not None and base.untyped_storage()._cdata != storage._cdata:
         return False  # a hook has given it another's memory
     del g, storage, base
-    return _counts(grads, i) in _alone()
+    alone = _alone()  # first: without the functions that count it is empty
+    return bool(alone) and _counts(grads, i) in alone

@@ -457,11 +457,15 @@ def test_part_of_a_larger_gradient(asked):
     assert raw(layer).grad.untyped_storage().nbytes() == raw(layer).nbytes
 
 
-def test_without_private_functions(monkeypatch):
+def test_without_private_functions(monkeypatch, asked):
     _ownership._alone.cache_clear()
-    monkeypatch.delattr(torch._C, "_storage_Use_Count")
-    assert _ownership._alone() == ()
-    monkeypatch.undo()
+    with monkeypatch.context() as older:
+        older.delattr(torch._C, "_storage_Use_Count")
+        assert _ownership._alone() == ()
+        layer, x = layer_of(), fresh()
+        (layer.weight * x).sum().backward()
+    assert [a for a, _ in asked] == [False]
+    assert_right(layer, x)
     _ownership._alone.cache_clear()
     assert _ownership._alone()
 
