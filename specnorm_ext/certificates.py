@@ -199,7 +199,8 @@ def probabilistic_bound(
     64 eps sqrt(n) of the dtype that Lanczos ran in, many times what its rounding comes to, though no proof of that.
 
     Args:
-        value: sqrt(theta). dtype: of the iteration. n: its dimension. steps: k, without restart or warm start.
+        value: sqrt(theta). dtype: of the iteration. n: its dimension. steps: k, from a cold start and
+            before any restart; what comes after one may only raise theta.
 
     Returns:
         the bound; inf where k is too small for any.

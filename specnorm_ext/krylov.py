@@ -34,7 +34,8 @@ class Run:
         wanted: singular values to find.
         reads: applications of W^T W so far.
         filled: rows of the basis in use; the last `columns` have not been multiplied.
-        kept: Ritz vectors that it began with, after a restart.
+        unbroken: reads until the first restart, whose Krylov space is that of the start.
+        restarted: whether there was one.
         warm: whether the start was given, in part: then a vector near a lower value may be in it, with no residual.
         values: singular values found so far, of the operator times `unit`, descending.
         errors: their estimated relative errors.
@@ -50,7 +51,8 @@ class Run:
     wanted: int = 1
     reads: int = 0
     filled: int = 0
-    kept: int = 0
+    unbroken: int = 0
+    restarted: bool = False
     warm: bool = False
     unit: float = 0.0
     values: list[float] = field(default_factory=list)
@@ -114,7 +116,7 @@ def _restart(run: Run, h: Tensor) -> None:
     run.projected[:keep, :keep] = torch.diag(theta).to(device)
     run.projected[keep : keep + b, :keep] = coupling.to(device)
     run.filled = keep + b
-    run.kept = keep
+    run.restarted = True
 
 
 def _judge(run: Run, h: Tensor, theta: Tensor, s: Tensor, rtol: float, eps: float) -> bool:
@@ -256,6 +258,8 @@ def leading(
             for run in members:
                 run.filled = max(run.filled, run.columns) + steps * run.columns
                 run.reads += steps
+                if not run.restarted:
+                    run.unbroken = run.reads
         active = _look(active, rtol, max_reads, done)
 
 

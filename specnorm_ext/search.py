@@ -36,7 +36,7 @@ class Found:
     reads: int
     converged: bool
     unit: float = 1.0  # a power of two that takes W into the middle of its range
-    krylov_steps: int = 0  # from a random start, without a restart, for a probabilistic bound
+    krylov_steps: int = 0  # from a random start, before any restart, for a probabilistic bound
 
 
 class Problem:
@@ -101,7 +101,8 @@ def by_krylov(
         if not math.isfinite(run.unit):
             v = run.basis.new_full((run.basis.shape[1], options.k), math.nan, dtype=torch.float64)
             return found(problem, Found(v, run.reads, False))
-        steps = 0 if run.kept or problem.start is not None else run.reads
+        # a restart keeps the best Ritz vector: the value is never below that of the steps before it
+        steps = 0 if problem.start is not None else run.unbroken
         found(problem, Found(run.right_vectors(), run.reads, converged, run.unit, steps))
 
     expand = krylov.expand_matrices(weights)

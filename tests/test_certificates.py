@@ -210,16 +210,37 @@ def test_the_probabilistic_bound() -> None:
         e = specnorm_ext.estimate(w, rtol=0.1, certified="probabilistic", generator=g)
         assert e.upper >= true
         assert e.failure_probability == (0.01 if math.isfinite(e.upper) else 0)
+    # one matrix and one start: a smaller rtol takes more steps, and the bound is a function of their number
+    wide = torch.randn(600, 800, generator=g)
     tighter = [
-        specnorm_ext.estimate(torch.randn(600, 800, generator=g), rtol=r, certified="probabilistic")
+        specnorm_ext.estimate(
+            wide, rtol=r, certified="probabilistic", generator=torch.Generator().manual_seed(1)
+        )
         for r in (1e-1, 1e-3, 1e-6)
     ]
+    steps = [e.n_reads for e in tighter]
+    assert steps == sorted(steps) and steps[0] < steps[-1]
     excess = [e.upper / e.value for e in tighter]
     assert excess == sorted(excess, reverse=True)
     # the formula, at 20 steps in 4096 dimensions: 2.4% at 99%
     assert probabilistic_bound(1.0, torch.float64, 4096, 20, 0.01) == pytest.approx(
         1.0286, abs=1e-3
     )
+
+
+def test_the_probability_of_the_steps_before_a_restart() -> None:
+    # a basis of 96 is full after 24 blocks of 4; what follows raises the value alone
+    spectrum = torch.linspace(1, 0.9, 300, dtype=torch.float64)
+    w = matrix_with_spectrum(400, 300, spectrum, torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    e = specnorm_ext.estimate(w, rtol=1e-9, certified="probabilistic", generator=generator)
+    assert e.converged and e.n_reads > 30
+    steps = next(
+        k
+        for k in range(1, e.n_reads + 1)
+        if probabilistic_bound(e.value, torch.float64, 300, k, 0.01) == e.upper
+    )
+    assert 20 <= steps <= 25
 
 
 def test_no_probability_after_a_warm_start() -> None:
