@@ -9,13 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from ._checks import check_like_weight
-from ._linear import fits, scaled_linear, spectral_linear_direct
-from ._ops import is_plain
+from . import fused
 from ._sharded import is_distributed, is_remnant, refuse_distributed
 from .blocks import Blocks
 from .convolution_operator import Sizes, operator_of_layer
-from .state import SpectralState, scalar_inverse
+from .state import SpectralState
 
 
 def _verify_loaded(module: nn.Module, _incompatible: Any) -> None:
@@ -142,10 +140,6 @@ class SpectralLayer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-def _leading(x: Tensor) -> Tensor:
-    return x if x.dim() == 1 else x[:, 0]
-
-
 class SpectralLinear(SpectralLayer, nn.Linear):
     r"""``torch.nn.Linear`` by W / sigma, which is never written to memory.
 
@@ -214,66 +208,10 @@ class SpectralLinear(SpectralLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         spectral: Any = self._modules["spectral"]
-        weight, bias = self.weight, self.bias
-        if not torch.is_grad_enabled() and spectral.is_simple:
-            ready = spectral.ready(weight)
-            if ready is not None and fits(input, weight, bias):
-                return scaled_linear(input, ready.transposed, bias, ready.inverse)
+        weight = self.weight
         if spectral.training:
-            _refuse(input, weight, spectral.blocks)
-        if spectral.blocks is not None:
-            return self._by_blocks(input)
-        u, v, sigma = spectral.current(weight)
-        scale = spectral._scale()
-        if scale is None:
-            if is_plain(weight) and fits(input, weight, bias):
-                alpha = scalar_inverse(sigma.item())
-                if alpha is not None:
-                    args = (input, weight, bias, _leading(u), _leading(v), sigma)
-                    return spectral_linear_direct(alpha, *args)
-            return torch.ops.specnorm_ext.spectral_linear(
-                input, weight, bias, _leading(u), _leading(v), sigma
-            )
-        y = torch.ops.specnorm_ext.spectral_linear(
-            input, weight, None, _leading(u), _leading(v), sigma
-        )
-        scale = scale.to(y.dtype)
-        return y * scale if bias is None else torch.addcmul(bias.to(y.dtype), y, scale)
-
-    def _by_blocks(self, input: Tensor) -> Tensor:
-        spectral: Any = self._modules["spectral"]
-        weight, bias, blocks = self.weight, self.bias, spectral.blocks
-        u, v, sigma = spectral.current(weight)
-        if u.dim() == 2:
-            u, v = u[:, 0], v[..., 0]
-        how = (u, v, sigma, blocks.sizes, blocks.interleaved, blocks.experts)
-        op = torch.ops.specnorm_ext.spectral_linear_blocks
-        scale = spectral._scale()
-        if scale is None:
-            return op(input, weight, bias, *how)
-        y = op(input, weight, None, *how)
-        scale = scale.to(y.dtype)
-        if bias is None:
-            return y * scale
-        shift = bias.to(y.dtype)
-        if blocks.experts:  # [E, out] beside [E, ..., out]
-            shift = shift.view(blocks.experts, *[1] * (y.dim() - 2), -1)
-        return torch.addcmul(shift, y, scale)
-
-
-def _refuse(x: Tensor, weight: Tensor, blocks: Blocks | None) -> None:
-    """What the op would say of such an input, before u and v are iterated on for it."""
-    if not isinstance(x, Tensor):
-        return
-    op = "spectral_linear" if blocks is None else "spectral_linear_blocks"
-    off = x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)
-    if off or x.device != weight.device:
-        check_like_weight(op, "x", x, weight)
-    if x.dim() < 1 or x.shape[-1] != weight.shape[-1]:
-        lead = f"{blocks.experts}, ..." if blocks is not None and blocks.experts else "..."
-        raise ValueError(
-            f"{op}: expected x to have shape [{lead}, {weight.shape[-1]}], got {list(x.shape)}"
-        )
+            fused.refuse(input, weight, spectral.blocks)
+        return fused.linear(spectral, input, weight, self.bias)
 
 
 class _SpectralConv(SpectralLayer):
@@ -433,12 +371,7 @@ class SpectralEmbedding(SpectralLayer, nn.Embedding):
         spectral: Any = self._modules["spectral"]
         weight = self.weight
         if self.max_norm is None and not self.scale_grad_by_freq and spectral.blocks is None:
-            u, v, sigma = spectral.current(weight)
-            padding = -1 if self.padding_idx is None else self.padding_idx
-            y = torch.ops.specnorm_ext.spectral_embedding(
-                weight, input, _leading(u), _leading(v), sigma, padding
-            )
-            return cast(Tensor, spectral.scaled(y))
+            return fused.embedding(spectral, input, weight, self.padding_idx)
         return nnf.embedding(
             input,
             spectral.normalized(weight),

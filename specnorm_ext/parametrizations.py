@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from . import fused
 from ._checks import state_dtype
+from ._ops import is_untraced
 from ._ties import tied_to
 from .blocks import Blocks
 from .convolution_operator import Sizes, operator_of_layer
@@ -94,11 +96,124 @@ def output_dim(module: nn.Module) -> int:
     return 1 if isinstance(module, transposed) else 0
 
 
+# ---- forwards without W / sigma ----------------------------------------------------------------------------------
+#
+# `module.weight` is W / sigma, for whoever asks. A Linear or an Embedding need not ask: its forward has all that a
+# layer of ours has, and then makes no tensor of W's size. Where somebody could tell, torch's own forward runs, which
+# asks.
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    d = module.__dict__
+    return bool(
+        d["_forward_hooks"]
+        or d["_forward_pre_hooks"]
+        or d["_backward_hooks"]
+        or d["_backward_pre_hooks"]
+        or "forward" in d
+    )
+
+
+def _own_weight(module: nn.Module) -> tuple[SpectralNorm, Tensor] | None:
+    """Our entry and W, where it is all that makes this module's weight, and nobody watches or keeps that."""
+    lists = module._modules.get("parametrizations")
+    plist: Any = None if lists is None else lists._modules.get("weight")
+    if plist is None or len(plist._modules) != 1 or parametrize._cache_enabled:
+        return None
+    own = plist._modules["0"]
+    if type(own) is not SpectralNorm or own.dim != 0 or own._ndim != 2:
+        return None
+    if _is_hooked(plist) or _is_hooked(own) or nn.modules.module._has_any_global_hook():
+        return None
+    weight = plist._parameters.get("original")
+    if weight is None:
+        weight = plist.__dict__.get("original")  # in a replica parameters are attributes
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or not _is_torchs_own(weight):
+        return None
+    return own, weight
+
+
+def _is_torchs_own(x: Tensor) -> bool:
+    # what stands for a tensor while something is traced is of a kind of its own
+    return (type(x) in (Tensor, nn.Parameter) or not is_untraced()) and x.layout is torch.strided
+
+
+_torch_linear, _torch_embedding = nn.Linear.forward, nn.Embedding.forward
+
+
+def _linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
+    own = _own_weight(self)
+    if own is not None and nn.Linear.forward is _torch_linear:
+        spectral, weight = own
+        bias = self.bias
+        if (
+            isinstance(input, Tensor)
+            and _is_torchs_own(input)
+            and input.dim() >= 1
+            and input.shape[-1] == weight.shape[1]
+            and input.device == weight.device
+            and (input.dtype == weight.dtype or _casts(input, weight))
+            and (
+                bias is None
+                or (
+                    _is_torchs_own(bias)
+                    and bias.shape == weight.shape[:1]
+                    and bias.dtype == weight.dtype
+                    and bias.device == weight.device
+                )
+            )
+        ):
+            return fused.linear(spectral, input, weight, bias)
+    return nn.Linear.forward(self, input)  # which has messages of its own
+
+
+def _casts(x: Tensor, weight: Tensor) -> bool:
+    """Whether autocast brings both to one dtype."""
+    return (
+        torch.is_autocast_enabled(x.device.type)
+        and x.is_floating_point()
+        and torch.float64 not in (x.dtype, weight.dtype)
+    )
+
+
+def _embedding_forward(self: nn.Embedding, input: Tensor) -> Tensor:
+    own = _own_weight(self)
+    if own is not None and nn.Embedding.forward is _torch_embedding:
+        spectral, weight = own
+        if (
+            spectral.blocks is None
+            and self.max_norm is None
+            and not self.scale_grad_by_freq
+            and isinstance(input, Tensor)
+            and _is_torchs_own(input)
+            and input.dtype in (torch.int64, torch.int32)
+            and input.device == weight.device
+        ):
+            return fused.embedding(spectral, input, weight, self.padding_idx)
+    return nn.Embedding.forward(self, input)
+
+
+_FORWARDS: tuple[tuple[Callable[..., Tensor], Callable[..., Tensor]], ...] = (
+    (_torch_linear, _linear_forward),
+    (_torch_embedding, _embedding_forward),
+)
+
+
+def _fuse(module: nn.Module) -> None:
+    """Give this module the forward above. Its class is its own: torch's parametrize has made it."""
+    cls: Any = type(module)
+    for torchs, ours in _FORWARDS:
+        if cls.forward is torchs:
+            cls.forward = ours
+
+
 def register(module: nn.Module, name: str, parametrization: SpectralNorm) -> None:
     """Put it on a tensor that is known to be nobody else's."""
     with torch.inference_mode(getattr(module, name).is_inference()):
         parametrize.register_parametrization(module, name, parametrization)
     parametrization._book.registered = True
+    if name == "weight":
+        _fuse(module)
     follow_loading(module)
 
 

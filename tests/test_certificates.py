@@ -219,7 +219,8 @@ def test_the_probabilistic_bound() -> None:
         for r in (1e-1, 1e-3, 1e-6)
     ]
     steps = [e.n_reads for e in tighter]
-    assert steps == sorted(steps) and steps[0] < steps[-1]
+    assert steps == sorted(steps)
+    assert steps[0] < steps[-1]
     excess = [e.upper / e.value for e in tighter]
     assert excess == sorted(excess, reverse=True)
     # the formula, at 20 steps in 4096 dimensions: 2.4% at 99%
@@ -234,7 +235,8 @@ def test_the_probability_of_the_steps_before_a_restart() -> None:
     w = matrix_with_spectrum(400, 300, spectrum, torch.float64)
     generator = torch.Generator().manual_seed(0)
     e = specnorm_ext.estimate(w, rtol=1e-9, certified="probabilistic", generator=generator)
-    assert e.converged and e.n_reads > 30
+    assert e.converged
+    assert e.n_reads > 30
     steps = next(
         k
         for k in range(1, e.n_reads + 1)
