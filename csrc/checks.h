@@ -55,7 +55,7 @@ inline void check_lengths(const char* op, size_t weights, const char* name, size
          got);
 }
 
-inline void check_weights(const char* op, const Operands& weights) {
+inline void check_weights(const char* op, const Operands& weights, bool stacks = false) {
   for (size_t i = 0; i < weights.size(); ++i) {
     const Operand& w = weights[i];
     if (!kernel_dtype(w.dtype))
@@ -68,14 +68,15 @@ inline void check_weights(const char* op, const Operands& weights) {
     if (!w.same_device(weights[0]))
       fail("TypeError", op, ": expected one device a call, weights[", i,
            "] is on another device than weights[0]");
-    if (w.dim != 2)
-      fail("ValueError", op, ": expected weights[", i, "] to be a matrix [m, n], got shape ",
-           shape_text(w));
+    if (w.dim != 2 && !(stacks && is_stack(w)))
+      fail("ValueError", op, ": expected weights[", i, "] to be a matrix [m, n]",
+           stacks ? " or a stack of matrices [E, m, n]" : "", ", got shape ", shape_text(w));
     check_memory(op, w, "weights[", i, "]");
   }
 }
 
-// x (named u or v) must be [length] or [length, columns] beside weights[i].
+// x (named u or v) must be [length] or [length, columns] beside a matrix weights[i], and a stack of
+// those beside a stack.
 inline void check_state(const char* op, const char* name, size_t i, const Operand& weight,
                         const Operand& x, int64_t length) {
   if (x.dtype != state_dtype(weight.dtype))
@@ -84,32 +85,49 @@ inline void check_state(const char* op, const char* name, size_t i, const Operan
          " weight, got ", dtype_name(x.dtype));
   if (!x.same_device(weight))
     fail("TypeError", op, ": expected ", name, "[", i, "] on the device of weights[", i, "]");
-  if (x.dim < 1 || x.dim > 2 || x.sizes[0] != length)
-    fail("ValueError", op, ": expected ", name, "[", i, "] to have shape [", length, "] or [",
-         length, ", b], got ", shape_text(x));
+  const int64_t lead = is_stack(weight);
+  if (x.dim < 1 + lead || x.dim > 2 + lead || x.sizes[lead] != length ||
+      (lead == 1 && x.sizes[0] != weight.sizes[0])) {
+    const std::string each =
+        (lead == 1 ? std::to_string(weight.sizes[0]) + ", " : "") + std::to_string(length);
+    fail("ValueError", op, ": expected ", name, "[", i, "] to have shape [", each, "] or [", each,
+         ", b], got ", shape_text(x));
+  }
   check_memory(op, x, name, "[", i, "]");
+}
+
+inline int64_t matrix_rows(const Operand& weight) {
+  return weight.sizes[weight.dim - 2];
+}
+inline int64_t matrix_width(const Operand& weight) {
+  return weight.sizes[weight.dim - 1];
+}
+// of u or v beside that weight
+inline int64_t columns_of(const Operand& x, const Operand& weight) {
+  return x.dim == weight.dim ? x.sizes[x.dim - 1] : 1;
 }
 
 inline void check_pairs(const char* op, const Operands& weights, const Operands& u,
                         const Operands& v) {
   check_lengths(op, weights.size(), "u", u.size());
   check_lengths(op, weights.size(), "v", v.size());
-  check_weights(op, weights);
+  check_weights(op, weights, true);
   for (size_t i = 0; i < weights.size(); ++i) {
-    check_state(op, "u", i, weights[i], u[i], weights[i].sizes[0]);
-    check_state(op, "v", i, weights[i], v[i], weights[i].sizes[1]);
-    if (u[i].dim != v[i].dim || u[i].columns() != v[i].columns())
+    const Operand& w = weights[i];
+    check_state(op, "u", i, w, u[i], matrix_rows(w));
+    check_state(op, "v", i, w, v[i], matrix_width(w));
+    if (u[i].dim != v[i].dim || columns_of(u[i], w) != columns_of(v[i], w))
       fail("ValueError", op, ": expected u[", i, "] and v[", i, "] to have the same columns, got ",
            shape_text(u[i]), " and ", shape_text(v[i]));
-    if (u[i].columns() < 1)
+    if (columns_of(u[i], w) < 1)
       fail("ValueError", op, ": expected u[", i, "] to have at least 1 column, got ",
            shape_text(u[i]));
   }
 }
 
 inline void check_sigma_values(const char* op, const Operands& weights, const Operand& sigma) {
-  if (sigma.dim != 1 || size_t(sigma.sizes[0]) != weights.size())
-    fail("ValueError", op, ": expected sigma to have shape [", weights.size(), "], got ",
+  if (sigma.dim != 1 || sigma.sizes[0] != count_matrices(weights))
+    fail("ValueError", op, ": expected sigma to have shape [", count_matrices(weights), "], got ",
          shape_text(sigma));
   if (weights.empty()) return;
   if (sigma.dtype != state_dtype(weights[0].dtype))
@@ -143,7 +161,8 @@ inline void check_power_iteration(const Operands& weights, const Operands& u, co
   const char* op = "power_iteration_";
   check_pairs(op, weights, u, v);
   for (size_t i = 0; i < weights.size(); ++i) {
-    const int64_t b = u[i].columns(), m = weights[i].sizes[0], n = weights[i].sizes[1];
+    const Operand& w = weights[i];
+    const int64_t b = columns_of(u[i], w), m = matrix_rows(w), n = matrix_width(w);
     if (b > kMaxColumns)
       fail("ValueError", op, ": expected at most ", kMaxColumns, " columns in u[", i, "], got ", b);
     if (b > 1 && b > std::min(m, n))
@@ -186,7 +205,7 @@ inline void check_normalize_backward(const Operands& grads, const Operands& weig
            dtype_name(g.dtype));
     if (!g.same_device(w))
       fail("TypeError", op, ": expected grads[", i, "] on the device of weights[", i, "]");
-    if (g.dim != 2 || g.sizes[0] != w.sizes[0] || g.sizes[1] != w.sizes[1])
+    if (!std::equal(g.sizes, g.sizes + g.dim, w.sizes, w.sizes + w.dim))
       fail("ValueError", op, ": expected grads[", i, "] to have shape ", shape_text(w), ", got ",
            shape_text(g));
     check_memory(op, g, "grads[", i, "]");

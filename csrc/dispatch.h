@@ -129,6 +129,45 @@ struct Operand {
 
 using Operands = std::vector<Operand>;
 
+// A weight may be a stack of matrices [E, m, n], beside u [E, m] or [E, m, b] and v likewise: E
+// matrices for the questions of one.
+inline bool is_stack(const Operand& weight) {
+  return weight.dim == 3;
+}
+inline bool has_stacks(const Operands& weights) {
+  for (const Operand& w : weights)
+    if (is_stack(w)) return true;
+  return false;
+}
+inline int64_t count_matrices(const Operands& weights) {
+  int64_t count = 0;
+  for (const Operand& w : weights) count += is_stack(w) ? w.sizes[0] : 1;
+  return count;
+}
+
+inline Operand slice_of(const Operand& stack, int64_t i) {
+  Operand x = stack;
+  if (x.data != nullptr) x.data += i * stack.strides[0] * stack.element_size();
+  --x.dim;
+  ++x.sizes;
+  ++x.strides;
+  return x;
+}
+
+// What belongs to `weights`, and lies as they do, matrix by matrix.
+inline Operands slices(const Operands& xs, const Operands& weights) {
+  Operands out;
+  out.reserve(size_t(count_matrices(weights)));
+  for (size_t i = 0; i < xs.size(); ++i) {
+    if (!is_stack(weights[i])) {
+      out.push_back(xs[i]);
+      continue;
+    }
+    for (int64_t k = 0; k < weights[i].sizes[0]; ++k) out.push_back(slice_of(xs[i], k));
+  }
+  return out;
+}
+
 inline Operands operands(const std::vector<Tensor>& tensors) {
   Operands out;
   out.reserve(tensors.size());

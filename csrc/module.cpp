@@ -42,10 +42,10 @@ bool power_iteration(const Borrower& from, py::handle weights, py::handle u, py:
   const BorrowedList w(from, weights), us(from, u), vs(from, v);
   Operand out;
   if (!w.good() || !us.good() || !vs.good() || !from.borrow(sigma.ptr(), out)) return false;
-  if (!is_line(out)) return false;
+  if (!is_line(out) || out.sizes[0] != specnorm::count_matrices(w.operands())) return false;
   const py::gil_scoped_release unlocked;
   specnorm::check_power_iteration(w.operands(), us.operands(), vs.operands(), n_iterations, eps);
-  specnorm::check_sigma_values("power_iteration_", w.operands(), out);
+  specnorm::check_sigma_values("power_iteration_", w.operands(), out);  // its dtype and device
   if (!w.operands().empty())
     specnorm::run_power_iteration_cpu(w.operands(), us.operands(), vs.operands(), n_iterations, eps,
                                       out.data);
@@ -56,7 +56,7 @@ bool sigma(const Borrower& from, py::handle weights, py::handle u, py::handle v,
   const BorrowedList w(from, weights), us(from, u), vs(from, v);
   Operand out;
   if (!w.good() || !us.good() || !vs.good() || !from.borrow(sigma.ptr(), out)) return false;
-  if (!is_line(out)) return false;
+  if (!is_line(out) || out.sizes[0] != specnorm::count_matrices(w.operands())) return false;
   const py::gil_scoped_release unlocked;
   specnorm::check_sigma(w.operands(), us.operands(), vs.operands());
   specnorm::check_sigma_values("sigma", w.operands(), out);

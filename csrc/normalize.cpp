@@ -18,6 +18,13 @@ namespace {
 template <class Launch>
 void fill(const Operands& weights, const Operands& out, const void* sigma, const Operands* grads,
           const Operands* u, const Operands* v, Launch launch) {
+  if (has_stacks(weights)) {
+    const Operands ws = slices(weights, weights), outs = slices(out, weights);
+    if (grads == nullptr) return fill(ws, outs, sigma, nullptr, nullptr, nullptr, launch);
+    const Operands gs = slices(*grads, weights), us = slices(*u, weights), vs = slices(*v, weights);
+    return fill(ws, outs, sigma, &gs, &us, &vs, launch);
+  }
+  if (weights.empty()) return;
   std::vector<NormalizeItem> items(weights.size());
   for (size_t i = 0; i < items.size(); ++i) {
     items[i] = {weights[i].matrix(), out[i].data, out[i].strides[0], out[i].strides[1], {}, {}, {}};
@@ -30,7 +37,7 @@ void fill(const Operands& weights, const Operands& out, const void* sigma, const
       NormalizeParams{*kernel_dtype(weights[0].dtype), int64_t(items.size()), items.data(), sigma});
 }
 
-// run(out, sigma) with a matrix like each weight, and sigma's values one after the other.
+// run(out, sigma) with a tensor like each weight, and sigma's values one after the other.
 template <class Run>
 std::vector<Tensor> make_and_run(const std::vector<Tensor>& weights, const Tensor& sigma, Run run) {
   std::vector<Tensor> out;
@@ -69,9 +76,9 @@ std::vector<Tensor> check_and_run_backward(const std::vector<Tensor>& grads,
 template <class Kernel>
 void launch_cpu(const char* op, Kernel kernel, const Operands& weights,
                 const NormalizeParams& params) {
-  for (size_t i = 0; i < weights.size(); ++i) {
+  for (int64_t i = 0; i < params.count; ++i) {
     const NormalizeItem& x = params.items[i];
-    const int64_t bytes = x.weight.m * x.weight.n * weights[i].element_size();
+    const int64_t bytes = x.weight.m * x.weight.n * weights[0].element_size();
     if (x.out != x.grad.data) prefer_huge_pages(x.out, bytes);
   }
   check_status(op, kernel(params, torch_pool()));

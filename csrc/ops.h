@@ -38,7 +38,7 @@ std::vector<Tensor> certified_matvec_cpu_op(const std::vector<Tensor>& weights,
                                             const std::vector<Tensor>& v);
 
 // The same from the operands on: check, fill the parameter struct, launch. What comes out goes to
-// memory that the caller made: sigma [len(weights)], and a matrix like each weight.
+// memory that the caller made: sigma, one for each matrix, and a tensor like each weight.
 void run_power_iteration_cpu(const Operands& weights, const Operands& u, const Operands& v,
                              int64_t n_iterations, double eps, void* sigma);
 void run_sigma_cpu(const Operands& weights, const Operands& u, const Operands& v, void* sigma);
@@ -68,9 +68,9 @@ std::tuple<Tensor, Tensor> spectral_linear_backward_cuda_op(
 // for it: the module asks torch's Python side (module.cpp). Null: no.
 extern bool (*float32_as_tf32)();
 
-// sigma [len(weights)] for weights of that dtype, at least one.
-inline Tensor new_sigma(const std::vector<Tensor>& weights, ScalarType dtype) {
-  return torch::stable::new_empty(weights[0], {int64_t(weights.size())}, state_dtype(dtype));
+// sigma, one for each matrix of a list of at least one weight, on the device of the first.
+inline Tensor new_sigma(const Tensor& first, const Operands& weights) {
+  return torch::stable::new_empty(first, {count_matrices(weights)}, state_dtype(weights[0].dtype));
 }
 
 // sigma of an empty list: float32 on the CPU, since there is no weight to ask.

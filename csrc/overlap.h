@@ -26,13 +26,16 @@ inline bool span_of(const Operand& t, Span& out) {
   return true;
 }
 
-// Calls body(address) for every element of x [len] or [len, columns].
+// Calls body(address) for every element of a tensor of any dimension but 0.
 template <class F>
 void for_each_element(const Operand& x, F body) {
-  const int64_t size = x.element_size(), columns = x.dim == 2 ? x.sizes[1] : 1;
-  for (int64_t i = 0; i < x.sizes[0]; ++i)
-    for (int64_t j = 0; j < columns; ++j)
-      body(x.data + (i * x.strides[0] + (x.dim == 2 ? j * x.strides[1] : 0)) * size);
+  const int64_t size = x.element_size();
+  for (int64_t i = 0; i < x.sizes[0]; ++i) {
+    if (x.dim == 1)
+      body(x.data + i * x.strides[0] * size);
+    else
+      for_each_element(slice_of(x, i), body);
+  }
 }
 
 // Whether `index` = i * far + j * near for some i, j within w's sizes.
@@ -54,6 +57,11 @@ inline bool is_element(const Operand& w, int64_t index) {
 }
 
 inline bool share_elements(const Operand& written, const Operand& w) {
+  if (is_stack(w)) {
+    for (int64_t i = 0; i < w.sizes[0]; ++i)
+      if (share_elements(written, slice_of(w, i))) return true;
+    return false;
+  }
   const int64_t size = w.element_size(), bytes = written.element_size();
   bool found = false;
   for_each_element(written, [&](const char* p) {
@@ -81,9 +89,30 @@ inline std::vector<Span> sorted_spans(std::initializer_list<const Operands*> lis
   return spans;
 }
 
-// Two written tensors that share an element?
+// Whether two indices of one tensor lead to one element. Dimensions that nest, as they do in any
+// permutation of contiguous ones, tell without a look at each.
+inline bool may_repeat(const Operand& x) {
+  constexpr int64_t kMost = 4;
+  if (x.dim > kMost) return true;
+  int64_t order[kMost], count = 0;  // by stride, without dimensions of one
+  for (int64_t d = 0; d < x.dim; ++d) {
+    if (x.sizes[d] == 1) continue;
+    int64_t at = count++;
+    for (; at > 0 && x.strides[order[at - 1]] > x.strides[d]; --at) order[at] = order[at - 1];
+    order[at] = d;
+  }
+  int64_t last = 0;  // the furthest element of the dimensions so far
+  for (int64_t k = 0; k < count; ++k) {
+    if (x.strides[order[k]] <= last) return true;
+    last += (x.sizes[order[k]] - 1) * x.strides[order[k]];
+  }
+  return false;
+}
+
+// Two written tensors, or two matrices of a stack, that share an element?
 inline bool written_twice(const std::vector<Span>& written) {
   bool crossing = false;
+  for (const Span& s : written) crossing = crossing || (s.of->dim > 1 && may_repeat(*s.of));
   const char* end = nullptr;
   for (const Span& s : written) {
     crossing = crossing || s.begin < end;

@@ -17,6 +17,11 @@ namespace {
 template <class Launch>
 void fill(const Operands& weights, const Operands& u, const Operands& v, int64_t n_iterations,
           double eps, void* sigma, Launch launch) {
+  if (has_stacks(weights)) {
+    const Operands ws = slices(weights, weights);
+    return fill(ws, slices(u, weights), slices(v, weights), n_iterations, eps, sigma, launch);
+  }
+  if (weights.empty()) return;
   std::vector<PowerIterationItem> items(weights.size());
   for (size_t i = 0; i < items.size(); ++i)
     items[i] = {weights[i].matrix(), u[i].vector(), v[i].vector(), u[i].columns()};
@@ -31,7 +36,7 @@ Tensor check_and_run(const std::vector<Tensor>& weights, const std::vector<Tenso
   const Operands w = operands(weights), us = operands(u), vs = operands(v);
   check_power_iteration(w, us, vs, n_iterations, eps);
   if (w.empty()) return empty_sigma();
-  Tensor sigma = new_sigma(weights, w[0].dtype);
+  Tensor sigma = new_sigma(weights[0], w);
   run(w, us, vs, sigma.data_ptr());
   return sigma;
 }

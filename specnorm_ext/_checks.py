@@ -58,8 +58,14 @@ def _shape(x: Tensor) -> str:
     return _sizes(x.shape)
 
 
-def _columns(x: Tensor) -> int:
-    return int(x.shape[1]) if x.dim() == 2 else 1
+def _columns(x: Tensor, weight: Tensor) -> int:
+    """Of u or v beside that weight."""
+    return int(x.shape[-1]) if x.dim() == weight.dim() else 1
+
+
+def count_matrices(weights: Sequence[Tensor]) -> int:
+    """Of a list of matrices, and stacks of them: one sigma each."""
+    return sum(int(w.shape[0]) if w.dim() == 3 else 1 for w in weights)
 
 
 def check_lengths(op: str, weights: int, name: str, got: int) -> None:
@@ -67,7 +73,7 @@ def check_lengths(op: str, weights: int, name: str, got: int) -> None:
         raise ValueError(f"{op}: expected {weights} tensors in {name}, as in weights, got {got}")
 
 
-def check_weights(op: str, weights: Sequence[Tensor]) -> None:
+def check_weights(op: str, weights: Sequence[Tensor], stacks: bool = False) -> None:
     for i, w in enumerate(weights):
         if w.dtype not in DTYPES:
             raise TypeError(
@@ -83,9 +89,10 @@ def check_weights(op: str, weights: Sequence[Tensor]) -> None:
             raise TypeError(
                 f"{op}: expected one device a call, weights[{i}] is on another device than weights[0]"
             )
-        if w.dim() != 2:
+        if w.dim() != 2 and not (stacks and w.dim() == 3):
+            or_more = " or a stack of matrices [E, m, n]" if stacks else ""
             raise ValueError(
-                f"{op}: expected weights[{i}] to be a matrix [m, n], got shape {_shape(w)}"
+                f"{op}: expected weights[{i}] to be a matrix [m, n]{or_more}, got shape {_shape(w)}"
             )
 
 
@@ -97,9 +104,11 @@ def check_state(op: str, name: str, i: int, weight: Tensor, x: Tensor, length: i
         )
     if x.device != weight.device:
         raise TypeError(f"{op}: expected {name}[{i}] on the device of weights[{i}]")
-    if x.dim() < 1 or x.dim() > 2 or x.shape[0] != length:
+    each = (*weight.shape[:-2], length)
+    if x.shape[: len(each)] != each or x.dim() > len(each) + 1:
+        sizes = ", ".join(map(str, each))
         raise ValueError(
-            f"{op}: expected {name}[{i}] to have shape [{length}] or [{length}, b], got {_shape(x)}"
+            f"{op}: expected {name}[{i}] to have shape [{sizes}] or [{sizes}, b], got {_shape(x)}"
         )
 
 
@@ -108,24 +117,23 @@ def check_pairs(
 ) -> None:
     check_lengths(op, len(weights), "u", len(u))
     check_lengths(op, len(weights), "v", len(v))
-    check_weights(op, weights)
+    check_weights(op, weights, stacks=True)
     for i, w in enumerate(weights):
-        check_state(op, "u", i, w, u[i], w.shape[0])
-        check_state(op, "v", i, w, v[i], w.shape[1])
-        if u[i].dim() != v[i].dim() or _columns(u[i]) != _columns(v[i]):
+        check_state(op, "u", i, w, u[i], w.shape[-2])
+        check_state(op, "v", i, w, v[i], w.shape[-1])
+        if u[i].dim() != v[i].dim() or _columns(u[i], w) != _columns(v[i], w):
             raise ValueError(
                 f"{op}: expected u[{i}] and v[{i}] to have the same columns, "
                 f"got {_shape(u[i])} and {_shape(v[i])}"
             )
-        if _columns(u[i]) < 1:
+        if _columns(u[i], w) < 1:
             raise ValueError(f"{op}: expected u[{i}] to have at least 1 column, got {_shape(u[i])}")
 
 
 def check_sigma_values(op: str, weights: Sequence[Tensor], sigma: Tensor) -> None:
-    if sigma.dim() != 1 or sigma.shape[0] != len(weights):
-        raise ValueError(
-            f"{op}: expected sigma to have shape [{len(weights)}], got {_shape(sigma)}"
-        )
+    count = count_matrices(weights)
+    if sigma.dim() != 1 or sigma.shape[0] != count:
+        raise ValueError(f"{op}: expected sigma to have shape [{count}], got {_shape(sigma)}")
     if len(weights) == 0:
         return
     expected = state_dtype(weights[0].dtype)
@@ -145,12 +153,12 @@ def check_power_iteration(
     op = "power_iteration_"
     check_pairs(op, weights, u, v)
     for i, w in enumerate(weights):
-        b = _columns(u[i])
+        b = _columns(u[i], w)
         if b > MAX_COLUMNS:
             raise ValueError(f"{op}: expected at most {MAX_COLUMNS} columns in u[{i}], got {b}")
-        if b > 1 and b > min(w.shape):
+        if b > 1 and b > min(w.shape[-2:]):
             raise ValueError(
-                f"{op}: expected at most min(m, n) = {min(w.shape)} columns in u[{i}], got {b}"
+                f"{op}: expected at most min(m, n) = {min(w.shape[-2:])} columns in u[{i}], got {b}"
             )
         for name, x in (("u", u[i]), ("v", v[i])):
             if any(s > 1 and st == 0 for s, st in zip(x.shape, x.stride(), strict=True)):

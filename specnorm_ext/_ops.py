@@ -23,6 +23,7 @@ from ._checks import (
     check_normalize_backward,
     check_power_iteration,
     check_sigma,
+    count_matrices,
     raise_typed,
     state_dtype,
 )
@@ -56,7 +57,7 @@ def _(weights, u, v, n_iterations=1, eps=1e-12):
     check_power_iteration(weights, u, v, n_iterations, eps)
     if not weights:
         return torch.empty(0)
-    return u[0].new_empty(len(weights))
+    return u[0].new_empty(count_matrices(weights))
 
 
 def _power_iteration_inplace(keyset, weights, u, v, n_iterations=1, eps=1e-12):
@@ -86,13 +87,33 @@ def _(weights, u, v):
     check_sigma(weights, u, v)
     if not weights:
         return torch.empty(0)
-    return u[0].new_empty(len(weights))
+    return u[0].new_empty(count_matrices(weights))
+
+
+def _leading(x: Tensor, weight: Tensor) -> Tensor:
+    """The first column of u or v, or of each of a stack of those."""
+    return x if x.dim() < weight.dim() else x[..., 0]
+
+
+def _matvec(w: Tensor, x: Tensor) -> Tensor:
+    """W x, or of each of a stack; in their dtype, which torch.matmul would not keep under autocast."""
+    if w.dim() == 2:
+        return torch.mv(w, x)
+    return torch.stack([torch.mv(*one) for one in zip(w, x, strict=True)]) if len(w) else w[..., 0]
 
 
 def _outer(scale: Tensor, u: Tensor, v: Tensor, like: Tensor) -> Tensor:
-    """scale u v^T in the dtype of `like`."""
-    left, right = (x if x.dim() == 1 else x[:, 0] for x in (u, v))
-    return torch.outer(scale * left, right).to(like.dtype)
+    """scale u v^T in the dtype of `like`; scale [], or [E] of a stack."""
+    left = _leading(u, like) * scale.unsqueeze(-1)
+    return (left.unsqueeze(-1) * _leading(v, like).unsqueeze(-2)).to(like.dtype)
+
+
+def _per_weight(sigma: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """sigma, one for each matrix, as [] for each that stands alone, and [E] for each stack."""
+    if not any(w.dim() == 3 for w in weights):
+        return list(sigma.unbind(0))
+    parts = sigma.split([w.shape[0] if w.dim() == 3 else 1 for w in weights])
+    return [x if w.dim() == 3 else x[0] for x, w in zip(parts, weights, strict=True)]
 
 
 class _Sigma(torch.autograd.Function):
@@ -110,18 +131,16 @@ class _Sigma(torch.autograd.Function):
         k = ctx.count
         weights, u, v = (ctx.saved_tensors[i * k : (i + 1) * k] for i in range(3))
         grads: list[Tensor | None] = [None] * (3 * k)
-        for i in range(k):
+        for i, scale in enumerate(_per_weight(g, weights)):
             if ctx.needs_input_grad[2 + i]:
-                grads[i] = _outer(g[i], u[i], v[i], weights[i])
+                grads[i] = _outer(scale, u[i], v[i], weights[i])
             for j, (x, y) in enumerate(((u[i], v[i]), (v[i], u[i]))):
                 if ctx.needs_input_grad[2 + (j + 1) * k + i]:
                     w = weights[i].to(x.dtype)
-                    lead = torch.mv(w if j == 0 else w.mT, y if y.dim() == 1 else y[:, 0]) * g[i]
-                    grads[(j + 1) * k + i] = (
-                        lead
-                        if x.dim() == 1
-                        else torch.cat([lead.unsqueeze(1), torch.zeros_like(x[:, 1:])], 1)
-                    )
+                    w = w if j == 0 else w.mT
+                    lead = (_matvec(w, _leading(y, w)) * scale.unsqueeze(-1)).unsqueeze(-1)
+                    rest = () if x.dim() < w.dim() else (torch.zeros_like(x[..., 1:]),)
+                    grads[(j + 1) * k + i] = torch.cat([lead, *rest], -1).view(x.shape)
         return None, None, *grads
 
 
@@ -190,7 +209,8 @@ class _Normalize(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * (3 * k)
         if wanted:
             if len(wanted) < k:
-                sigma = sigma[wanted]
+                parts = _per_weight(sigma, weights)
+                sigma = torch.cat([parts[i].reshape(-1) for i in wanted])
             args = (
                 list(given.values()),
                 [weights[i] for i in wanted],
@@ -278,6 +298,13 @@ def is_plain(x: Tensor) -> bool:
     return is_untraced() and is_ordinary(x)
 
 
+def _new_sigma(weights: list[Tensor]) -> Tensor:
+    # Not count_matrices(), which would ask each of hundreds: a stack among others goes through the op.
+    first = weights[0]
+    count = first.shape[0] if len(weights) == 1 and first.dim() == 3 else len(weights)
+    return first.new_empty(count, dtype=state_dtype(first.dtype))
+
+
 def power_iteration_direct(
     weights: list[Tensor], u: list[Tensor], v: list[Tensor], n_iterations: int, eps: float
 ) -> Tensor:
@@ -286,7 +313,7 @@ def power_iteration_direct(
     Through torch.ops, 200 small matrices cost four times their arithmetic (csrc/borrow.h). What the op does besides
     the kernel is here: the version counters.
     """
-    sigma = weights[0].new_empty(len(weights), dtype=state_dtype(weights[0].dtype))
+    sigma = _new_sigma(weights)
     try:
         done = _C.power_iteration(weights, u, v, n_iterations, eps, sigma)
     except RuntimeError as error:
@@ -330,7 +357,7 @@ def normalize_recorded(
 
 def sigma_direct(weights: list[Tensor], u: list[Tensor], v: list[Tensor]) -> Tensor:
     """sigma with gradients off: as above."""
-    sigma = weights[0].new_empty(len(weights), dtype=state_dtype(weights[0].dtype))
+    sigma = _new_sigma(weights)
     try:
         if _C.sigma(weights, u, v, sigma):
             return sigma
@@ -339,81 +366,86 @@ def sigma_direct(weights: list[Tensor], u: list[Tensor], v: list[Tensor]) -> Ten
     return _ops.sigma(weights, u, v)
 
 
-# ---- vmap: a batch of matrices is a longer list -----------------------------------------------------------------
+# ---- vmap: a batch of matrices is a stack of them ---------------------------------------------------------------
 
 
-def _unbatch(
-    xs: Sequence[Tensor],
-    dims: Sequence[int | None] | int | None,
-    size: int,
-    name: str,
-    written: bool,
-) -> list[list[Tensor]]:
-    """xs[i] as `size` views along its batch dimension; an unbatched tensor repeats itself."""
+def _each(xs: Sequence[Tensor], dims: Any) -> list[tuple[Tensor, int | None]]:
     per = dims if isinstance(dims, list | tuple) else [dims] * len(xs)
-    out = []
-    for i, (x, d) in enumerate(zip(xs, per, strict=True)):
+    return list(zip(xs, per, strict=True))
+
+
+def _are_stacks(weights: Sequence[Tensor], dims: Any) -> list[bool]:
+    """Whether each weight is a stack in every call of the batch, too."""
+    return [x.dim() - (d is not None) == 3 for x, d in _each(weights, dims)]
+
+
+def _stacks(
+    xs: Sequence[Tensor], dims: Any, are_stacks: list[bool], size: int, written: str = ""
+) -> list[Tensor]:
+    """A stack of the batch's size for each matrix: E of them where a weight is a stack itself. `written`: the name of
+    what must not be one tensor for all."""
+    out: list[Tensor] = []
+    for i, ((x, d), is_stack) in enumerate(zip(_each(xs, dims), are_stacks, strict=True)):
         if d is None and written:
             raise ValueError(
-                f"power_iteration_: expected {name}[{i}] to be batched under vmap as its weight is, "
+                f"power_iteration_: expected {written}[{i}] to be batched under vmap as its weight is, "
                 f"got one tensor for {size} matrices; give each its own"
             )
-        out.append([x] * size if d is None else list(x.unbind(d)))
+        batched = x.expand(size, *x.shape) if d is None else x.movedim(d, 0)
+        out += batched.unbind(1) if is_stack else [batched]
     return out
 
 
-def _flatten(batched: list[list[Tensor]]) -> list[Tensor]:
-    return [x for group in batched for x in group]
+def _unstacked(out: list[Tensor], weights: Sequence[Tensor], are_stacks: list[bool], dims: Any):
+    """What was computed for each matrix, as it was given; the batch comes first."""
+    rest, found = iter(out), []
+    for (w, d), is_stack in zip(_each(weights, dims), are_stacks, strict=True):
+        if is_stack:
+            experts = w.shape[0 if d != 0 else 1]
+            found.append(torch.stack([next(rest) for _ in range(experts)], 1))
+        else:
+            found.append(next(rest))
+    return found, [0] * len(found)
 
 
 @torch.library.register_vmap("specnorm_ext::power_iteration_")
 def _(info, in_dims, weights, u, v, n_iterations=1, eps=1e-12):
-    size = info.batch_size
-    ws = _unbatch(weights, in_dims[0], size, "weights", False)
-    us = _unbatch(u, in_dims[1], size, "u", True)
-    vs = _unbatch(v, in_dims[2], size, "v", True)
-    sigma = _ops.power_iteration_(_flatten(ws), _flatten(us), _flatten(vs), n_iterations, eps)
-    return sigma.view(len(weights), size), 1
+    size, are = info.batch_size, _are_stacks(weights, in_dims[0])
+    ws = _stacks(weights, in_dims[0], are, size)
+    us = _stacks(u, in_dims[1], are, size, "u")
+    vs = _stacks(v, in_dims[2], are, size, "v")
+    return _ops.power_iteration_(ws, us, vs, n_iterations, eps).view(-1, size), 1
 
 
 @torch.library.register_vmap("specnorm_ext::sigma")
 def _(info, in_dims, weights, u, v):
-    size = info.batch_size
-    groups = [
-        _flatten(_unbatch(xs, d, size, "", False))
-        for xs, d in zip((weights, u, v), in_dims, strict=True)
-    ]
-    return _ops.sigma(*groups).view(len(weights), size), 1
+    size, are = info.batch_size, _are_stacks(weights, in_dims[0])
+    lists = (_stacks(xs, d, are, size) for xs, d in zip((weights, u, v), in_dims, strict=True))
+    return _ops.sigma(*lists).view(-1, size), 1
 
 
-def _sigma_per_matrix(sigma: Tensor, dim: int | None, count: int, size: int) -> Tensor:
-    """sigma [count], or [count, size] once its batch dimension is last, in the order of the flattened list."""
-    spread = sigma.unsqueeze(1).expand(count, size) if dim is None else sigma.movedim(dim, -1)
-    return spread.reshape(count * size)
+def _sigma_per_matrix(sigma: Tensor, dim: int | None, size: int) -> Tensor:
+    """sigma [count], or with a batch dimension, in the order of the stacks."""
+    spread = sigma.unsqueeze(1).expand(-1, size) if dim is None else sigma.movedim(dim, -1)
+    return spread.reshape(-1)
 
 
 @torch.library.register_vmap("specnorm_ext::normalize")
 def _(info, in_dims, weights, u, v, sigma):
-    size, count = info.batch_size, len(weights)
-    groups = [
-        _flatten(_unbatch(xs, d, size, "", False))
-        for xs, d in zip((weights, u, v), in_dims[:3], strict=True)
-    ]
-    out = _ops.normalize(*groups, _sigma_per_matrix(sigma, in_dims[3], count, size))
-    stacked = [torch.stack(out[i * size : (i + 1) * size]) for i in range(count)]
-    return stacked, [0] * count
+    size, are = info.batch_size, _are_stacks(weights, in_dims[0])
+    lists = [_stacks(xs, d, are, size) for xs, d in zip((weights, u, v), in_dims[:3], strict=True)]
+    out = _ops.normalize(*lists, _sigma_per_matrix(sigma, in_dims[3], size))
+    return _unstacked(out, weights, are, in_dims[0])
 
 
 @torch.library.register_vmap("specnorm_ext::normalize_backward")
 def _(info, in_dims, grads, weights, u, v, sigma):
-    size, count = info.batch_size, len(weights)
-    groups = [
-        _flatten(_unbatch(xs, d, size, "", False))
-        for xs, d in zip((grads, weights, u, v), in_dims[:4], strict=True)
+    size, are = info.batch_size, _are_stacks(weights, in_dims[1])
+    lists = [
+        _stacks(xs, d, are, size) for xs, d in zip((grads, weights, u, v), in_dims[:4], strict=True)
     ]
-    out = _ops.normalize_backward(*groups, _sigma_per_matrix(sigma, in_dims[4], count, size))
-    stacked = [torch.stack(out[i * size : (i + 1) * size]) for i in range(count)]
-    return stacked, [0] * count
+    out = _ops.normalize_backward(*lists, _sigma_per_matrix(sigma, in_dims[4], size))
+    return _unstacked(out, weights, are, in_dims[1])
 
 
 # ---- devices without kernels ------------------------------------------------------------------------------------

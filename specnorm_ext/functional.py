@@ -49,7 +49,9 @@ def power_iteration(
 
     Args:
         weights: matrices [m, n], any mix of shapes and strides, one dtype (float32, float64, bfloat16 or float16)
-            and one device. A weight that requires grad needs no ``detach()``: nothing is recorded.
+            and one device. A weight that requires grad needs no ``detach()``: nothing is recorded. A stack [E, m, n],
+            in a list or alone, is E matrices, without the cost of E tensors; its u is [E, m] or [E, m, b], its v
+            [E, n] or [E, n, b].
         u: [m] or [m, b] for each weight, written. float32 for 16-bit weights, else the weight's dtype.
         v: [n] or [n, b], the start of the iteration, written. b is at most min(m, n, 8). It need not be
             normalized; one that is zero or not finite is replaced by a fixed pseudo-random vector.
@@ -58,8 +60,9 @@ def power_iteration(
             :math:`|W v| \le eps \max|W|`; v is then drawn anew.
 
     Returns:
-        sigma, [len(weights)] or a scalar for a single weight, in u's dtype. A lower bound of the spectral norm, up to
-        rounding. 0 for a zero weight and NaN for one that is not finite; both leave u and v as they were.
+        sigma, one for each matrix in their order, or a scalar for a single matrix, in u's dtype. A lower bound of the
+        spectral norm, up to rounding. 0 for a zero weight and NaN for one that is not finite; both leave u and v as
+        they were.
 
     Raises:
         TypeError: mixed or unsupported dtypes or devices.
@@ -82,7 +85,7 @@ def power_iteration(
     direct = bool(ws) and _ops.is_plain(ws[0]) and ws[0].is_cpu and not any(map(Tensor.is_neg, ws))
     run = _ops.power_iteration_direct if direct else torch.ops.specnorm_ext.power_iteration_
     sigma = _typed(run, ws, us, vs, n_iterations, eps)
-    return sigma[0] if single else sigma
+    return sigma[0] if single and ws[0].dim() == 2 else sigma
 
 
 def sigma(weights: Tensors, u: Tensors, v: Tensors) -> Tensor:
@@ -94,7 +97,7 @@ def sigma(weights: Tensors, u: Tensors, v: Tensors) -> Tensor:
         weights, u, v: as in :func:`power_iteration`; of [m, b] and [n, b] the leading column is used.
 
     Returns:
-        [len(weights)] or a scalar for a single weight, in u's dtype. Gradients flow to weights, u and v.
+        one for each matrix, or a scalar for a single matrix, in u's dtype. Gradients flow to weights, u and v.
 
     Raises:
         TypeError, ValueError: as :func:`power_iteration`.
@@ -112,7 +115,7 @@ def sigma(weights: Tensors, u: Tensors, v: Tensors) -> Tensor:
     """
     single, (ws, us, vs) = _lists(weights, u, v)
     out = _typed(torch.ops.specnorm_ext.sigma, ws, us, vs)
-    return out[0] if single else out
+    return out[0] if single and ws[0].dim() == 2 else out
 
 
 @overload
@@ -132,7 +135,7 @@ def normalize(weights, u, v, sigma):
 
     Args:
         weights, u, v: as in :func:`power_iteration`.
-        sigma: [len(weights)], or a scalar for a single weight; in u's dtype.
+        sigma: one for each matrix, or a scalar for a single matrix; in u's dtype.
 
     Returns:
         a list of new tensors (one tensor for a single weight) of the weights' shapes, dtype and strides. sigma = 0
@@ -287,13 +290,14 @@ def init_uv(
     """Random unit u and v for a weight [m, n], on its device, in the state dtype (see :func:`power_iteration`).
 
     Args:
-        weight: [m, n].
-        n_vectors: None for u [m] and v [n]; a number b, at most min(m, n, 8), for [m, b] and [n, b].
+        weight: [m, n], or a stack [E, m, n].
+        n_vectors: None for u [m] and v [n]; a number b, at most min(m, n, 8), for [m, b] and [n, b]. Of a stack
+            [E, m] and [E, n], or [E, m, b] and [E, n, b].
         n_iterations: power iterations to run on the pair before it is returned.
         generator: as for ``torch.randn``. Draws u first, then v, as torch's spectral_norm does.
 
     Raises:
-        ValueError: a weight that is not a matrix, n_vectors < 1 or > min(m, n, 8).
+        ValueError: a weight of other dimensions, n_vectors < 1 or > min(m, n, 8).
 
     Example:
         >>> import torch, specnorm_ext
@@ -301,11 +305,12 @@ def init_uv(
         >>> u.shape, v.shape
         (torch.Size([3]), torch.Size([5]))
     """
-    if weight.dim() != 2:
+    if weight.dim() not in (2, 3):
         raise ValueError(
-            f"init_uv: expected weight to be a matrix [m, n], got shape {list(weight.shape)}; flatten it first"
+            f"init_uv: expected weight to be a matrix [m, n] or a stack [E, m, n], got shape {list(weight.shape)}; "
+            "flatten it first"
         )
-    m, n = weight.shape
+    *lead, m, n = weight.shape
     if n_vectors is not None and not 1 <= n_vectors <= max(1, min(m, n, 8)):
         raise ValueError(
             f"init_uv: expected n_vectors between 1 and min(m, n, 8) = {min(m, n, 8)}, got {n_vectors}"
@@ -313,11 +318,12 @@ def init_uv(
     dtype = state_dtype(weight.dtype)
     columns = () if n_vectors is None else (n_vectors,)
     with torch.no_grad():
+        shapes = ((*lead, length, *columns) for length in (m, n))
         u, v = (
-            torch.randn((length, *columns), dtype=dtype, device=weight.device, generator=generator)
-            for length in (m, n)
+            torch.randn(shape, dtype=dtype, device=weight.device, generator=generator)
+            for shape in shapes
         )
-        u, v = (torch.nn.functional.normalize(x, dim=0) for x in (u, v))
+        u, v = (torch.nn.functional.normalize(x, dim=len(lead)) for x in (u, v))
         if n_iterations > 0:
             power_iteration(weight, u, v, n_iterations)
     return u, v

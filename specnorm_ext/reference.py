@@ -2,7 +2,7 @@
 compare them with, and the path of devices that have no kernels.
 
 Formulas and order of operations are those of the kernels. Decisions (a NaN in W, a zero W, a bad v) are taken on
-the device with `torch.where`, so nothing here synchronizes. Every function takes lists.
+the device with `torch.where`, so nothing here synchronizes. Every function takes lists, of matrices and stacks of them.
 """
 
 from __future__ import annotations
@@ -44,6 +44,32 @@ def _power_of_two(x: Tensor) -> Tensor:
 
 def _orthonormal(x: Tensor) -> Tensor:
     return torch.linalg.qr(x).Q
+
+
+def opened(xs: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    """What belongs to `weights`, matrix by matrix: a stack [E, ...] beside a stack of weights becomes E tensors."""
+    return [
+        y for x, w in zip(xs, weights, strict=True) for y in (x.unbind(0) if w.dim() == 3 else [x])
+    ]
+
+
+def closed(xs: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    """The inverse of `opened`."""
+    rest, out = iter(xs), []
+    for w in weights:
+        if w.dim() != 3:
+            out.append(next(rest))
+        elif w.shape[0] == 0:
+            out.append(torch.zeros_like(w))
+        else:
+            out.append(torch.stack([next(rest) for _ in range(w.shape[0])]))
+    return out
+
+
+def _stacked(values: list[Tensor], u: Sequence[Tensor]) -> Tensor:
+    if values:
+        return torch.stack(values)
+    return u[0].new_zeros(0) if u else torch.zeros(0)  # of a stack of none, or of no list
 
 
 def _power_iteration_one(w: Tensor, u: Tensor, v: Tensor, n_iterations: int, eps: float) -> Tensor:
@@ -104,11 +130,11 @@ def power_iteration_(
     With u [m, b] and v [n, b]: Q = orth(W V), the SVD of W^T Q = V' S X^T gives V = V', U = Q X, sigma = S_1.
     """
     check_power_iteration(weights, u, v, n_iterations, eps)
+    lists = (opened(xs, weights) for xs in (weights, u, v))
     values = [
-        _power_iteration_one(w, a, b, n_iterations, eps)
-        for w, a, b in zip(weights, u, v, strict=True)
+        _power_iteration_one(w, a, b, n_iterations, eps) for w, a, b in zip(*lists, strict=True)
     ]
-    return torch.stack(values) if values else torch.zeros(0)
+    return _stacked(values, u)
 
 
 def _new_directions(basis: Tensor, x: Tensor, salt: int) -> Tensor:
@@ -270,8 +296,9 @@ def _bilinear(w: Tensor, u: Tensor, v: Tensor) -> Tensor:
 def sigma(weights: Sequence[Tensor], u: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:
     r"""Twin of `torch.ops.specnorm_ext.sigma`: :math:`\sigma_i = u_i^T W_i v_i`, [len(weights)], differentiable."""
     check_sigma(weights, u, v)
-    values = [_bilinear(w, _leading(a), _leading(b)) for w, a, b in zip(weights, u, v, strict=True)]
-    return torch.stack(values) if values else torch.zeros(0)
+    lists = (opened(xs, weights) for xs in (weights, u, v))
+    values = [_bilinear(w, _leading(a), _leading(b)) for w, a, b in zip(*lists, strict=True)]
+    return _stacked(values, u)
 
 
 def _divide(w: Tensor, s: Tensor) -> Tensor:
@@ -290,11 +317,12 @@ def normalize(
     """
     check_normalize(weights, u, v, sigma)
     out = []
-    for i, (w, a, b) in enumerate(zip(weights, u, v, strict=True)):
+    lists = (opened(xs, weights) for xs in (weights, u, v))
+    for i, (w, a, b) in enumerate(zip(*lists, strict=True)):
         x = w.to(a.dtype)
         tracked = torch.dot(_leading(a), torch.mv(x - x.detach(), _leading(b)))
         out.append(_divide(x, sigma[i].detach() + tracked).to(w.dtype))
-    return out
+    return closed(out, weights)
 
 
 def normalize_backward(
@@ -312,14 +340,15 @@ def normalize_backward(
     """
     check_normalize_backward(grads, weights, u, v, sigma)
     out = []
-    for i, (g, w, a, b) in enumerate(zip(grads, weights, u, v, strict=True)):
+    lists = (opened(xs, weights) for xs in (grads, weights, u, v))
+    for i, (g, w, a, b) in enumerate(zip(*lists, strict=True)):
         left, right = _leading(a), _leading(b)
         x, y = w.to(left.dtype), g.to(left.dtype)
         tracked = torch.dot(left, torch.mv(x - x.detach(), right))
         s = sigma[i].detach() + tracked
         c = (y * _divide(x, s)).sum()
         out.append(_divide(y - c * torch.outer(left, right), s).to(w.dtype))
-    return out
+    return closed(out, weights)
 
 
 def _inverse(s: Tensor) -> Tensor:

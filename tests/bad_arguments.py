@@ -74,14 +74,14 @@ def shared(op):
         weights=lambda: [x(3, 4, dtype=BF16), x(5, 2, dtype=F16)],
     )
     for shape, text in (
-        ((3, 4, 1), "[3, 4, 1]"),
+        ((3, 4, 1, 1), "[3, 4, 1, 1]"),
         ((12,), "[12]"),
         ((), "[]"),
-        ((0, 3, 3), "[0, 3, 3]"),
+        ((0, 3, 3, 3), "[0, 3, 3, 3]"),
     ):
         yield case(
             ValueError,
-            f"weights[0] to be a matrix [m, n], got shape {text}",
+            f"weights[0] to be a matrix [m, n] or a stack of matrices [E, m, n], got shape {text}",
             weights=lambda shape=shape: [x(*shape), x(5, 2)],
         )
     yield case(ValueError, "v[1] to have shape [2] or [2, b], got [3]", v=lambda: [x(4), x(3)])
@@ -92,6 +92,20 @@ def shared(op):
     )
     yield case(
         ValueError, "u[0] to have shape [3] or [3, b], got [1, 3]", u=lambda: [x(1, 3), x(5)]
+    )
+    for shape, text in (((3,), "[3]"), ((2, 4), "[2, 4]"), ((3, 3), "[3, 3]")):
+        yield case(
+            ValueError,
+            f"u[0] to have shape [2, 3] or [2, 3, b], got {text}",
+            weights=lambda: [x(2, 3, 4), x(5, 2)],
+            u=lambda shape=shape: [x(*shape), x(5)],
+            v=lambda: [x(2, 4), x(2)],
+        )
+    yield case(
+        ValueError,
+        "v[0] to have shape [2, 4] or [2, 4, b], got [4]",
+        weights=lambda: [x(2, 3, 4), x(5, 2)],
+        u=lambda: [x(2, 3), x(5)],
     )
     yield case(
         TypeError,
