@@ -36,6 +36,7 @@ SN_GAN = [
 
 READ = "one read of W (torch.sum)"
 OURS = "specnorm_ext"
+STACK = "specnorm_ext, all in one tensor"
 TORCH = "torch's op sequence"
 BARE = "three torch.mv and nothing else"
 EPS = 1e-12
@@ -88,6 +89,12 @@ def gemvs(like: Sequence[Tensor]) -> Callable[..., list[Tensor]]:
         return zs
 
     return step
+
+
+def stacked(weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor]) -> Tensor:
+    """The one stack of all matrices."""
+    (w,), (u,), (v,) = weights, us, vs
+    return functional.power_iteration(w, u, v, 1, EPS)
 
 
 def bare(weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor]) -> list[Tensor]:
@@ -145,8 +152,8 @@ def step_group(
     """One step on all of `shapes` in one call.
 
     cached: one copy of the data, which then stays in the cache, in place of a pool that does not fit.
-    loop: many small matrices; the baselines then run a compiled body in a loop (one graph of thousands of ops
-    takes minutes to compile) and the bare matrix-vector products join them.
+    loop: many small matrices of one shape; the baselines then run a compiled body in a loop (one graph of thousands
+    of ops takes minutes to compile), and the bare matrix-vector products and the stack of all matrices join them.
     """
     size = torch.empty(0, dtype=dtype).element_size()
     data_bytes = sum(m * n * size for m, n in shapes)
@@ -159,6 +166,10 @@ def step_group(
         (OURS, lambda ws, us, vs: functional.power_iteration(ws, us, vs, 1, EPS), torch.float32),
         (TORCH, torch_list(torch_body), torch_dtype),
     ]
+    if loop:
+        steps.insert(1, (STACK, stacked, torch.float32))
+        # the same memory: matrices of whole cache lines lie end to end
+        stacks = [[x.view(dtype).view(len(shapes), *shapes[0])] for x in buffers]
     if not options.no_compile:
         torch._dynamo.reset()  # its limit of compiled versions counts across groups
         whole = (
@@ -195,9 +206,13 @@ def step_group(
         for name, step, state_dtype in steps:
             us, vs = split(start(pool[0], columns, state_dtype))
             before = [v.clone() for v in vs]
-            ours = name == OURS
+            ours = name in (OURS, STACK)
             rtol = BFLOAT16_RTOL if state_dtype == torch.bfloat16 else RTOL
-            sigmas = step(pool[0], us, vs)
+            if step is stacked:
+                u, v = torch.stack(us), torch.stack(vs)
+                sigmas, us, vs = step(stacks[0], [u], [v]), list(u), list(v)
+            else:
+                sigmas = step(pool[0], us, vs)
             for i, w in enumerate(pool[0]):
                 sigma, u, v = truth[state_dtype][i]
                 what = f"{name}, matrix {i} of shape {tuple(w.shape)}"
@@ -221,12 +236,13 @@ def step_group(
 
     def variant(name: str, step: Callable[..., Any], state_dtype: torch.dtype) -> Variant:
         first = split(start(pool[0], columns, state_dtype))
+        data = pool
+        if step is stacked:
+            first, data = ([torch.stack(first[0])], [torch.stack(first[1])]), stacks
         # Each entry has u and v of its own, which therefore leave the cache with it.
         states = [([u.clone() for u in first[0]], [v.clone() for v in first[1]]) for _ in pool]
-        ours = name == OURS
-        return Variant(
-            name, lambda i: step(pool[i], *states[i]), targets if ours else (), ours=ours
-        )
+        goals = {OURS: targets, STACK: tuple(t for t in targets if t.than == BARE)}.get(name, ())
+        return Variant(name, lambda i: step(data[i], *states[i]), goals, ours=name in (OURS, STACK))
 
     return Group(
         name=title,

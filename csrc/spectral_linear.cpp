@@ -51,9 +51,11 @@ int64_t rows_of(const Operand& x) {
   return rows;
 }
 
-// 1 / sigma, 0 where sigma is. Beside a W near the ends of the range of its sums, products would
-// leave that range, and so may the other operand where BLAS multiplies it with alpha first: then
-// (power is not 1) that operand takes a power of two before the product, and the result the rest.
+// 1 / sigma, 0 where sigma is. Beside a W far from 1 products may leave the range that the results
+// keep to, and so may the other operand where BLAS multiplies it with alpha first: then (power is
+// not 1) that operand takes the root of 1 / sigma, as a power of two, before the product, and the
+// result the rest. Within kNear, which is scalar_inverse()'s in state.py, numbers are left alone.
+constexpr int kNear = 16;  // powers of two
 struct Inverse {
   double exact, power, rest;
 };
@@ -62,12 +64,12 @@ Inverse inverse_of(const Operand& sigma) {
   const double value = wide ? *reinterpret_cast<const double*>(sigma.data)
                             : double(*reinterpret_cast<const float*>(sigma.data));
   const double size = std::fabs(value), largest = wide ? DBL_MAX : double(FLT_MAX);
-  const int shift = wide ? 500 : 60;
   Inverse x{value == 0 ? 0 : 1 / value, 1, 1};
   // of a denormal sigma: Inf times 0 would be NaN
   if (std::fabs(x.exact) > largest) x.exact = std::copysign(largest, value);
-  if (size > std::ldexp(1.0, shift)) x.power = std::ldexp(1.0, -shift);
-  if (size != 0 && size < std::ldexp(1.0, -shift)) x.power = std::ldexp(1.0, shift);
+  int exponent = 0;
+  if (size != 0 && std::isfinite(size)) std::frexp(size, &exponent);
+  if (std::abs(exponent) > kNear) x.power = std::ldexp(1.0, -exponent / 2);
   x.rest = 1 / (value * x.power);
   return x;
 }

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from . import reference
 from ._checks import check_spectral_embedding, raise_typed
-from ._ops import _below_autograd, _impl, _legacy_vmap, _needs_composite, _ops
+from ._ops import (
+    _below_autograd,
+    _impl,
+    _legacy_vmap,
+    _needs_composite,
+    _normalize_backward,
+    _ops,
+)
 
 
 def _divisor(sigma: Tensor) -> Tensor:
@@ -37,7 +44,8 @@ _impl.impl("spectral_embedding", _run, "CompositeExplicitAutograd")
 class _SpectralEmbedding(torch.autograd.Function):
     """dW = (embedding_dense_backward(g) - c u v^T) / sigma, c = <g, y>, both without the padding's entries.
 
-    The rows are looked up again for c, which spares keeping y and asking whether it has changed.
+    The rows are looked up again for c, which spares keeping y and asking whether it has changed. Of as many indices as
+    rows or more, c = <G, W> / sigma of the dense gradient G is cheaper, and all that follows is normalize's backward.
     """
 
     @staticmethod
@@ -58,6 +66,12 @@ class _SpectralEmbedding(torch.autograd.Function):
         ):
             exact = reference.spectral_embedding_backward(g, weight, indices, u, v, sigma, padding)
             return None, exact, *rest
+        if g.numel() >= weight.numel():
+            dense = torch.ops.aten.embedding_dense_backward(
+                g, indices, weight.shape[0], padding, False
+            )
+            (dw,) = _normalize_backward([dense], [weight], [u], [v], sigma.reshape(1), [True])
+            return None, dw, *rest
         divisor = _divisor(sigma)
         scaled = g / divisor  # in the state dtype
         if padding >= 0:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _C, reference
 from ._checks import (
     SIXTEEN_BIT,
     check_spectral_linear,
@@ -25,6 +25,7 @@ from ._ops import (
     _legacy_vmap,
     _needs_composite,
     _ops,
+    is_plain,
     is_untraced,
 )
 
@@ -42,6 +43,17 @@ def _(g, x, weight, bias, u, v, sigma, y, want_x, want_w):
     return dx, torch.empty_like(weight) if want_w else weight.new_empty(0)
 
 
+def is_wanted(ctx: Any, i: int) -> bool:
+    """Whether this backward pass leads anywhere through the i-th tensor that forward was given.
+
+    needs_input_grad says what any pass may want: torch.autograd.grad(y, x) has no use for dW.
+    """
+    try:
+        return torch._C._will_engine_execute_node(ctx.next_functions[i][0])
+    except RuntimeError:  # of a leaf that is asked for itself; or backward was called by hand
+        return True
+
+
 class _SpectralLinear(torch.autograd.Function):
     """dx = g W / sigma, db = sum g, dW = (g^T x - c u v^T) / sigma with c = <g, y - b> = <dx, x>.
 
@@ -50,7 +62,7 @@ class _SpectralLinear(torch.autograd.Function):
     needs it, and kept for a backward of this layer alone a large one would be memory that a plain layer does not
     take. Without y, the op takes one more pass over dW and W, which is little beside the product of a large batch
     (and much beside that of a small one, where y is what costs next to nothing). So also where someone has
-    written to y since, an in-place ReLU, say; and where y, in 16 bits, has lost y - b to rounding.
+    written to y or b since, an in-place ReLU, say; and where y, in 16 bits, has lost y - b to rounding.
     """
 
     @staticmethod
@@ -63,20 +75,36 @@ class _SpectralLinear(torch.autograd.Function):
             y = _ops.spectral_linear.default.redispatch(
                 how & _below_autograd, x, weight, bias, u, v, sigma
             )
+        if (
+            y._is_view()
+        ):  # of the product of its rows; autograd would not let a view be changed in place
+            y = torch.ops.aten._unsafe_view(y, y.shape)
         needs = ctx.needs_input_grad
-        # a frozen weight keeps nothing of the input, and one that leads nowhere nothing at all: as in a plain layer
-        ctx.save_for_backward(x if needs[2] else None, weight, bias, u, v, sigma)
         ctx.y = None
+        if needs[1] or needs[2]:  # a frozen weight keeps nothing of the input, as in a plain layer
+            ctx.save_for_backward(x if needs[2] else None, weight, u, v, sigma)
         kept = bias is None or weight.dtype not in SIXTEEN_BIT
         if kept and needs[2] and not needs[1] and 64 * y.numel() <= weight.numel():
-            ctx.y = y.detach()  # its version counter is that of the output
-            ctx.version = ctx.y._version
+            # their version counters are those of the output and of the bias
+            ctx.y, ctx.bias = y.detach(), None if bias is None else bias.detach()
+            ctx.seen = _SpectralLinear.state_of(ctx)
         return y
 
     @staticmethod
+    def state_of(ctx: Any) -> tuple[Any, ...]:
+        """What tells whether y or b has been written to; through .data as well, as far as their fingerprints go."""
+        return tuple(
+            (x._version, _C.fingerprint(x) if is_plain(x) else None)
+            for x in (ctx.y, ctx.bias)
+            if x is not None
+        )
+
+    @staticmethod
     def backward(ctx: Any, g: Tensor):
-        x, weight, bias, u, v, sigma = ctx.saved_tensors
         want_x, want_w, want_b = ctx.needs_input_grad[1:4]
+        want_x, want_w = want_x and is_wanted(ctx, 0), want_w and is_wanted(ctx, 1)
+        if want_x or want_w:
+            x, weight, u, v, sigma = ctx.saved_tensors
         dx = dw = None
         keys = torch._C._dispatch_keys(g)
         batched = keys.has(_legacy_vmap)
@@ -84,14 +112,14 @@ class _SpectralLinear(torch.autograd.Function):
             # g W / sigma is a layer of W^T, and has v W^T u for its sigma
             dx = _ops.spectral_linear(g, weight.mT, None, v, u, sigma)
         elif want_x or want_w:
-            y = ctx.y if ctx.y is not None and ctx.y._version == ctx.version else None
+            y = ctx.y if ctx.y is not None and ctx.seen == _SpectralLinear.state_of(ctx) else None
             # is_grads_batched of torch.autograd.grad rests on an older vmap, which would call the op row by row
             if batched:
                 if x is None:  # only dW depends on it
                     x = g.new_zeros(()).expand(*g.shape[:-1], weight.shape[-1])
                 dx, dw = reference.spectral_linear_backward(g, x, weight, u, v, sigma)
             else:
-                shift = bias if y is not None else None
+                shift = ctx.bias if y is not None else None
                 args = (g, x, weight, shift, u, v, sigma, y, want_x, want_w)
                 if torch.is_grad_enabled() or not is_untraced():
                     dx, dw = _ops.spectral_linear_backward(*args)

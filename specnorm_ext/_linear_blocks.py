@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import reference
 from ._checks import SIXTEEN_BIT, check_spectral_linear_blocks, raise_typed
-from ._linear import autocast, autocast_factor
+from ._linear import autocast, autocast_factor, is_wanted
 from ._ops import _below_autograd, _impl, _legacy_vmap, _needs_composite, _ops, is_plain
 from .blocks import Blocks
 
@@ -85,20 +85,27 @@ class _SpectralLinearBlocks(torch.autograd.Function):
             keyset & _below_autograd, x, weight, bias, u, v, sigma, rows, interleaved, experts
         )
         # a frozen weight keeps nothing of the input, as in a plain layer
-        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, weight, bias, u, v, sigma)
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, weight, u, v, sigma)
         ctx.blocks = (rows, interleaved, experts)
         ctx.y = None
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         rounded = bias is not None and weight.dtype in SIXTEEN_BIT  # y - b of y in 16 bits
         if ctx.needs_input_grad[2] and hooks is None and not rounded:
-            ctx.y = y.detach()  # its version counter is that of the output
-            ctx.version = ctx.y._version
+            # their version counters are those of the output and of the bias
+            ctx.y, ctx.bias = y.detach(), None if bias is None else bias.detach()
+            ctx.seen = _SpectralLinearBlocks.state_of(ctx)
         return y
 
     @staticmethod
+    def state_of(ctx: Any) -> tuple[int, ...]:
+        """What tells whether y or b has been written to."""
+        return tuple(x._version for x in (ctx.y, ctx.bias) if x is not None)
+
+    @staticmethod
     def backward(ctx: Any, g: Tensor):
-        x, weight, bias, u, v, sigma = ctx.saved_tensors
+        x, weight, u, v, sigma = ctx.saved_tensors
         want_x, want_w, want_b = ctx.needs_input_grad[1:4]
+        want_x, want_w = want_x and is_wanted(ctx, 0), want_w and is_wanted(ctx, 1)
         rest = (None,) * 6
         if x is None:  # only dW depends on it
             x = g.new_zeros(()).expand(*g.shape[:-1], weight.shape[-1])
@@ -126,8 +133,8 @@ class _SpectralLinearBlocks(torch.autograd.Function):
         dx = None if dx is None else dx.view(x.shape)
         dw = None
         if want_w:
-            if ctx.y is not None and ctx.y._version == ctx.version:
-                c = _column_products(flat, reference._flat(ctx.y, experts), bias)
+            if ctx.y is not None and ctx.seen == _SpectralLinearBlocks.state_of(ctx):
+                c = _column_products(flat, reference._flat(ctx.y, experts), ctx.bias)
             else:
                 c = _column_products(scaled, _product(inputs, weight.mT), None)
             factor = blocks.spread(blocks.sums(c) / safe, u.shape[0]).neg_().mul_(u)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as nnf
 from torch.nn.utils import parametrize
+from torch.utils._device import DeviceContext
 
 from . import fused
 from ._checks import state_dtype
-from ._ops import is_untraced
 from ._ties import tied_to
 from .blocks import Blocks
 from .convolution_operator import Sizes, operator_of_layer
+from .recomputation import is_compiling, is_eager
 from .state import SpectralState
 
 
@@ -99,8 +101,15 @@ def output_dim(module: nn.Module) -> int:
 # ---- forwards without W / sigma ----------------------------------------------------------------------------------
 #
 # `module.weight` is W / sigma, for whoever asks. A Linear or an Embedding need not ask: its forward has all that a
-# layer of ours has, and then makes no tensor of W's size. Where somebody could tell, torch's own forward runs, which
-# asks.
+# layer of ours has, and then makes no tensor of W's size. What it was before, torch's, runs where somebody watches or
+# replaces what that calls, where its messages are wanted, and where it is the faster one.
+
+_linear, _embedding = nnf.linear, nnf.embedding
+_torchs_forwards: tuple[Any, Any] = (nn.Linear.forward, nn.Embedding.forward)
+_TORCHS_FILES = (nn.modules.linear.__file__, nn.modules.sparse.__file__)
+
+# An embedding's table of fewer entries is divided in less time than the calls around it take.
+_SMALL_TABLE = 1 << 16
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -112,6 +121,19 @@ def _is_hooked(module: nn.Module) -> bool:
         or d["_backward_pre_hooks"]
         or "forward" in d
     )
+
+
+def _is_watched() -> bool:
+    """Whether a mode of torch's sees each function or op that is called, but for those that trace."""
+    if is_compiling():
+        return False
+    functions = torch._C._len_torch_function_stack()
+    if functions > 0:  # torch.set_default_device leaves what we call alone
+        top = torch._C._get_function_stack_at(functions - 1)
+        if functions > 1 or type(top) is not DeviceContext:
+            return True
+    ops = torch._C._len_torch_dispatch_stack()
+    return (ops > 0 and is_eager()) or torch._C._get_tracing_state() is not None
 
 
 def _own_weight(module: nn.Module) -> tuple[SpectralNorm, Tensor] | None:
@@ -129,82 +151,97 @@ def _own_weight(module: nn.Module) -> tuple[SpectralNorm, Tensor] | None:
     if weight is None:
         weight = plist.__dict__.get("original")  # in a replica parameters are attributes
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not _is_torchs_own(weight):
-        return None
-    return own, weight
+        return None  # of experts it has three
+    return (own, weight) if not _is_watched() else None
 
 
 def _is_torchs_own(x: Tensor) -> bool:
-    # what stands for a tensor while something is traced is of a kind of its own
-    return (type(x) in (Tensor, nn.Parameter) or not is_untraced()) and x.layout is torch.strided
-
-
-_torch_linear, _torch_embedding = nn.Linear.forward, nn.Embedding.forward
+    kind = type(x)
+    if kind not in (Tensor, nn.Parameter) and not kind.__module__.startswith("torch._subclasses"):
+        return False  # those stand for tensors while something is traced
+    return x.layout is torch.strided and not x.is_nested
 
 
 def _linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
+    base: Any = type(self)._before  # type: ignore[attr-defined]
     own = _own_weight(self)
-    if own is not None and nn.Linear.forward is _torch_linear:
-        spectral, weight = own
-        bias = self.bias
-        if (
-            isinstance(input, Tensor)
-            and _is_torchs_own(input)
-            and input.dim() >= 1
-            and input.shape[-1] == weight.shape[1]
-            and input.device == weight.device
-            and (input.dtype == weight.dtype or _casts(input, weight))
-            and (
-                bias is None
-                or (
-                    _is_torchs_own(bias)
-                    and bias.shape == weight.shape[:1]
-                    and bias.dtype == weight.dtype
-                    and bias.device == weight.device
-                )
-            )
-        ):
-            return fused.linear(spectral, input, weight, bias)
-    return nn.Linear.forward(self, input)  # which has messages of its own
+    if (
+        own is None
+        or base.forward is not _torchs_forwards[0]
+        or nnf.linear is not _linear
+        or not isinstance(input, Tensor)
+        or not _is_torchs_own(input)
+        or not _may_multiply(*own, input)
+    ):
+        return cast(Tensor, base.forward(self, input))
+    spectral, weight = own
+    bias = self.bias
+    if bias is not None and not (
+        isinstance(bias, Tensor)
+        and _is_torchs_own(bias)
+        and bias.shape == weight.shape[:1]
+        and bias.dtype == weight.dtype
+        and bias.device == weight.device
+    ):
+        return nnf.linear(input, self.weight, bias)  # read once: it may be a parametrization's, too
+    return fused.linear(spectral, input, weight, bias)
+
+
+def _may_multiply(spectral: SpectralNorm, weight: Tensor, x: Tensor) -> bool:
+    if x.dim() < 1 or x.shape[-1] != weight.shape[1] or x.device != weight.device:
+        return False
+    if x.dtype != weight.dtype and not _casts(x, weight):
+        return False
+    if x.requires_grad and not weight.requires_grad and torch.is_grad_enabled():
+        return False  # W / sigma is a tensor of its own: a frozen W may change before the backward
+    if spectral.blocks is not None or spectral._parameters.get("scale") is not None:
+        # passes over the output, in place of those over W
+        return is_compiling() or x.numel() <= weight.shape[1] ** 2
+    return True
 
 
 def _casts(x: Tensor, weight: Tensor) -> bool:
     """Whether autocast brings both to one dtype."""
     return (
-        torch.is_autocast_enabled(x.device.type)
+        not x.is_meta
+        and torch.is_autocast_enabled(x.device.type)
         and x.is_floating_point()
         and torch.float64 not in (x.dtype, weight.dtype)
     )
 
 
 def _embedding_forward(self: nn.Embedding, input: Tensor) -> Tensor:
+    base: Any = type(self)._before  # type: ignore[attr-defined]
     own = _own_weight(self)
-    if own is not None and nn.Embedding.forward is _torch_embedding:
-        spectral, weight = own
-        if (
-            spectral.blocks is None
-            and self.max_norm is None
-            and not self.scale_grad_by_freq
-            and isinstance(input, Tensor)
-            and _is_torchs_own(input)
-            and input.dtype in (torch.int64, torch.int32)
-            and input.device == weight.device
-        ):
-            return fused.embedding(spectral, input, weight, self.padding_idx)
-    return nn.Embedding.forward(self, input)
+    if (
+        own is None
+        or base.forward is not _torchs_forwards[1]
+        or nnf.embedding is not _embedding
+        or own[0].blocks is not None
+        or self.max_norm is not None
+        or self.scale_grad_by_freq
+        or not (self.padding_idx is None or 0 <= self.padding_idx < own[1].shape[0])
+        or not isinstance(input, Tensor)
+        or not _is_torchs_own(input)
+        or input.dtype not in (torch.int64, torch.int32)
+        or input.device != own[1].device
+        or not (is_compiling() or _is_sparse_look(input, own[1]))
+    ):
+        return cast(Tensor, base.forward(self, input))
+    return fused.embedding(own[0], input, own[1], self.padding_idx)
 
 
-_FORWARDS: tuple[tuple[Callable[..., Tensor], Callable[..., Tensor]], ...] = (
-    (_torch_linear, _linear_forward),
-    (_torch_embedding, _embedding_forward),
-)
+def _is_sparse_look(indices: Tensor, weight: Tensor) -> bool:
+    return weight.numel() >= _SMALL_TABLE and 4 * indices.numel() <= weight.shape[0]
 
 
 def _fuse(module: nn.Module) -> None:
-    """Give this module the forward above. Its class is its own: torch's parametrize has made it."""
+    """Give this module the forward above: in the class that torch's parametrize has made for it, and for its copies."""
     cls: Any = type(module)
-    for torchs, ours in _FORWARDS:
-        if cls.forward is torchs:
-            cls.forward = ours
+    for torchs, ours in zip(_torchs_forwards, (_linear_forward, _embedding_forward), strict=True):
+        # of torch itself: somebody may have replaced it before this file was imported
+        if cls.forward is torchs and torchs.__code__.co_filename in _TORCHS_FILES:
+            cls.forward, cls._before = ours, cls.__mro__[1]
 
 
 def register(module: nn.Module, name: str, parametrization: SpectralNorm) -> None:

@@ -612,10 +612,10 @@ def trace_of(weight: Tensor) -> Any:
 
 
 def scalar_inverse(d: float) -> float | None:
-    """1 / d as torch.addmm may take it, 0 for 0; None where the op has to see to the ends of the range, and to NaN."""
+    """1 / d as torch.addmm may take it, 0 for 0; None where the op has to see to the range, and to NaN."""
     if d == 0:
         return 0.0
-    return 1 / d if 2.0**-60 < abs(d) < 2.0**60 else None
+    return 1 / d if 2.0**-16 < abs(d) < 2.0**16 else None
 
 
 def is_capturing(x: Tensor) -> bool:

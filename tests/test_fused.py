@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,8 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm as torch_spectral_norm
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from specnorm_ext import fused, spectral_norm
+from specnorm_ext import SpectralEmbedding, _linear, _linear_blocks, fused, spectral_norm
 from specnorm_ext.parametrizations import SpectralNorm
 
 TOLERANCE = {F64: 1e-12, F32: 2e-5, BF16: 3e-2, F16: 4e-3}
@@ -289,7 +294,7 @@ def test_hooks_see_the_weight(watch, fusions):
         handle = plist[0].register_full_backward_pre_hook(see)
     else:
         handle = nn.modules.module.register_module_forward_hook(see)
-    with contextlib.closing(contextlib.ExitStack()) as stack:
+    with contextlib.ExitStack() as stack:
         stack.callback(handle.remove)
         layer(torch.randn(3, 8)).sum().backward()
     assert seen
@@ -362,13 +367,19 @@ def test_taken_off_again(fusions):
     assert not torch.allclose(layer(x), before)
 
 
-def said(call) -> tuple[type, str]:
-    """The error, and the first line of its message."""
+def said_or_nothing(call) -> tuple[type, str] | None:
     try:
         call()
     except Exception as error:
         return type(error), str(error).split("\n")[0]
-    pytest.fail("nothing was raised")
+    return None
+
+
+def said(call) -> tuple[type, str]:
+    """The error, and the first line of its message."""
+    found = said_or_nothing(call)
+    assert found is not None
+    return found
 
 
 @pytest.mark.parametrize(
@@ -489,52 +500,368 @@ def test_an_optimizer_step_between_raises():
         loss.backward()
 
 
+# ---- what torch's own way allows, and so does this ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda y: y.relu_(),
+        lambda y: nn.ReLU(inplace=True)(y),
+        lambda y: y.__iadd__(1),
+        lambda y: y[..., :1].zero_(),
+        lambda y: y.view(-1).mul_(2),
+        lambda y: y.unsqueeze_(0),
+    ],
+    ids=["relu_", "inplace", "+=", "part", "view", "unsqueeze_"],
+)
+@pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 3, 8), (2, 2, 3, 8)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"blocks": 3}, {"learnable_scale": True}], ids=str)
+def test_outputs_change_in_place(options, shape, change):
+    layer = linear(**options)
+    whole = copy.deepcopy(layer)
+    x = torch.randn(shape)
+    for y in (layer(x), nnf.linear(x, whole.weight, whole.bias)):
+        change(y)
+        y.pow(2).sum().backward()
+    for key, g in grads_of(whole).items():
+        assert_near(grads_of(layer)[key], g, F32)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_a_frozen_weight_may_change_before_the_backward(training, fusions):
+    """A target network that follows its model: torch has saved W / sigma."""
+    layer = linear().train(training).requires_grad_(False)
+    x = torch.randn(3, 8, requires_grad=True)
+    y = layer(x)
+    expected = layer.eval().weight.clone()
+    with torch.no_grad():
+        layer.parametrizations.weight.original.mul_(-2)
+    y.sum().backward()
+    assert_near(x.grad, expected.sum(0).expand(3, 8), F32)
+    assert "fused" not in fusions
+    with torch.inference_mode():
+        made = linear().eval().requires_grad_(False)
+    z = torch.randn(3, 8, requires_grad=True)
+    made(z).sum().backward()
+    assert z.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["bias alone", "all"])
+@pytest.mark.parametrize("width", [8, 512])
+@pytest.mark.parametrize("options", [{}, {"blocks": 3}], ids=str)
+def test_a_bias_may_change_before_the_backward(options, width, frozen):
+    """Kept outputs (of a small batch, without a gradient for x) are of no use then."""
+    torch.manual_seed(0)
+    layer = spectral_norm(nn.Linear(width, 12), **options)
+    layer.parametrizations.weight.original.requires_grad_(not frozen)
+    whole = copy.deepcopy(layer)
+    x = torch.randn(2, width)
+    for module, y in ((layer, layer(x)), (whole, nnf.linear(x, whole.weight, whole.bias))):
+        with torch.no_grad():
+            module.bias.add_(1)
+        y.square().sum().backward()
+    for key, g in grads_of(whole).items():
+        assert_near(grads_of(layer)[key], g, F32)
+
+
+@pytest.mark.parametrize("how", ["data", "numpy", "resized"])
+def test_outputs_that_change_without_a_version(how):
+    torch.manual_seed(0)
+    layer = spectral_norm(nn.Linear(1024, 4))
+    whole = copy.deepcopy(layer)
+    x = torch.randn(2, 1024)
+    for y in (layer(x), nnf.linear(x, whole.weight, whole.bias)):
+        loss = 3 * y.sum()
+        if how == "data":
+            y.data.mul_(5)
+        elif how == "numpy":
+            y.detach().numpy()[:] = 7
+        else:
+            y.untyped_storage().resize_(0)
+        loss.backward()
+    for key, g in grads_of(whole).items():
+        assert_near(grads_of(layer)[key], g, F32)
+
+
+@pytest.mark.parametrize("options", [{}, {"blocks": 3}], ids=str)
+def test_what_nobody_wants_is_not_computed(options, monkeypatch):
+    asked = []
+    layer = linear(**options)
+    wanted = _linear.is_wanted
+
+    def spy(ctx, i):
+        asked.append((i, wanted(ctx, i)))
+        return asked[-1][1]
+
+    for module in (_linear, _linear_blocks):
+        monkeypatch.setattr(module, "is_wanted", spy)
+    w = layer.parametrizations.weight.original
+    x = torch.randn(3, 8, requires_grad=True)
+
+    for run, x_wanted, w_wanted in (
+        (lambda loss, _: torch.autograd.grad(loss, x), True, False),
+        (lambda loss, h: torch.autograd.grad(loss, h), True, False),
+        (lambda loss, _: torch.autograd.grad(loss, w), False, True),
+        (lambda loss, h: torch.autograd.grad(loss, (w, h)), True, True),
+        (lambda loss, _: loss.backward(inputs=[w]), False, True),
+        (lambda loss, _: loss.backward(), True, True),
+    ):
+        h = x * 1
+        asked.clear()
+        run(layer(h).sum(), h)
+        assert asked == [(0, x_wanted), (1, w_wanted)]
+
+
+@pytest.mark.parametrize(
+    ("w", "x"), [(1e10, 1e29), (1e15, 1e25), (1e-17, 1e-25), (1e-30, 1e-8), (1e30, 1e8)]
+)
+def test_ranges(w, x):
+    """Where W / sigma and y are of ordinary size, whatever W x is."""
+    layer = linear(bias=False).eval()
+    with torch.no_grad():
+        layer.parametrizations.weight.original.mul_(w)
+    z = x * torch.randn(3, 8)
+    y, other = layer(z), nnf.linear(z, layer.weight)
+    assert other.isfinite().all()
+    assert (y - other).norm() <= 1e-5 * other.norm()
+
+
+# ---- who watches, and who replaces -------------------------------------------------------------------------------
+
+
+class Watch(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+class WatchOps(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.seen.append(op)
+        return op(*args, **(kwargs or {}))
+
+
+def test_modes_see_what_they_would(fusions):
+    layer = linear()
+    x = torch.randn(3, 8)
+    with Watch() as functions:
+        layer(x)
+    assert nnf.linear in functions.seen
+    with WatchOps() as ops:
+        layer(x)
+    assert torch.ops.aten.addmm.default in ops.seen
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    assert counter.get_total_flops() == 2 * 3 * 8 * 12
+    assert "fused" not in fusions
+    fusions.clear()
+    with torch.device("cpu"):  # which sees everything, and cares for factories alone
+        layer(x)
+    assert fusions == ["fused"]
+
+
+def test_functions_that_others_have_replaced(fusions, monkeypatch):
+    layer, i = linear(), torch.tensor([1])
+    table = spectral_norm(nn.Embedding(20000, 4))
+    with monkeypatch.context() as patch:
+        patch.setattr(nnf, "linear", lambda x, w, b: x)
+        patch.setattr(nnf, "embedding", lambda x, *rest: x)
+        x = torch.randn(3, 8)
+        assert layer(x) is x
+        assert table(i) is i
+
+    class Later(nn.Linear):
+        pass
+
+    later = spectral_norm(Later(8, 12))
+    later(x)
+    assert fusions[-1] == "fused"
+    Later.forward = lambda self, x: x
+    assert later(x) is x
+
+
+def test_forwards_replaced_before_the_import():
+    code = """
+import torch
+def mine(self, x): return x
+torch.nn.Linear.forward = mine
+import specnorm_ext
+layer = specnorm_ext.spectral_norm(torch.nn.Linear(3, 4))
+x = torch.ones(2, 3)
+assert layer(x) is x
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class Asks(Tensor):
+    """A tensor with a linear layer of its own."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is nnf.linear:
+            return torch.full((1,), 7.0)
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+def test_tensors_that_have_their_own_way():
+    layer = linear()
+    x = torch.randn(3, 8).as_subclass(Asks)
+    assert layer(x) == 7
+    with WatchOps():
+        assert layer(x) == 7
+    with torch.autograd.forward_ad.dual_level():
+        assert layer(x) == 7
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+def test_nested(layout):
+    layer = linear().eval()
+    x = torch.nested.nested_tensor([torch.randn(2, 8), torch.randn(3, 8)], layout=layout)
+    for y, part in zip(layer(x).unbind(), x.unbind(), strict=True):
+        assert_near(y, nnf.linear(part, layer.weight, layer.bias), F32)
+    table = spectral_norm(nn.Embedding(20000, 4)).eval()
+    i = torch.nested.nested_tensor([torch.tensor([1, 2]), torch.tensor([3])], layout=layout)
+    assert torch.equal(table(i).unbind()[1], table.weight[3:4])
+
+
+class Noisy(nn.Module):
+    def forward(self, b):
+        return b + torch.randn_like(b)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
+def test_a_bias_is_read_once():
+    layer = linear()
+    parametrize.register_parametrization(layer, "bias", Noisy())
+    for x in (torch.randn(3, 8), torch.nested.nested_tensor([torch.randn(3, 8)])):
+        torch.manual_seed(1)
+        layer(x)
+        state = torch.get_rng_state()
+        torch.manual_seed(1)
+        torch.randn(12)
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_compiled():
+    """A scale and blocks are left to the graph's size, too."""
+    for options in ({}, {"learnable_scale": True}, {"blocks": 3}):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        layer = linear(**options)
+        compiled = torch.compile(copy.deepcopy(layer), backend="aot_eager", fullgraph=True)
+        for n in (3, 5, 7):
+            x = torch.randn(n, 8)
+            assert_near(compiled(x), layer(x), F32)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # one size, any size
+
+
 # ---- embeddings --------------------------------------------------------------------------------------------------
 
+ROWS = 20000  # times 4: large enough to be looked up without W / sigma
 
-def embedding(**options) -> nn.Embedding:
+
+def embedding(rows=ROWS, **options) -> nn.Embedding:
     torch.manual_seed(0)
-    return spectral_norm(nn.Embedding(10, 4, dtype=F64, **options))
+    return spectral_norm(nn.Embedding(rows, 4, dtype=F64, **options))
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"padding_idx": 2}, {"sparse": True}, {"max_norm": 0.1}, {"scale_grad_by_freq": True}],
+    [
+        {},
+        {"padding_idx": 2},
+        {"padding_idx": -1},
+        {"sparse": True},
+        {"max_norm": 0.1},
+        {"scale_grad_by_freq": True},
+        {"rows": 10},
+        {"many": True},
+    ],
     ids=str,
 )
 def test_embeddings(options, training, fusions):
+    options = dict(options)
+    many = options.pop("many", False)
+    rows = options.get("rows", ROWS)
     layer = embedding(**options).train(training)
-    torch.manual_seed(0)
-    theirs = torch_spectral_norm(nn.Embedding(10, 4, dtype=F64, **{**options, "sparse": False}))
+    plain = {k: x for k, x in options.items() if k not in ("sparse", "rows")}
+    theirs = torch_spectral_norm(nn.Embedding(rows, 4, dtype=F64, **plain))
     theirs.load_state_dict(layer.state_dict())
     theirs.train(training)
-    i = torch.tensor([[1, 2, 1], [9, 2, 3]])
+    i = torch.tensor([[1, 2, 1], [9, 2, rows - 1]])
+    i = i.repeat(1, ROWS // 12) if many else i
     for net in (layer, theirs):
         y = net(i)
-        (y * torch.arange(24.0).view(2, 3, 4)).sum().backward()
+        (y * torch.arange(float(y.numel()), dtype=F64).view(y.shape)).sum().backward()
     torch.testing.assert_close(layer(i), theirs(i), rtol=1e-10, atol=1e-10)
     a, b = (x.parametrizations.weight.original.grad for x in (layer, theirs))
-    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-    fits = "max_norm" not in options and "scale_grad_by_freq" not in options
+    torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+    fits = many + sum(k in options for k in ("max_norm", "scale_grad_by_freq", "rows")) == 0
     assert fusions == ["fused" if fits else "whole"] * 2
 
 
+@pytest.mark.parametrize("later", [-1, -ROWS, ROWS, -ROWS - 1, 3])
+def test_a_padding_that_is_assigned_later(later):
+    layer = embedding()
+    plain = nn.Embedding(ROWS, 4, dtype=F64)
+    layer.padding_idx = plain.padding_idx = later
+    i = torch.tensor([3, 5, 0, ROWS - 1])
+    if said_or_nothing(lambda: plain(i)) is not None:
+        assert said(lambda: layer(i)) == said(lambda: plain(i))
+        return
+    whole = copy.deepcopy(layer)
+    layer(i).sum().backward()
+    nnf.embedding(i, whole.weight, later).sum().backward()
+    torch.testing.assert_close(*(x.parametrizations.weight.original.grad for x in (layer, whole)))
+
+
 @pytest.mark.parametrize(
-    "bad", [torch.tensor([10]), torch.tensor([0.5]), torch.tensor([-1])], ids=str
+    "bad", [torch.tensor([ROWS]), torch.tensor([0.5]), torch.tensor([-1])], ids=str
 )
 def test_messages_of_embeddings(bad):
-    plain, layer = nn.Embedding(10, 4, dtype=F64), embedding()
+    plain, layer = nn.Embedding(ROWS, 4, dtype=F64), embedding()
     theirs, ours = said(lambda: plain(bad)), said(lambda: layer(bad))
     assert ours == theirs
 
 
 def test_an_embedding_normalized_by_columns(fusions):
     torch.manual_seed(0)
-    layer = spectral_norm(nn.Embedding(10, 4), dim=1).eval()
+    layer = spectral_norm(nn.Embedding(ROWS, 4), dim=1).eval()
     i = torch.tensor([1, 3])
     torch.testing.assert_close(layer(i), layer.weight[i])
     assert "fused" not in fusions
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("padding_idx", [None, 2])
+def test_layers_with_more_indices_than_rows(padding_idx, dtype):
+    """SpectralEmbedding's gradient, where it is that of normalize."""
+    torch.manual_seed(0)
+    layer = SpectralEmbedding(10, 4, dtype=dtype, padding_idx=padding_idx)
+    i = torch.randint(10, (25,))
+    layer.eval()
+    y = layer(i)
+    g = torch.randn(25, 4, dtype=dtype)
+    y.backward(g)
+    w, state = layer.weight.detach().double(), layer.spectral
+    u, v = state._u.double(), state._v.double()
+    sigma = u @ w @ v
+    dense = torch.zeros(10, 4, dtype=F64).index_add_(0, i, g.double())
+    if padding_idx is not None:
+        dense[padding_idx] = 0
+    expected = (dense - (dense * w).sum() / sigma * torch.outer(u, v)) / sigma
+    assert_near(layer.weight.grad, expected, dtype)
 
 
 def test_nothing_else_is_fused():
