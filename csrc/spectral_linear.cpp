@@ -155,7 +155,8 @@ std::tuple<Tensor, Tensor> spectral_linear_backward_cpu_op(
   if (want_w) {
     prefer_huge_pages(dw.data_ptr(), w.sizes[0] * w.sizes[1] * w.element_size());
     const Tensor g2t = torch::stable::transpose(g2, 0, 1);
-    if (want_x || y) {
+    // c from data of the batch's size, or by a pass over dW and W where those are smaller.
+    if ((want_x && batch <= 2 * w.sizes[0]) || (!want_x && y)) {
       const double c = want_x ? inner_cpu_of(dx, x2, nullptr)
                               : inner_cpu_of(g2, flattened(*y, *ys, batch), b ? &*b : nullptr);
       rank_one_cpu_to(dw, us, vs, -c * inverse.exact, false);

@@ -54,6 +54,14 @@ def is_wanted(ctx: Any, i: int) -> bool:
         return True
 
 
+def wanted(ctx: Any) -> tuple[bool, bool, bool]:
+    """The same of x, weight and bias, which come first."""
+    want_x, want_w, want_b = ctx.needs_input_grad[1:4]
+    want_w, want_b = want_w and is_wanted(ctx, 1), want_b and is_wanted(ctx, 2)
+    # where nothing else is, this pass is for x; and x may be a leaf, about which the question is slow
+    return want_x and (not (want_w or want_b) or is_wanted(ctx, 0)), want_w, want_b
+
+
 class _SpectralLinear(torch.autograd.Function):
     """dx = g W / sigma, db = sum g, dW = (g^T x - c u v^T) / sigma with c = <g, y - b> = <dx, x>.
 
@@ -67,17 +75,17 @@ class _SpectralLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, how, x, weight, bias, u, v, sigma):
-        if isinstance(
-            how, float
-        ):  # 1 / sigma, of spectral_linear_direct; else the dispatcher's keys
-            y = scaled_linear(x, weight.t(), bias, how)
+        # 1 / sigma, of spectral_linear_direct; else the dispatcher's keys
+        ctx.alpha = how if isinstance(how, float) else None
+        if ctx.alpha is not None:
+            y = scaled_linear(x, weight.t(), bias, ctx.alpha)
         else:
             y = _ops.spectral_linear.default.redispatch(
                 how & _below_autograd, x, weight, bias, u, v, sigma
             )
         if (
             y._is_view()
-        ):  # of the product of its rows; autograd would not let a view be changed in place
+        ):  # of the product of its rows, which autograd would not let be changed in place
             y = torch.ops.aten._unsafe_view(y, y.shape)
         needs = ctx.needs_input_grad
         ctx.y = None
@@ -101,8 +109,7 @@ class _SpectralLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor):
-        want_x, want_w, want_b = ctx.needs_input_grad[1:4]
-        want_x, want_w = want_x and is_wanted(ctx, 0), want_w and is_wanted(ctx, 1)
+        want_x, want_w, want_b = wanted(ctx)
         if want_x or want_w:
             x, weight, u, v, sigma = ctx.saved_tensors
         dx = dw = None
@@ -110,7 +117,11 @@ class _SpectralLinear(torch.autograd.Function):
         batched = keys.has(_legacy_vmap)
         if want_x and not want_w and not batched:
             # g W / sigma is a layer of W^T, and has v W^T u for its sigma
-            dx = _ops.spectral_linear(g, weight.mT, None, v, u, sigma)
+            mirrored = (g, weight.mT, None, v, u, sigma)
+            if ctx.alpha is not None and is_plain(weight) and fits(g, weight.mT, None):
+                dx = spectral_linear_direct(ctx.alpha, *mirrored)
+            else:
+                dx = _ops.spectral_linear(*mirrored)
         elif want_x or want_w:
             y = ctx.y if ctx.y is not None and ctx.seen == _SpectralLinear.state_of(ctx) else None
             # is_grads_batched of torch.autograd.grad rests on an older vmap, which would call the op row by row

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import reference
 from ._checks import SIXTEEN_BIT, check_spectral_linear_blocks, raise_typed
-from ._linear import autocast, autocast_factor, is_wanted
+from ._linear import autocast, autocast_factor, wanted
 from ._ops import _below_autograd, _impl, _legacy_vmap, _needs_composite, _ops, is_plain
 from .blocks import Blocks
 
@@ -104,8 +104,7 @@ class _SpectralLinearBlocks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor):
         x, weight, u, v, sigma = ctx.saved_tensors
-        want_x, want_w, want_b = ctx.needs_input_grad[1:4]
-        want_x, want_w = want_x and is_wanted(ctx, 0), want_w and is_wanted(ctx, 1)
+        want_x, want_w, want_b = wanted(ctx)
         rest = (None,) * 6
         if x is None:  # only dW depends on it
             x = g.new_zeros(()).expand(*g.shape[:-1], weight.shape[-1])

@@ -108,8 +108,9 @@ _linear, _embedding = nnf.linear, nnf.embedding
 _torchs_forwards: tuple[Any, Any] = (nn.Linear.forward, nn.Embedding.forward)
 _TORCHS_FILES = (nn.modules.linear.__file__, nn.modules.sparse.__file__)
 
-# An embedding's table of fewer entries is divided in less time than the calls around it take.
-_SMALL_TABLE = 1 << 16
+# With fewer entries W is divided in less time than calls around it take: those of a penalty on the gradient for x, and
+# for a table those of any backward.
+_SMALL_MATRIX, _SMALL_TABLE = 1 << 14, 1 << 16
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -192,8 +193,13 @@ def _may_multiply(spectral: SpectralNorm, weight: Tensor, x: Tensor) -> bool:
         return False
     if x.dtype != weight.dtype and not _casts(x, weight):
         return False
-    if x.requires_grad and not weight.requires_grad and torch.is_grad_enabled():
-        return False  # W / sigma is a tensor of its own: a frozen W may change before the backward
+    if x.requires_grad and torch.is_grad_enabled():
+        if not weight.requires_grad:
+            return (
+                False  # W / sigma is a tensor of its own: a frozen W may change before the backward
+            )
+        if weight.numel() < _SMALL_MATRIX:
+            return False
     if spectral.blocks is not None or spectral._parameters.get("scale") is not None:
         # passes over the output, in place of those over W
         return is_compiling() or x.numel() <= weight.shape[1] ** 2

@@ -19,7 +19,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from specnorm_ext import SpectralEmbedding, _linear, _linear_blocks, fused, spectral_norm
+from specnorm_ext import (
+    SpectralEmbedding,
+    _linear,
+    _linear_blocks,
+    fused,
+    parametrizations,
+    spectral_norm,
+)
 from specnorm_ext.parametrizations import SpectralNorm
 
 TOLERANCE = {F64: 1e-12, F32: 2e-5, BF16: 3e-2, F16: 4e-3}
@@ -34,6 +41,11 @@ OPTIONS = {
     "blocks": {"blocks": 3},
     "uneven blocks": {"blocks": [2, 4, 6]},
 }
+
+
+@pytest.fixture(autouse=True)
+def _small_ones_too(monkeypatch):
+    monkeypatch.setattr(parametrizations, "_SMALL_MATRIX", 0)
 
 
 @pytest.fixture
@@ -584,33 +596,48 @@ def test_outputs_that_change_without_a_version(how):
         assert_near(grads_of(layer)[key], g, F32)
 
 
+def test_small_matrices_with_gradients_for_x(monkeypatch):
+    """For them W / sigma is less than the calls of a penalty on that gradient."""
+    monkeypatch.undo()
+    small, large = spectral_norm(nn.Linear(64, 64)), spectral_norm(nn.Linear(128, 128))
+    seen = []
+    monkeypatch.setattr(fused, "linear", lambda *args: seen.append(args[1].shape) or args[1])
+    for layer, n in ((small, 64), (large, 128)):
+        for wants in (False, True):
+            layer(torch.randn(2, n, requires_grad=wants))
+        with torch.no_grad():
+            layer(torch.randn(3, n, requires_grad=True))
+    assert seen == [(2, 64), (3, 64), (2, 128), (2, 128), (3, 128)]
+
+
 @pytest.mark.parametrize("options", [{}, {"blocks": 3}], ids=str)
 def test_what_nobody_wants_is_not_computed(options, monkeypatch):
     asked = []
     layer = linear(**options)
-    wanted = _linear.is_wanted
+    wanted = _linear.wanted
 
-    def spy(ctx, i):
-        asked.append((i, wanted(ctx, i)))
-        return asked[-1][1]
+    def spy(ctx):
+        asked.append(wanted(ctx))
+        return asked[-1]
 
     for module in (_linear, _linear_blocks):
-        monkeypatch.setattr(module, "is_wanted", spy)
+        monkeypatch.setattr(module, "wanted", spy)
     w = layer.parametrizations.weight.original
     x = torch.randn(3, 8, requires_grad=True)
 
-    for run, x_wanted, w_wanted in (
-        (lambda loss, _: torch.autograd.grad(loss, x), True, False),
-        (lambda loss, h: torch.autograd.grad(loss, h), True, False),
-        (lambda loss, _: torch.autograd.grad(loss, w), False, True),
-        (lambda loss, h: torch.autograd.grad(loss, (w, h)), True, True),
-        (lambda loss, _: loss.backward(inputs=[w]), False, True),
-        (lambda loss, _: loss.backward(), True, True),
+    for run, *expected in (
+        (lambda loss, _: torch.autograd.grad(loss, x), True, False, False),
+        (lambda loss, h: torch.autograd.grad(loss, h), True, False, False),
+        (lambda loss, _: torch.autograd.grad(loss, w), False, True, False),
+        (lambda loss, h: torch.autograd.grad(loss, (w, h)), True, True, False),
+        (lambda loss, _: torch.autograd.grad(loss, layer.bias), False, False, True),
+        (lambda loss, _: loss.backward(inputs=[w]), False, True, False),
+        (lambda loss, _: loss.backward(), True, True, True),
     ):
         h = x * 1
         asked.clear()
         run(layer(h).sum(), h)
-        assert asked == [(0, x_wanted), (1, w_wanted)]
+        assert asked == [tuple(expected)]
 
 
 @pytest.mark.parametrize(
