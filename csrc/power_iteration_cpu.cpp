@@ -423,6 +423,7 @@ struct Job {
   State<S>* states;
   int64_t count;
   int threads;
+  int64_t at_once;  // tasks that a thread takes
   double eps;
 
   int64_t chunks(int64_t matrix) const {
@@ -442,8 +443,10 @@ struct Job {
   // In a list of small matrices of one shape, where this thread will most likely read next.
   const S* probably_next(int64_t matrix) const {
     const State<S>& s = states[matrix];
-    if (s.chunks > 1 || matrix + threads >= count) return nullptr;
-    const State<S>& t = states[matrix + threads];
+    const bool last = (matrix + 1) % at_once == 0;
+    const int64_t next = matrix + 1 + (last ? at_once * (threads - 1) : 0);
+    if (s.chunks > 1 || next >= count) return nullptr;
+    const State<S>& t = states[next];
     return t.rows == s.rows && t.ld == s.ld ? t.w : nullptr;
   }
 };
@@ -505,8 +508,9 @@ Status run_list(const PowerIterationParams& p, const Parallel& pool) {
     }
     if (s.chunks > 1) start_up(s);  // the others: on the thread that runs them
   }
-  Job<S> job{states, p.count, pool.threads, p.eps};
-  const Status status = run_rounds(job, p.count, elements * p.n_iterations, pool);
+  const int64_t work = elements * p.n_iterations;
+  Job<S> job{states, p.count, pool.threads, tasks_at_once(work, p.count, pool.threads), p.eps};
+  const Status status = run_rounds(job, p.count, work, pool);
   arena.release();
   std::free(states);
   return status;

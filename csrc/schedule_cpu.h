@@ -94,18 +94,26 @@ struct Task {
   int32_t matrix, chunk;
 };
 
+// How many tasks a thread takes at a time: several of a list of small matrices, which then come
+// from memory as one stream. `work`: multiply-adds of all.
+inline int64_t tasks_at_once(int64_t work, int64_t tasks, int threads) {
+  constexpr int64_t kAtOnce = 4, kSmall = 16 << 10;
+  return work <= kSmall * tasks && tasks >= 8 * kAtOnce * threads ? kAtOnce : 1;
+}
+
 template <class Job>
 struct Round {
   Job* job;
   const Task* tasks;
-  int64_t count, next;
+  int64_t count, next, at_once;
 
   static void body(void* self) {
     auto* round = static_cast<Round*>(self);
     for (;;) {
-      const int64_t i = __atomic_fetch_add(&round->next, 1, __ATOMIC_RELAXED);
+      int64_t i = __atomic_fetch_add(&round->next, round->at_once, __ATOMIC_RELAXED);
       if (i >= round->count) return;
-      round->job->run(round->tasks[i].matrix, round->tasks[i].chunk);
+      const int64_t end = i + round->at_once < round->count ? i + round->at_once : round->count;
+      for (; i < end; ++i) round->job->run(round->tasks[i].matrix, round->tasks[i].chunk);
     }
   }
 };
@@ -126,8 +134,8 @@ Status run_rounds(Job& job, int64_t count, int64_t work, const Parallel& pool) {
       for (int64_t c = 0, chunks = job.chunks(i); c < chunks; ++c)
         tasks[total++] = {int32_t(i), int32_t(c)};
     if (total == 0) break;
-    Round<Job> round{&job, tasks, total, 0};
     const int slots = int(total < pool.threads ? total : pool.threads);
+    Round<Job> round{&job, tasks, total, 0, tasks_at_once(work, total, slots)};
     if (slots > 1 && work > (32 << 10))
       pool.run(slots, &Round<Job>::body, &round);
     else

@@ -72,46 +72,49 @@ SPECNORM_INLINE V kept(V x) {
   return x;
 }
 
-// Adds the upper half of the lanes to the lower until one is left; the order depends on the width
-// alone.
+// Adds the upper half of the lanes to the lower until 16 bytes are left.
+template <class C>
+struct Narrow {
+  typedef C V __attribute__((vector_size(16), may_alias));
+};
+template <class C>
+SPECNORM_INLINE typename Narrow<C>::V narrowed(typename Simd<C>::V x) {
+#if defined(__AVX512F__)
+  typedef C Half __attribute__((vector_size(32), may_alias));
+  const Half h =
+      Half(_mm512_castpd512_pd256((__m512d)x)) + Half(_mm512_extractf64x4_pd((__m512d)x, 1));
+#elif defined(__AVX2__)
+  const auto h = x;
+#endif
+#if defined(__AVX2__)
+  using P = typename Narrow<C>::V;
+  return P(_mm256_castpd256_pd128((__m256d)h)) + P(_mm256_extractf128_pd((__m256d)h, 1));
+#else
+  return x;
+#endif
+}
+
+// The sum of all lanes; the order depends on the width alone.
 template <class C>
 SPECNORM_INLINE C horizontal_sum(typename Simd<C>::V x) {
-#if defined(__AVX512F__)
-  C lane[Simd<C>::width];
-  std::memcpy(lane, &x, sizeof(x));
-  for (int step = Simd<C>::width / 2; step > 0; step /= 2)
-    for (int i = 0; i < step; ++i) lane[i] += lane[i + step];
-  return lane[0];
-#else
-  typedef C Pair __attribute__((vector_size(16), may_alias));
-#if defined(__AVX2__)
-  Pair low, high;
-  std::memcpy(&low, &x, 16);
-  std::memcpy(&high, reinterpret_cast<const char*>(&x) + 16, 16);
-  Pair p = low + high;
-#else
-  Pair p = x;
-#endif
+  const typename Narrow<C>::V p = narrowed<C>(x);
   if constexpr (sizeof(C) == 4)
     return (p[0] + p[2]) + (p[1] + p[3]);
   else
     return p[0] + p[1];
-#endif
 }
 
 // The same of several vectors at once, in the same order. Four floats share their shuffles.
 template <class C, int R>
 SPECNORM_INLINE void horizontal_sums(const typename Simd<C>::V* x, C* out) {
   int r = 0;
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX2__)
   if constexpr (sizeof(C) == 4) {
 #pragma GCC unroll 8
     for (; r + 4 <= R; r += 4) {
       __m128 row[4];
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i)
-        row[i] = _mm_add_ps(_mm256_castps256_ps128((__m256)x[r + i]),
-                            _mm256_extractf128_ps((__m256)x[r + i], 1));
+      for (int i = 0; i < 4; ++i) row[i] = (__m128)narrowed<C>(x[r + i]);
       _MM_TRANSPOSE4_PS(row[0], row[1], row[2], row[3]);
       _mm_storeu_ps(out + r, _mm_add_ps(_mm_add_ps(row[0], row[2]), _mm_add_ps(row[1], row[3])));
     }
