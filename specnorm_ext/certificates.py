@@ -220,4 +220,96 @@ def probabilistic_bound(
     return value * (1 + rounding) / math.sqrt(1 - epsilon)
 
 
-__all__ = ["GRAM_ITERATIONS", "cholesky_bound", "gram_bounds", "probabilistic_bound"]
+def overlooked_mass(theta: Tensor, s: Tensor, coupling: Tensor, values: Tensor) -> Tensor:
+    r"""What the start of block Lanczos can have at most of a vector that it has overlooked.
+
+    Let q be a unit eigenvector of A with eigenvalue :math:`\lambda` and :math:`\eta = Q_0^T q` its share in the first
+    block. The recurrence gives its shares in all others, :math:`Q_j^T q = P_j(\lambda)^T \eta` with the matrix
+    polynomials P_j that are orthonormal for the start, and their squares add up to 1 at most:
+
+    .. math:: \eta^T M(\lambda) \eta \le 1,\quad M = \sum_{j \le k} P_j P_j^T
+        = C^{-1} F C^{-T} + P_k P_k^T,\quad C = E_k^T (\lambda - T)^{-1} E_0,\ F = E_k^T (\lambda - T)^{-2} E_k
+
+    Outside of the spectrum that Lanczos sees M grows exponentially. A lambda above every Ritz value is the eigenvalue
+    of no vector of which the start has more than this.
+
+    Args:
+        theta, s: [p] and [p, p], Ritz values and vectors of the projected matrix T, float64, before any restart, of
+            blocks whose couplings are all regular.
+        coupling: [b, b], what couples the newest block to the last that was multiplied; left out if singular.
+        values: [g], each above theta.
+
+    Returns:
+        [g], :math:`1 / \lambda_{min}(M)`, which :math:`|\eta|^2` does not exceed; inf where it can not be told.
+
+    Source: Hochstenbach, "Probabilistic upper bounds for the matrix two-norm", J. Sci. Comput. 2013, for one vector.
+    """
+    b = coupling.shape[0]
+    first, last = s[:b], s[-b:]
+    weights = 1 / (values.unsqueeze(1) - theta)
+    c = (last * weights.unsqueeze(1)) @ first.mT
+    f = (last * weights.square().unsqueeze(1)) @ last.mT
+    inverse, _ = torch.linalg.inv_ex(c)
+    m = inverse @ f @ inverse.mT
+    onward, info = torch.linalg.inv_ex(coupling)
+    if info.item() == 0 and bool(torch.isfinite(onward).all()):
+        newest = inverse @ onward
+        m = m + newest @ newest.mT
+    good = torch.isfinite(m).flatten(1).all(1)
+    least = torch.linalg.eigvalsh(torch.where(good.view(-1, 1, 1), m, torch.eye(b, dtype=m.dtype)))[
+        :, 0
+    ]
+    return torch.where(good & (least > 0), 1 / least, torch.inf)
+
+
+def overlap_probability(mass: float, n: int, b: int) -> float:
+    r"""Of a random subspace of b dimensions to have at most `mass` of a given unit vector in n dimensions.
+
+    .. math:: P[|\eta|^2 \le t] \le \frac{(n t / 2)^{b / 2}}{\Gamma(b / 2 + 1)}
+
+    since :math:`|\eta|^2` has the distribution Beta(b / 2, (n - b) / 2). At most 1.
+    """
+    if not mass < 1:
+        return 1.0
+    return min(1.0, (n * mass / 2) ** (b / 2) / math.gamma(b / 2 + 1))
+
+
+def overlooked_bound(
+    top: float, theta: Tensor, s: Tensor, coupling: Tensor, n: int, failure_probability: float
+) -> float:
+    """An upper bound of the largest eigenvalue, from the polynomials of block Lanczos and a random start.
+
+    The least lambda above which `overlooked_mass` leaves every vector a share that a random start falls short of with
+    that probability at most, to 1% of its distance from the largest Ritz value; looked for, and looked at further up,
+    on a grid. `top`: the largest Ritz value, perhaps of a later look than theta, s and coupling, which are as for
+    `overlooked_mass`; n: the dimension of the vectors. inf where there is none.
+    """
+    b = coupling.shape[0]
+    if not 0 < top < math.inf:
+        return math.inf
+    low, high = -44.0, 4.0  # powers of two of the distance, relative
+    for _ in range(2):
+        grid = torch.linspace(low, high, 64, dtype=torch.float64)
+        mass = overlooked_mass(theta, s, coupling, top * (1 + torch.exp2(grid)))
+        bad = [
+            i
+            for i, x in enumerate(mass.tolist())
+            if not overlap_probability(x, n, b) <= failure_probability
+        ]
+        if not bad:
+            break
+        if bad[-1] == len(grid) - 1:
+            return math.inf
+        low, high = grid[bad[-1]].item(), grid[bad[-1] + 1].item()
+    return top * (1 + 2.0**high)
+
+
+__all__ = [
+    "GRAM_ITERATIONS",
+    "cholesky_bound",
+    "gram_bounds",
+    "overlap_probability",
+    "overlooked_bound",
+    "overlooked_mass",
+    "probabilistic_bound",
+]

@@ -193,13 +193,11 @@ def _may_multiply(spectral: SpectralNorm, weight: Tensor, x: Tensor) -> bool:
         return False
     if x.dtype != weight.dtype and not _casts(x, weight):
         return False
-    if x.requires_grad and torch.is_grad_enabled():
-        if not weight.requires_grad:
-            return (
-                False  # W / sigma is a tensor of its own: a frozen W may change before the backward
-            )
-        if weight.numel() < _SMALL_MATRIX:
-            return False
+    # not by what x is or whether gradients are recorded: a checkpoint's forward must be its recomputation to the bit
+    if weight.numel() < _SMALL_MATRIX:
+        return False
+    if not weight.requires_grad and (torch.is_grad_enabled() or spectral.is_in_checkpoint()):
+        return False  # W / sigma is a tensor of its own: a frozen W may change before the backward
     if spectral.blocks is not None or spectral._parameters.get("scale") is not None:
         # passes over the output, in place of those over W
         return is_compiling() or x.numel() <= weight.shape[1] ** 2

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import krylov, subspace
 from ._checks import state_dtype
+from .certificates import overlooked_bound
 
 Certified = bool | Literal["cholesky", "gram", "probabilistic"]
 
@@ -37,6 +38,7 @@ class Found:
     converged: bool
     unit: float = 1.0  # a power of two that takes W into the middle of its range
     krylov_steps: int = 0  # from a random start, before any restart, for a probabilistic bound
+    overlooked: float = math.inf  # another one, of the matrix times unit
 
 
 class Problem:
@@ -103,7 +105,15 @@ def by_krylov(
             return found(problem, Found(v, run.reads, False))
         # a restart keeps the best Ritz vector: the value is never below that of the steps before it
         steps = 0 if problem.start is not None else run.unbroken
-        found(problem, Found(run.right_vectors(), run.reads, converged, run.unit, steps))
+        overlooked = math.inf
+        if options.certified == "probabilistic" and run.seen is not None:
+            n = run.basis.shape[1]
+            chance = options.failure_probability / 2  # the other half: probabilistic_bound's
+            overlooked = math.sqrt(overlooked_bound(run.values[0] ** 2, *run.seen, n, chance))
+        found(
+            problem,
+            Found(run.right_vectors(), run.reads, converged, run.unit, steps, overlooked),
+        )
 
     expand = krylov.expand_matrices(weights)
     for width in sorted({run.columns for run in runs}):

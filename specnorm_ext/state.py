@@ -294,6 +294,10 @@ class SpectralState(nn.Module):
             return None
         return recomputation.here()
 
+    @staticmethod
+    def is_in_checkpoint() -> bool:
+        return not recomputation.is_compiling() and recomputation.here() is not None
+
     @left_to_python
     def _now(self, weight: Tensor, parts: list[Tensor] | None) -> UVSigma:
         """u, v and sigma of a forward; u and v may be the buffers themselves."""

@@ -448,7 +448,7 @@ def test_in_a_transformer_layer(training):
     assert type(ours.linear1).forward is not nn.Linear.forward
 
 
-def test_functional_calls_and_ensembles(fusions):
+def test_functional_calls_and_ensembles():
     layer = linear(F64).eval()
     x = torch.randn(4, 8, dtype=F64)
     other = {k: 1.5 * p for k, p in layer.named_parameters()}
@@ -467,9 +467,7 @@ def test_functional_calls_and_ensembles(fusions):
     def call(p, b, x):
         return torch.func.functional_call(models[0], (p, b), (x,))
 
-    fusions.clear()
     stacked = torch.vmap(call, (0, 0, None))(params, buffers, x)
-    assert fusions == ["fused"]
     for y, m in zip(stacked, models, strict=True):
         torch.testing.assert_close(y, m(x), rtol=1e-9, atol=1e-9)
     jacobian = torch.func.jacrev(lambda x: models[0](x))(x[0])
@@ -596,8 +594,8 @@ def test_outputs_that_change_without_a_version(how):
         assert_near(grads_of(layer)[key], g, F32)
 
 
-def test_small_matrices_with_gradients_for_x(monkeypatch):
-    """For them W / sigma is less than the calls of a penalty on that gradient."""
+def test_small_matrices_are_divided(monkeypatch):
+    """For them W / sigma is less than the calls of a penalty on the gradient for x."""
     monkeypatch.undo()
     small, large = spectral_norm(nn.Linear(64, 64)), spectral_norm(nn.Linear(128, 128))
     seen = []
@@ -607,7 +605,7 @@ def test_small_matrices_with_gradients_for_x(monkeypatch):
             layer(torch.randn(2, n, requires_grad=wants))
         with torch.no_grad():
             layer(torch.randn(3, n, requires_grad=True))
-    assert seen == [(2, 64), (3, 64), (2, 128), (2, 128), (3, 128)]
+    assert seen == [(2, 128), (2, 128), (3, 128)]
 
 
 @pytest.mark.parametrize("options", [{}, {"blocks": 3}], ids=str)
