@@ -75,6 +75,10 @@ def check_lengths(op: str, weights: int, name: str, got: int) -> None:
 
 def check_weights(op: str, weights: Sequence[Tensor], stacks: bool = False) -> None:
     for i, w in enumerate(weights):
+        if w.layout is not torch.strided:
+            raise TypeError(
+                f"{op}: expected weights[{i}] to be dense, got {w.layout}; pass weight.to_dense()"
+            )
         if w.dtype not in DTYPES:
             raise TypeError(
                 f"{op}: expected weights[{i}] to be torch.float32, torch.float64, torch.bfloat16 or "

@@ -99,7 +99,11 @@ def _matvec(w: Tensor, x: Tensor) -> Tensor:
     """W x, or of each of a stack; in their dtype, which torch.matmul would not keep under autocast."""
     if w.dim() == 2:
         return torch.mv(w, x)
-    return torch.stack([torch.mv(*one) for one in zip(w, x, strict=True)]) if len(w) else w[..., 0]
+    return (
+        torch.stack([torch.mv(*one) for one in zip(w, x, strict=True)])
+        if len(w)
+        else w.new_zeros(w.shape[:-1])
+    )
 
 
 def _outer(scale: Tensor, u: Tensor, v: Tensor, like: Tensor) -> Tensor:
@@ -402,7 +406,8 @@ def _unstacked(out: list[Tensor], weights: Sequence[Tensor], are_stacks: list[bo
     for (w, d), is_stack in zip(_each(weights, dims), are_stacks, strict=True):
         if is_stack:
             experts = w.shape[0 if d != 0 else 1]
-            found.append(torch.stack([next(rest) for _ in range(experts)], 1))
+            each = [next(rest) for _ in range(experts)]
+            found.append(torch.stack(each, 1) if each else torch.zeros_like(w.movedim(d or 0, 0)))
         else:
             found.append(next(rest))
     return found, [0] * len(found)
@@ -414,14 +419,14 @@ def _(info, in_dims, weights, u, v, n_iterations=1, eps=1e-12):
     ws = _stacks(weights, in_dims[0], are, size)
     us = _stacks(u, in_dims[1], are, size, "u")
     vs = _stacks(v, in_dims[2], are, size, "v")
-    return _ops.power_iteration_(ws, us, vs, n_iterations, eps).view(-1, size), 1
+    return _ops.power_iteration_(ws, us, vs, n_iterations, eps).view(len(ws), size), 1
 
 
 @torch.library.register_vmap("specnorm_ext::sigma")
 def _(info, in_dims, weights, u, v):
     size, are = info.batch_size, _are_stacks(weights, in_dims[0])
-    lists = (_stacks(xs, d, are, size) for xs, d in zip((weights, u, v), in_dims, strict=True))
-    return _ops.sigma(*lists).view(-1, size), 1
+    ws, us, vs = (_stacks(xs, d, are, size) for xs, d in zip((weights, u, v), in_dims, strict=True))
+    return _ops.sigma(ws, us, vs).view(len(ws), size), 1
 
 
 def _sigma_per_matrix(sigma: Tensor, dim: int | None, size: int) -> Tensor:
@@ -473,7 +478,7 @@ def _without_kernels(name: str):
     function = getattr(reference, name)
 
     def run(first, *rest):
-        if first:
+        if all(x.layout is torch.strided for x in first) and first:  # others are refused
             _warn_once(first[0].device)
         with torch.no_grad():
             return function(first, *rest)

@@ -256,10 +256,10 @@ def overlooked_mass(theta: Tensor, s: Tensor, coupling: Tensor, values: Tensor) 
         newest = inverse @ onward
         m = m + newest @ newest.mT
     good = torch.isfinite(m).flatten(1).all(1)
-    least = torch.linalg.eigvalsh(torch.where(good.view(-1, 1, 1), m, torch.eye(b, dtype=m.dtype)))[
-        :, 0
-    ]
-    return torch.where(good & (least > 0), 1 / least, torch.inf)
+    spread = torch.linalg.eigvalsh(torch.where(good.view(-1, 1, 1), m, torch.eye(b, dtype=m.dtype)))
+    least, greatest = spread[:, 0], spread[:, -1]
+    # an eigenvalue that is lost in the rounding of the largest says nothing
+    return torch.where(good & (least > 1e-12 * greatest), 1 / least, torch.inf)
 
 
 def overlap_probability(mass: float, n: int, b: int) -> float:
@@ -272,6 +272,11 @@ def overlap_probability(mass: float, n: int, b: int) -> float:
     if not mass < 1:
         return 1.0
     return min(1.0, (n * mass / 2) ** (b / 2) / math.gamma(b / 2 + 1))
+
+
+def least_overlap(chance: float, n: int, b: int) -> float:
+    """The mass of which `overlap_probability` is `chance`."""
+    return 2 / n * (chance * math.gamma(b / 2 + 1)) ** (2 / b)
 
 
 def overlooked_bound(
@@ -308,6 +313,7 @@ __all__ = [
     "GRAM_ITERATIONS",
     "cholesky_bound",
     "gram_bounds",
+    "least_overlap",
     "overlap_probability",
     "overlooked_bound",
     "overlooked_mass",

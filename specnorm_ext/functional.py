@@ -82,7 +82,12 @@ def power_iteration(
     """
     single, (ws, us, vs) = _lists(weights, u, v)
     # DLPack, by which the direct path reads tensors, knows no lazy negation
-    direct = bool(ws) and _ops.is_plain(ws[0]) and ws[0].is_cpu and not any(map(Tensor.is_neg, ws))
+    direct = (
+        bool(ws)
+        and _ops.is_plain(ws[0])
+        and ws[0].is_cpu
+        and not any(map(Tensor.is_neg, (*ws, *us, *vs)))
+    )
     run = _ops.power_iteration_direct if direct else torch.ops.specnorm_ext.power_iteration_
     sigma = _typed(run, ws, us, vs, n_iterations, eps)
     return sigma[0] if single and ws[0].dim() == 2 else sigma

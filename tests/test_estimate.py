@@ -232,6 +232,36 @@ def test_what_is_called_converged_is(rtol: float) -> None:
             assert 1 - e.value / s.max().item() <= rtol, name
 
 
+def misleading_spectra() -> dict[str, tuple[list[float], float]]:
+    """Each with the rtol at which it misleads: a value above others that one vector, or a few steps, take for it."""
+
+    def line(a: float, b: float, n: int) -> list[float]:
+        return torch.linspace(a, b, n).tolist()
+
+    arc = [math.cos(x) for x in line(0, math.pi / 2, 400)]
+    return {
+        "a pair": ([1.003, 1, *line(0.01, 0.5, 198)], 1e-3),
+        "above a plateau": ([1.002, *[1.0] * 15, *line(0.01, 0.5, 184)], 1e-3),
+        "a cluster": ([*line(1, 1.003, 16), *line(0.01, 0.5, 184)], 1e-3),
+        "above a line": ([1.0015, *line(0, 1, 199)], 1e-3),
+        "above an arc, loosely": ([1.33, *arc], 0.3),
+        "above a plateau, loosely": ([1.11, *[1.0] * 200, *line(0, 0.5, 199)], 0.1),
+    }
+
+
+@pytest.mark.parametrize("name", misleading_spectra())
+@pytest.mark.parametrize("method", ["krylov", "lanczos"])
+def test_how_often_what_is_called_converged_is_not(method: str, name: str) -> None:
+    spectrum, rtol = misleading_spectra()[name]
+    w, wrong = torch.diag(torch.tensor(spectrum, dtype=torch.float64)), 0
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        e = specnorm_ext.estimate(w, method, rtol, generator=generator)
+        assert e.converged
+        wrong += e.value * (1 + rtol) < max(spectrum)
+    assert wrong <= 3  # a chance of 1% each: 4 and more have one of 1 in 300
+
+
 # ---- what a review found ----------------------------------------------------------------------------------------
 
 

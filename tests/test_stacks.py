@@ -323,6 +323,50 @@ def test_sigma_of_another_length():
             run([w], [u], [v], torch.ones(1))
 
 
+def test_lazily_negated_u_and_v():
+    """Their memory holds the negative, which borrowed pointers do not tell; the op has no way for them."""
+    w, u, v = problem()
+    for at in (0, 1):
+        pair = [u.clone(), v.clone()]
+        pair[at] = torch._neg_view(pair[at])
+        before = [x.clone() for x in pair]
+        with pytest.raises(RuntimeError, match="negation"):
+            functional.power_iteration(w, *pair)
+        assert all(torch.equal(x, y) for x, y in zip(pair, before, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (0, 3, 0), (0, 0, 4), (2, 0, 4), (2, 3, 0)], ids=str)
+@pytest.mark.parametrize("b", [None, 1])
+def test_gradients_of_nothing(shape, b):
+    e, m, n = shape
+    extra = () if b is None else (b,)
+    leaves = [torch.zeros(s).requires_grad_() for s in (shape, (e, m, *extra), (e, n, *extra))]
+    sigma = functional.sigma(*leaves)
+    assert sigma.shape == (e,)
+    sigma.sum().backward()
+    assert [x.grad.shape for x in leaves] == [x.shape for x in leaves]
+
+
+def test_vmap_of_nothing():
+    for shape in ((0, 4, 5), (0, 2, 4, 5), (3, 0, 4, 5)):
+        w = torch.randn(shape)
+        u, v = w[..., 0].clone(), w[..., 0, :].clone()
+        sigma = torch.vmap(functional.power_iteration)(w, u, v)
+        assert sigma.shape == shape[:-2]
+        assert torch.vmap(functional.sigma)(w, u, v).shape == shape[:-2]
+        assert torch.vmap(functional.normalize)(w, u, v, sigma).shape == shape
+
+
+def test_sparse_weights_are_refused_before_anything_is_written():
+    w, u, v = problem()
+    before = u.clone()
+    with pytest.raises(TypeError, match=r"weights\[1\] to be dense, got torch.sparse_coo"):
+        functional.power_iteration(
+            [w[0], w[1].to_sparse()], [u[0], u[1].clone()], [v[0], v[1].clone()]
+        )
+    assert torch.equal(u, before)
+
+
 def test_krylov_takes_matrices_alone():
     w = torch.randn(2, 3, 4)
     with pytest.raises(
