@@ -193,9 +193,7 @@ def _may_multiply(spectral: SpectralNorm, weight: Tensor, x: Tensor) -> bool:
         return False
     if x.dtype != weight.dtype and not _casts(x, weight):
         return False
-    # not by what x is or whether gradients are recorded: a checkpoint's forward must be its recomputation to the bit
-    if weight.numel() < _SMALL_MATRIX:
-        return False
+    # not by what x is: a checkpoint's forward, which records nothing, must be its recomputation to the bit
     if not weight.requires_grad and (torch.is_grad_enabled() or spectral.is_in_checkpoint()):
         return False  # W / sigma is a tensor of its own: a frozen W may change before the backward
     if spectral.blocks is not None or spectral._parameters.get("scale") is not None:
@@ -236,15 +234,26 @@ def _embedding_forward(self: nn.Embedding, input: Tensor) -> Tensor:
 
 
 def _is_sparse_look(indices: Tensor, weight: Tensor) -> bool:
-    return weight.numel() >= _SMALL_TABLE and 4 * indices.numel() <= weight.shape[0]
+    return 4 * indices.numel() <= weight.shape[0]
 
 
 def _fuse(module: nn.Module) -> None:
     """Give this module the forward above: in the class that torch's parametrize has made for it, and for its copies."""
     cls: Any = type(module)
-    for torchs, ours in zip(_torchs_forwards, (_linear_forward, _embedding_forward), strict=True):
+    lists: Any = module.parametrizations
+    original = getattr(
+        lists["weight"], "original", None
+    )  # of another parametrization there may be several
+    entries = 0 if original is None else original.numel()
+    for torchs, ours, least in zip(
+        _torchs_forwards,
+        (_linear_forward, _embedding_forward),
+        (_SMALL_MATRIX, _SMALL_TABLE),
+        strict=True,
+    ):
         # of torch itself: somebody may have replaced it before this file was imported
-        if cls.forward is torchs and torchs.__code__.co_filename in _TORCHS_FILES:
+        genuine = torchs.__code__.co_filename in _TORCHS_FILES
+        if cls.forward is torchs and genuine and entries >= least:
             cls.forward, cls._before = ours, cls.__mro__[1]
 
 

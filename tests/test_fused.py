@@ -596,7 +596,7 @@ def test_outputs_that_change_without_a_version(how):
 
 def test_small_matrices_are_divided(monkeypatch):
     """For them W / sigma is less than the calls of a penalty on the gradient for x."""
-    monkeypatch.undo()
+    monkeypatch.undo()  # of what stands above
     small, large = spectral_norm(nn.Linear(64, 64)), spectral_norm(nn.Linear(128, 128))
     seen = []
     monkeypatch.setattr(fused, "linear", lambda *args: seen.append(args[1].shape) or args[1])
