@@ -20,8 +20,8 @@ enum PassMode : int { kDot = 1, kAxpy = 2, kBoth = 3 };
 constexpr int64_t kGroupBytes = 256 << 10;
 // Rows so short that eight of them leave L1 room are taken many at a time: the sums of z then stay
 // in registers for the whole group, and no product waits for the one before it. What comes next is
-// asked for a group ahead, into L2: L1 has too few requests under way for that (from 2 KiB ahead
-// into L1, 200 matrices of 64 x 64 took half as long again).
+// asked for a group ahead, into L2: L1 has too few requests under way for that (it was from 2 KiB
+// ahead into L1, which left small matrices waiting for memory).
 constexpr int64_t kShortGroupBytes = 16 << 10, kShortRows = 128, kShortAheadBytes = 16 << 10;
 
 // The next group of rows is asked for while the one at hand is worked on from the cache, so that

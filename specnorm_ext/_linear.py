@@ -83,9 +83,8 @@ class _SpectralLinear(torch.autograd.Function):
             y = _ops.spectral_linear.default.redispatch(
                 how & _below_autograd, x, weight, bias, u, v, sigma
             )
-        if (
-            y._is_view()
-        ):  # of the product of its rows, which autograd would not let be changed in place
+        # of the product of its rows: autograd would not let a view be changed in place
+        if y._is_view():
             y = torch.ops.aten._unsafe_view(y, y.shape)
         needs = ctx.needs_input_grad
         ctx.y = None

@@ -12,11 +12,8 @@ from ._linear import fits, scaled_linear, spectral_linear_direct
 from ._ops import is_plain
 from .blocks import Blocks
 from .recomputation import left_to_python
+from .reference import _leading
 from .state import SpectralState, scalar_inverse
-
-
-def _leading(x: Tensor) -> Tensor:
-    return x if x.dim() == 1 else x[:, 0]
 
 
 @left_to_python

@@ -17,9 +17,7 @@ from torch import Tensor
 
 from . import certificates, reference
 
-CAPACITY = (
-    128  # vectors of a basis before it is restarted: a Gaussian 4096 x 4096 needs some 116 for 1e-3
-)
+CAPACITY = 128  # vectors of a basis before it is restarted: what a large Gaussian matrix needs for 1e-3, nearly
 FAILURE = 0.01  # chance over the start that a value larger by more than rtol is overlooked, whatever the spectrum
 COLUMNS = 4  # of a block: finds repeated values, and is not held up by close ones as one vector is. More save
 # reads, and take longer for each by as much or more.
@@ -213,9 +211,8 @@ def _unseen(run: Run, rtol: float, eps: float) -> float:
     if chances[0] <= FAILURE:
         return 0.9 * rtol
     for i in range(1, len(chances)):
-        if (
-            chances[i] <= FAILURE
-        ):  # where between this one and the last it is passed, for the steps to come
+        if chances[i] <= FAILURE:
+            # where between this one and the last it is passed, for the steps to come
             ratio = math.log(max(chances[i], 1e-300))
             part = (math.log(FAILURE) - ratio) / (math.log(chances[i - 1]) - ratio)
             return rtol * 2.0 ** (i - part)

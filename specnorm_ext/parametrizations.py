@@ -163,18 +163,27 @@ def _is_torchs_own(x: Tensor) -> bool:
     return x.layout is torch.strided and not x.is_nested
 
 
+def _fusible(
+    module: nn.Module, input: Tensor, torchs: Any, is_replaced: bool
+) -> tuple[SpectralNorm, Tensor] | None:
+    """What `_own_weight` finds, where the forward before ours is torch's and the input a tensor of torch's."""
+    before: Any = type(module)._before  # type: ignore[attr-defined]
+    if before.forward is not torchs or is_replaced:
+        return None
+    if not isinstance(input, Tensor) or not _is_torchs_own(input):
+        return None
+    return _own_weight(module)
+
+
+def _forward_before(module: nn.Module, input: Tensor) -> Tensor:
+    before: Any = type(module)._before  # type: ignore[attr-defined]
+    return cast(Tensor, before.forward(module, input))
+
+
 def _linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
-    base: Any = type(self)._before  # type: ignore[attr-defined]
-    own = _own_weight(self)
-    if (
-        own is None
-        or base.forward is not _torchs_forwards[0]
-        or nnf.linear is not _linear
-        or not isinstance(input, Tensor)
-        or not _is_torchs_own(input)
-        or not _may_multiply(*own, input)
-    ):
-        return cast(Tensor, base.forward(self, input))
+    own = _fusible(self, input, _torchs_forwards[0], nnf.linear is not _linear)
+    if own is None or not _may_multiply(*own, input):
+        return _forward_before(self, input)
     spectral, weight = own
     bias = self.bias
     if bias is not None and not (
@@ -213,37 +222,28 @@ def _casts(x: Tensor, weight: Tensor) -> bool:
 
 
 def _embedding_forward(self: nn.Embedding, input: Tensor) -> Tensor:
-    base: Any = type(self)._before  # type: ignore[attr-defined]
-    own = _own_weight(self)
+    own = _fusible(self, input, _torchs_forwards[1], nnf.embedding is not _embedding)
+    if own is None or self.max_norm is not None or self.scale_grad_by_freq:
+        return _forward_before(self, input)
+    spectral, weight = own
+    rows = weight.shape[0]
     if (
-        own is None
-        or base.forward is not _torchs_forwards[1]
-        or nnf.embedding is not _embedding
-        or own[0].blocks is not None
-        or self.max_norm is not None
-        or self.scale_grad_by_freq
-        or not (self.padding_idx is None or 0 <= self.padding_idx < own[1].shape[0])
-        or not isinstance(input, Tensor)
-        or not _is_torchs_own(input)
+        spectral.blocks is not None
+        or not (self.padding_idx is None or 0 <= self.padding_idx < rows)
         or input.dtype not in (torch.int64, torch.int32)
-        or input.device != own[1].device
-        or not (is_compiling() or _is_sparse_look(input, own[1]))
+        or input.device != weight.device
+        or not (is_compiling() or 4 * input.numel() <= rows)
     ):
-        return cast(Tensor, base.forward(self, input))
-    return fused.embedding(own[0], input, own[1], self.padding_idx)
-
-
-def _is_sparse_look(indices: Tensor, weight: Tensor) -> bool:
-    return 4 * indices.numel() <= weight.shape[0]
+        return _forward_before(self, input)
+    return fused.embedding(spectral, input, weight, self.padding_idx)
 
 
 def _fuse(module: nn.Module) -> None:
     """Give this module the forward above: in the class that torch's parametrize has made for it, and for its copies."""
     cls: Any = type(module)
     lists: Any = module.parametrizations
-    original = getattr(
-        lists["weight"], "original", None
-    )  # of another parametrization there may be several
+    # of another parametrization there may be several
+    original = getattr(lists["weight"], "original", None)
     entries = 0 if original is None else original.numel()
     for torchs, ours, least in zip(
         _torchs_forwards,
