@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "krylov.h"
 #include "overlap.h"
 
 namespace specnorm {
@@ -239,8 +240,8 @@ inline void check_krylov(const Operands& weights, const Operands& basis, const O
     fail("ValueError", op, ": expected ", weights.size(), " numbers in filled, as in weights, got ",
          filled.size());
   check_weights(op, weights);
-  if (columns < 1 || columns > kMaxColumns)
-    fail("ValueError", op, ": expected columns from 1 to ", kMaxColumns, ", got ", columns);
+  if (columns < 1 || columns > kMaxBlock)
+    fail("ValueError", op, ": expected columns from 1 to ", kMaxBlock, ", got ", columns);
   if (steps < 0) fail("ValueError", op, ": expected steps >= 0, got ", steps);
   const auto check = [&](const char* name, size_t i, const Operand& x, ScalarType dtype) {
     if (x.dtype != dtype)

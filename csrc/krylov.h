@@ -5,6 +5,8 @@
 
 namespace specnorm {
 
+constexpr int kMaxBlock = 16;  // columns of a block
+
 struct KrylovItem {
   MatrixRef weight;  // [m, n], rows of unit stride
   void* basis;       // [capacity, n], rows of unit stride and orthonormal; state dtype
@@ -21,7 +23,7 @@ struct KrylovParams {
   DType dtype;
   int64_t count;
   const KrylovItem* items;
-  int64_t columns;  // of a block, 1 .. kMaxColumns
+  int64_t columns;  // of a block, 1 .. kMaxBlock
   int64_t steps;    // blocks to add
 };
 

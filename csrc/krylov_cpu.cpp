@@ -8,7 +8,7 @@
 // steps. (Once, unless that cancels all but a hundredth, lost the leading value where the basis
 // comes near the whole space: tests/test_estimate.py.) All of H's column is written down as it
 // comes out of it, so that a basis that begins with Ritz vectors (a thick restart) needs nothing
-// special.
+// special. Both sweeps are shared by the threads, as the read of W is.
 //
 // A column of P in which nothing is new (an invariant subspace has been found) has R = 0, and a
 // fixed pseudo-random direction orthogonal to the basis takes its place; where there is none left,
@@ -32,6 +32,7 @@ namespace SPECNORM_ISA {
 namespace {
 
 constexpr int64_t kGroup = 8;
+constexpr int64_t kSweepRows = 32;  // of the basis, for one task
 
 template <class S>
 struct KrylovState : StoredRows<S> {
@@ -41,28 +42,50 @@ struct KrylovState : StoredRows<S> {
   int b;
   int64_t length_stride, rows_stride;
   C* a;             // [b, length_stride] the newest block, times the unit
+  C* x;             // [b, length_stride] P, and what is left of it
   C* t;             // [b, rows_stride]   unit W Q
-  C* z;             // [chunks, b, length_stride] partial sums of P
-  C* shadow;        // [b, length_stride] what the basis has of P
+  C* z;             // [most_parts(), b, length_stride] partial sums of P, or of what the basis has
+                    // of it
   C* shares;        // [b, capacity]      basis^T P
   double* squares;  // [chunks] of t
-  // Partial sums of P are added in groups, each by the thread that comes last to it, and the groups
-  // by the last of all: in an order that does not depend on who that is.
-  int64_t* waiting;  // [groups] chunks that have not come
+  // Partial sums are added in groups, each by the thread that comes last to it, and the groups by
+  // the last of all: in an order that does not depend on who that is.
+  int64_t* waiting;  // [groups] parts that have not come
 
+  int sweep;                            // 0: through W; 1 and 2: through the basis
   int64_t pending, steps_left, filled;  // pending: groups
   double unit, size;  // size: the largest Rayleigh quotient seen, about |unit W|^2
+  double longest;     // column of P
   bool scaled, done;
 
-  int64_t groups() const { return (this->chunks + kGroup - 1) / kGroup; }
-  int64_t group_end(int64_t g) const {
-    return (g + 1) * kGroup < this->chunks ? (g + 1) * kGroup : this->chunks;
+  int64_t parts() const {
+    return sweep == 0 || this->chunks == 1 ? this->chunks : (filled + kSweepRows - 1) / kSweepRows;
   }
-  // z of chunk `to` takes in those of from, from + step, ... before end
-  void add(int64_t to, int64_t from, int64_t end, int64_t step) const {
+  int64_t most_parts() const {
+    const int64_t sweeps = (item->capacity + kSweepRows - 1) / kSweepRows;
+    return this->chunks == 1 || this->chunks > sweeps ? this->chunks : sweeps;
+  }
+  void await(int of_sweep) {
+    sweep = of_sweep;
+    const int64_t all = parts();
+    pending = (all + kGroup - 1) / kGroup;
+    for (int64_t g = 0; g < pending; ++g)
+      waiting[g] = (g + 1) * kGroup < all ? kGroup : all - g * kGroup;
+  }
+  // Whether all have come with this one.
+  bool arrive(int64_t part) {
+    const int64_t first = part / kGroup * kGroup, all = parts();
+    if (__atomic_sub_fetch(&waiting[part / kGroup], 1, __ATOMIC_ACQ_REL) != 0) return false;
     const int64_t size = b * length_stride;
-    for (int64_t c = from; c < end; c += step)
-      for (int64_t k = 0; k < size; ++k) z[to * size + k] += z[c * size + k];
+    for (int64_t c = first + 1; c < first + kGroup && c < all; ++c)
+      for (int64_t k = 0; k < size; ++k) z[first * size + k] += z[c * size + k];
+    return __atomic_sub_fetch(&pending, 1, __ATOMIC_ACQ_REL) == 0;
+  }
+  // x takes in the sums of the groups; instead of what it was, if fresh.
+  void collect(bool fresh) const {
+    const int64_t size = b * length_stride;
+    for (int64_t c = 0; c < parts(); c += kGroup)
+      for (int64_t k = 0; k < size; ++k) x[k] = (fresh && c == 0 ? C(0) : x[k]) + z[c * size + k];
   }
   C* row(int64_t i) const { return static_cast<C*>(item->basis) + i * item->basis_stride; }
   double& h(int64_t i, int64_t j) const { return item->projected[i * item->capacity + j]; }
@@ -74,19 +97,25 @@ bool usable(const C* x, int64_t n) {
   return length > 0 && std::isfinite(length);
 }
 
-// What the first `rows` rows of the basis have of the first `b` columns x is taken out of them; it
-// stays in `shares`.
+// -basis^T basis x of some rows of the basis to z; their shares stay in `shares`.
 template <class S>
-void project_out(KrylovState<S>& s, typename Elem<S>::C* x, int64_t rows, int b) {
+void sweep_rows(KrylovState<S>& s, int64_t r0, int64_t count, const typename Elem<S>::C* x, int b,
+                typename Elem<S>::C* z) {
   using C = typename Elem<S>::C;
-  if (rows == 0) return;
-  RowPass<C>{s.row(0), s.item->basis_stride, rows,     s.length, x, s.length_stride,
-             s.shares, s.item->capacity,     s.shadow, C(-1),    b, kBoth,
+  RowPass<C>{s.row(r0),     s.item->basis_stride, count, s.length, x, s.length_stride,
+             s.shares + r0, s.item->capacity,     z,     C(-1),    b, kBoth,
              false}
       .run();
+}
+
+// What the basis has of the first `b` columns x is taken out of them.
+template <class S>
+void project_out(KrylovState<S>& s, typename Elem<S>::C* x, int b) {
+  if (s.filled == 0) return;
+  sweep_rows(s, 0, s.filled, x, b, s.z);
   for (int i = 0; i < b; ++i)
     for (int64_t k = 0; k < s.length; ++k)
-      x[i * s.length_stride + k] += s.shadow[i * s.length_stride + k];
+      x[i * s.length_stride + k] += s.z[i * s.length_stride + k];
 }
 
 // Some direction orthogonal to the basis and to the columns of x before column i, or zeros.
@@ -98,7 +127,7 @@ void draw(KrylovState<S>& s, typename Elem<S>::C* x, int i) {
     seed(xi, s.length, uint32_t(2000 + 64 * s.filled + 16 * attempt + i));
     bool good = true;
     for (int sweep = 0; sweep < 2 && good; ++sweep) {
-      project_out(s, xi, s.filled, 1);
+      project_out(s, xi, 1);
       for (int j = 0; j < i; ++j) {
         const C* xj = x + j * s.length_stride;
         const double c = inner(xj, xi, s.length);
@@ -119,7 +148,7 @@ void draw(KrylovState<S>& s, typename Elem<S>::C* x, int i) {
 // shorter than `shortest` is drawn anew and has r = 0.
 template <class S>
 double factorize(KrylovState<S>& s, typename Elem<S>::C* x, double shortest,
-                 double r[kMaxColumns][kMaxColumns]) {
+                 double r[kMaxBlock][kMaxBlock]) {
   using C = typename Elem<S>::C;
   double least = DBL_MAX;
   for (int i = 0; i < s.b; ++i) {
@@ -162,7 +191,7 @@ template <class S>
 void begin(KrylovState<S>& s) {
   using C = typename Elem<S>::C;
   // Whole vectors are read: what lies behind the last element must be 0.
-  C* const padded[] = {s.a, s.z, s.shadow};
+  C* const padded[] = {s.a, s.x};
   for (C* x : padded)
     for (int i = 0; i < s.b; ++i)
       for (int64_t k = s.length; k < s.length_stride; ++k) x[i * s.length_stride + k] = 0;
@@ -172,16 +201,17 @@ void begin(KrylovState<S>& s) {
   for (int64_t i = 0; i < s.filled - s.b; ++i) s.size = std::fmax(s.size, std::fabs(s.h(i, i)));
   if (s.filled == 0) {
     for (int i = 0; i < s.b; ++i) {
-      C* x = s.z + i * s.length_stride;
+      C* x = s.x + i * s.length_stride;
       std::memcpy(x, s.row(i), sizeof(C) * size_t(s.length));
       if (!usable(x, s.length)) seed(x, s.length, uint32_t(i));
       scale_into(x, s.length, 1 / std::sqrt(sum_of_squares(x, s.length)), x);
     }
-    double r[kMaxColumns][kMaxColumns] = {};
-    factorize(s, s.z, 64 * Range<C>::epsilon, r);
-    store_block(s, s.z);
+    double r[kMaxBlock][kMaxBlock] = {};
+    factorize(s, s.x, 64 * Range<C>::epsilon, r);
+    store_block(s, s.x);
   }
   load_block(s);
+  s.await(0);
 }
 
 // ---- after a pass ------------------------------------------------------------------------------
@@ -216,23 +246,23 @@ bool rescale(KrylovState<S>& s) {
 
 template <class S>
 void after_pass(KrylovState<S>& s) {
-  using C = typename Elem<S>::C;
-  const int64_t n = s.length, stride = s.length_stride, first = s.filled - s.b;
   double square = 0;
   for (int64_t c = 0; c < s.chunks; ++c) square += s.squares[c];
   const double length = std::sqrt(square);
   if (!s.scaled) {
-    const bool safe = length >= Range<C>::low && length <= Range<C>::high;
-    if (!safe && (rescale(s) || s.done)) return;
+    const bool safe =
+        length >= Range<typename Elem<S>::C>::low && length <= Range<typename Elem<S>::C>::high;
+    if (!safe && rescale(s)) return s.await(0);
+    if (s.done) return;
     s.scaled = true;
   }
-  s.add(0, kGroup, s.chunks, kGroup);
-  double longest = 0;
+  s.collect(true);
+  s.longest = 0;
   bool finite = std::isfinite(length);
   for (int i = 0; i < s.b; ++i) {
-    const double l = std::sqrt(sum_of_squares(s.z + i * stride, n));
+    const double l = std::sqrt(sum_of_squares(s.x + i * s.length_stride, s.length));
     finite = finite && std::isfinite(l);
-    longest = std::fmax(longest, l);
+    s.longest = std::fmax(s.longest, l);
   }
   if (!finite) {
     *s.item->unit = NAN;
@@ -240,83 +270,108 @@ void after_pass(KrylovState<S>& s) {
     return;
   }
   *s.item->unit = s.unit;
-  for (int sweep = 0; sweep < 2; ++sweep) {
-    project_out(s, s.z, s.filled, s.b);
-    for (int i = 0; i < s.b; ++i)
-      for (int64_t j = 0; j < s.filled; ++j) {
-        double& entry = s.h(j, first + i);
-        entry = (sweep == 0 ? 0 : entry) + double(s.shares[i * s.item->capacity + j]);
-      }
-  }
+  s.await(1);
+}
+
+template <class S>
+void after_sweep(KrylovState<S>& s) {
+  using C = typename Elem<S>::C;
+  const int64_t first = s.filled - s.b;
+  s.collect(false);
+  for (int i = 0; i < s.b; ++i)
+    for (int64_t j = 0; j < s.filled; ++j) {
+      double& entry = s.h(j, first + i);
+      entry = (s.sweep == 1 ? 0 : entry) + double(s.shares[i * s.item->capacity + j]);
+    }
+  if (s.sweep == 1) return s.await(2);
   for (int i = 0; i < s.b; ++i) s.size = std::fmax(s.size, std::fabs(s.h(first + i, first + i)));
-  double r[kMaxColumns][kMaxColumns] = {}, again[kMaxColumns][kMaxColumns] = {};
+  double r[kMaxBlock][kMaxBlock] = {}, again[kMaxBlock][kMaxBlock] = {};
   // P carries the rounding of |W|^2, whatever its own length.
-  const double scale = std::fmax(s.size, longest);
-  const double least = factorize(s, s.z, 16 * Range<C>::epsilon * scale, r);
+  const double scale = std::fmax(s.size, s.longest);
+  const double least = factorize(s, s.x, 16 * Range<C>::epsilon * scale, r);
   if (least < 1e-2 * scale) {  // what rounding left of the basis has grown with the division
-    project_out(s, s.z, s.filled, s.b);
-    factorize(s, s.z, 0.5, again);  // a column that was nothing else is drawn anew
+    project_out(s, s.x, s.b);
+    factorize(s, s.x, 0.5, again);  // a column that was nothing else is drawn anew
     for (int i = 0; i < s.b; ++i)
       for (int j = 0; again[i][i] == 0 && j < s.b; ++j) r[i][j] = 0;
   }
   for (int i = 0; i < s.b; ++i)
     for (int j = 0; j < s.b; ++j) s.h(s.filled + j, first + i) = r[j][i];
-  store_block(s, s.z);
-  if (--s.steps_left == 0)
-    s.done = true;
-  else
-    load_block(s);
+  store_block(s, s.x);
+  s.done = --s.steps_left == 0;
+  if (s.done) return;
+  load_block(s);
+  s.await(0);
 }
 
 template <class S>
 struct KrylovJob {
   KrylovState<S>* states;
 
-  int64_t chunks(int64_t matrix) const { return states[matrix].done ? 0 : states[matrix].chunks; }
-  void run(int64_t matrix, int64_t chunk) {
+  int64_t chunks(int64_t matrix) const { return states[matrix].done ? 0 : states[matrix].parts(); }
+  // One part, and what follows where it is the last: the next ones too as long as they are single.
+  void run(int64_t matrix, int64_t part) {
     KrylovState<S>& s = states[matrix];
     if (s.chunks == 1) begin(s);
     do {
-      const int64_t r0 = chunk * s.chunk_rows;
-      const int64_t r1 = r0 + s.chunk_rows < s.rows ? r0 + s.chunk_rows : s.rows;
-      RowPass<S>{s.w + r0 * s.ld,
-                 s.ld,
-                 r1 - r0,
-                 s.length,
-                 s.a,
-                 s.length_stride,
-                 s.t + r0,
-                 s.rows_stride,
-                 s.z + chunk * s.b * s.length_stride,
-                 typename Elem<S>::C(s.unit),
-                 s.b,
-                 kBoth,
-                 false}
-          .run();
-      double square = 0;
-      for (int i = 0; i < s.b; ++i) square += sum_of_squares(s.t + i * s.rows_stride + r0, r1 - r0);
-      s.squares[chunk] = square;
-      const int64_t group = chunk / kGroup, begin_of = group * kGroup;
-      if (__atomic_sub_fetch(&s.waiting[group], 1, __ATOMIC_ACQ_REL) != 0) return;
-      s.waiting[group] = s.group_end(group) - begin_of;
-      s.add(begin_of, begin_of + 1, s.group_end(group), 1);
-      if (__atomic_sub_fetch(&s.pending, 1, __ATOMIC_ACQ_REL) != 0) return;
-      s.pending = s.groups();
-      after_pass(s);
-    } while (s.chunks == 1 && !s.done);
+      s.sweep == 0 ? multiply(s, part) : orthogonalize(s, part);
+      if (!s.arrive(part)) return;
+      s.sweep == 0 ? after_pass(s) : after_sweep(s);
+      part = 0;
+    } while (!s.done && s.parts() == 1);
+  }
+  void multiply(KrylovState<S>& s, int64_t chunk) {
+    const int64_t r0 = chunk * s.chunk_rows;
+    const int64_t r1 = r0 + s.chunk_rows < s.rows ? r0 + s.chunk_rows : s.rows;
+    typename Elem<S>::C* z = s.z + chunk * s.b * s.length_stride;
+    if (r1 == r0) std::memset(z, 0, sizeof(*z) * size_t(s.b * s.length_stride));
+    RowPass<S>{s.w + r0 * s.ld,
+               s.ld,
+               r1 - r0,
+               s.length,
+               s.a,
+               s.length_stride,
+               s.t + r0,
+               s.rows_stride,
+               z,
+               typename Elem<S>::C(s.unit),
+               s.b,
+               kBoth,
+               false}
+        .run();
+    double square = 0;
+    for (int i = 0; i < s.b; ++i) square += sum_of_squares(s.t + i * s.rows_stride + r0, r1 - r0);
+    s.squares[chunk] = square;
+  }
+  void orthogonalize(KrylovState<S>& s, int64_t part) {
+    const int64_t rows = s.chunks == 1 ? s.filled : kSweepRows, r0 = part * rows;
+    sweep_rows(s, r0, s.filled - r0 < rows ? s.filled - r0 : rows, s.x, s.b,
+               s.z + part * s.b * s.length_stride);
   }
 };
+
+// Wide blocks make long partial sums, and so want longer chunks.
+template <class S>
+void plan_chunks(KrylovState<S>& s) {
+  if (s.b <= 4 || s.chunks == 1) return;
+  int64_t rows = (s.rows + 31) / 32;
+  rows = rows < 4 * s.b ? 4 * s.b : rows;
+  rows = (rows + 3) / 4 * 4;
+  if (rows <= s.chunk_rows) return;
+  s.chunk_rows = rows;
+  s.chunks = (s.rows + rows - 1) / rows;
+}
 
 template <class S>
 void lay_out(Arena& arena, KrylovState<S>& s) {
   using C = typename Elem<S>::C;
   s.a = arena.take<C>(s.b * s.length_stride);
   s.t = arena.take<C>(s.b * s.rows_stride);
-  s.z = arena.take<C>(s.chunks * s.b * s.length_stride);
-  s.shadow = arena.take<C>(s.b * s.length_stride);
+  s.x = arena.take<C>(s.b * s.length_stride);
+  s.z = arena.take<C>(s.most_parts() * s.b * s.length_stride);
   s.shares = arena.take<C>(s.b * s.item->capacity);
   s.squares = arena.take<double>(s.chunks);
-  s.waiting = arena.take<int64_t>(s.groups());
+  s.waiting = arena.take<int64_t>((s.most_parts() + kGroup - 1) / kGroup);
 }
 
 template <class S>
@@ -335,13 +390,11 @@ Status run_krylov(const KrylovParams& p, const Parallel& pool) {
       s.b = int(p.columns);
       s.length_stride = padded_length<typename Elem<S>::C>(s.length);
       s.rows_stride = padded_length<typename Elem<S>::C>(s.rows);
-      s.pending = s.groups();
+      plan_chunks(s);
       s.steps_left = p.steps;
       s.filled = s.item->filled;
       lay_out(arena, s);
       s.done = s.item->weight.n == 0;  // no direction at all
-      for (int64_t g = 0; pass == 1 && g < s.groups(); ++g)
-        s.waiting[g] = s.group_end(g) - g * kGroup;
       if (pass == 0)
         work += s.rows * s.length * s.b;
       else if (s.chunks > 1 && !s.done)
@@ -359,96 +412,10 @@ Status run_krylov(const KrylovParams& p, const Parallel& pool) {
   return status;
 }
 
-// ---- certified_matvec
-// ------------------------------------------------------------------------------------
-
-template <class S>
-struct MatvecState : StoredRows<S> {
-  const MatvecItem* item;
-  double* v;  // [n], a copy
-  bool done;
-  int64_t pending;
-};
-
-template <class S>
-struct MatvecJob {
-  MatvecState<S>* states;
-
-  int64_t chunks(int64_t matrix) const { return states[matrix].done ? 0 : states[matrix].chunks; }
-  void run(int64_t matrix, int64_t chunk) {
-    MatvecState<S>& s = states[matrix];
-    const int64_t n = s.item->weight.n, step = s.item->weight.col_stride;
-    const int64_t r0 = chunk * s.chunk_rows;
-    const int64_t r1 = r0 + s.chunk_rows < s.item->weight.m ? r0 + s.chunk_rows : s.item->weight.m;
-    for (int64_t r = r0; r < r1; ++r) {
-      const S* row = s.w + r * s.item->weight.row_stride;
-      double sum = 0, size = 0;  // vector lanes, by the compiler
-      if (step == 1) {
-        for (int64_t j = 0; j < n; ++j) {
-          const double term = double(Elem<S>::get(row[j])) * s.v[j];
-          sum += term;
-          size += std::fabs(term);
-        }
-      } else {
-        for (int64_t j = 0; j < n; ++j) {
-          const double term = double(Elem<S>::get(row[j * step])) * s.v[j];
-          sum += term;
-          size += std::fabs(term);
-        }
-      }
-      s.item->out[r] = sum;
-      s.item->out[s.item->weight.m + r] = size;
-    }
-    if (__atomic_sub_fetch(&s.pending, 1, __ATOMIC_ACQ_REL) == 0) s.done = true;
-  }
-};
-
-template <class S>
-Status run_matvec(const MatvecParams& p, const Parallel& pool) {
-  using C = typename Elem<S>::C;
-  if (p.count == 0) return kOk;
-  auto* states =
-      static_cast<MatvecState<S>*>(std::malloc(sizeof(MatvecState<S>) * size_t(p.count)));
-  if (states == nullptr) return kOutOfMemory;
-  Arena arena{};
-  int64_t work = 0;
-  for (int pass = 0; pass < 2; ++pass) {
-    for (int64_t i = 0; i < p.count; ++i) {
-      const MatvecItem& item = p.items[i];
-      MatvecState<S>& s = states[i];
-      s = MatvecState<S>{};
-      s.item = &item;
-      s.w = static_cast<const S*>(item.weight.data);
-      chunk_plan(item.weight.m, item.weight.n, &s.chunks, &s.chunk_rows);
-      s.pending = s.chunks;
-      s.v = arena.take<double>(item.weight.n);
-      if (pass == 0) {
-        work += item.weight.m * item.weight.n;
-        continue;
-      }
-      const auto* from = static_cast<const double*>(item.v.data);
-      for (int64_t j = 0; j < item.weight.n; ++j) s.v[j] = from[j * item.v.row_stride];
-    }
-    if (pass == 0 && !arena.allocate()) {
-      std::free(states);
-      return kOutOfMemory;
-    }
-  }
-  MatvecJob<S> job{states};
-  const Status status = run_rounds(job, p.count, work, pool);
-  arena.release();
-  std::free(states);
-  return status;
-}
-
 }  // namespace
 
 Status krylov_cpu(const KrylovParams& p, const Parallel& pool) {
   return by_dtype(p.dtype, [&](auto s) { return run_krylov<decltype(s)>(p, pool); });
-}
-
-Status matvec_cpu(const MatvecParams& p, const Parallel& pool) {
-  return by_dtype(p.dtype, [&](auto s) { return run_matvec<decltype(s)>(p, pool); });
 }
 
 }  // namespace SPECNORM_ISA

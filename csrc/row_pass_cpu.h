@@ -270,13 +270,24 @@ SPECNORM_INLINE void axpy_rows(const S* w, int64_t ld, int64_t rows, int64_t n,
     axpy_block<S, 1, B>(w + r * ld, ld, n, t + r, t_stride, scale, z, z_stride, first && r == 0, 0);
 }
 
-template <class S, class F>
+// As few groups as there are registers for, of about one size: each reads the rows again.
+template <class F>
 SPECNORM_INLINE void for_column_groups(int64_t columns, F body) {
+#if defined(__AVX512F__) || defined(__aarch64__)
+  constexpr int kMost = 5;
+#else
+  constexpr int kMost = 4;
+#endif
   int64_t b = 0;
-  for (; b + 4 <= columns; b += 4) body.template run<4>(b);
-  if (columns - b == 3) body.template run<3>(b);
-  if (columns - b == 2) body.template run<2>(b);
-  if (columns - b == 1) body.template run<1>(b);
+  for (int64_t groups = (columns + kMost - 1) / kMost; groups > 0; --groups) {
+    const int64_t width = (columns - b + groups - 1) / groups;
+    if (width == 5) body.template run<kMost>(b);
+    if (width == 4) body.template run<4>(b);
+    if (width == 3) body.template run<3>(b);
+    if (width == 2) body.template run<2>(b);
+    if (width == 1) body.template run<1>(b);
+    b += width;
+  }
 }
 
 template <class S>
@@ -381,9 +392,9 @@ struct RowPass {
         run_pairs(r0, count, more ? group : 0);
         continue;
       }
-      if (mode & kDot) for_column_groups<S>(columns, Dot{*this, r0, count, more ? group : 0});
+      if (mode & kDot) for_column_groups(columns, Dot{*this, r0, count, more ? group : 0});
       if (mode & kAxpy) {
-        for_column_groups<S>(columns, Axpy{*this, r0, count, more ? group : 0});
+        for_column_groups(columns, Axpy{*this, r0, count, more ? group : 0});
       }
     }
   }

@@ -123,12 +123,16 @@ struct Round {
 // second thread costs more than it brings.
 template <class Job>
 Status run_rounds(Job& job, int64_t count, int64_t work, const Parallel& pool) {
-  int64_t most = 0;
-  for (int64_t i = 0; i < count; ++i) most += job.chunks(i);
-  if (most == 0) return kOk;
-  auto* tasks = static_cast<Task*>(std::malloc(sizeof(Task) * size_t(most)));
-  if (tasks == nullptr) return kOutOfMemory;
-  for (;;) {
+  Task* tasks = nullptr;
+  for (int64_t room = 0;;) {
+    int64_t needed = 0;
+    for (int64_t i = 0; i < count; ++i) needed += job.chunks(i);
+    if (needed > room) {
+      std::free(tasks);
+      tasks = static_cast<Task*>(std::malloc(sizeof(Task) * size_t(needed)));
+      if (tasks == nullptr) return kOutOfMemory;
+      room = needed;
+    }
     int64_t total = 0;
     for (int64_t i = 0; i < count; ++i)
       for (int64_t c = 0, chunks = job.chunks(i); c < chunks; ++c)

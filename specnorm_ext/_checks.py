@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .blocks import Blocks
 
 MAX_COLUMNS = 8
+MAX_BLOCK = 16  # columns of a Krylov basis' blocks
 MOST_ITERATIONS = 1_000_000_000
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.float64, *SIXTEEN_BIT)
@@ -253,8 +254,8 @@ def check_krylov(
             f"{op}: expected {len(weights)} numbers in filled, as in weights, got {len(filled)}"
         )
     check_weights(op, weights)
-    if not 1 <= columns <= MAX_COLUMNS:
-        raise ValueError(f"{op}: expected columns from 1 to {MAX_COLUMNS}, got {columns}")
+    if not 1 <= columns <= MAX_BLOCK:
+        raise ValueError(f"{op}: expected columns from 1 to {MAX_BLOCK}, got {columns}")
     if steps < 0:
         raise ValueError(f"{op}: expected steps >= 0, got {steps}")
     for i, (w, q, h) in enumerate(zip(weights, basis, projected, strict=True)):

@@ -234,44 +234,46 @@ def overlooked_mass(theta: Tensor, s: Tensor, coupling: Tensor, values: Tensor) 
     of no vector of which the start has more than this.
 
     Args:
-        theta, s: [p] and [p, p], Ritz values and vectors of the projected matrix T, float64, before any restart, of
-            blocks whose couplings are all regular.
-        coupling: [b, b], what couples the newest block to the last that was multiplied; left out if singular.
-        values: [g], each above theta.
+        theta, s: [..., p] and [..., p, p], Ritz values and vectors of the projected matrix T, float64, before any
+            restart, of blocks whose couplings are all regular.
+        coupling: [..., b, b], what couples the newest block to the last that was multiplied; left out if singular.
+        values: [..., g], each above theta.
 
     Returns:
-        [g], :math:`1 / \lambda_{min}(M)`, which :math:`|\eta|^2` does not exceed; inf where it can not be told.
+        [..., g], :math:`1 / \lambda_{min}(M)`, which :math:`|\eta|^2` does not exceed; inf where it can not be told.
 
     Source: Hochstenbach, "Probabilistic upper bounds for the matrix two-norm", J. Sci. Comput. 2013, for one vector.
     """
-    b = coupling.shape[0]
-    first, last = s[:b], s[-b:]
-    weights = 1 / (values.unsqueeze(1) - theta)
-    c = (last * weights.unsqueeze(1)) @ first.mT
-    f = (last * weights.square().unsqueeze(1)) @ last.mT
+    b = coupling.shape[-1]
+    first, last = s[..., None, :b, :], s[..., None, -b:, :]
+    weights = 1 / (values.unsqueeze(-1) - theta.unsqueeze(-2)).unsqueeze(-2)
+    c = (last * weights) @ first.mT
+    f = (last * weights.square()) @ last.mT
     inverse, _ = torch.linalg.inv_ex(c)
     m = inverse @ f @ inverse.mT
     onward, info = torch.linalg.inv_ex(coupling)
-    if info.item() == 0 and bool(torch.isfinite(onward).all()):
-        newest = inverse @ onward
-        m = m + newest @ newest.mT
-    good = torch.isfinite(m).flatten(1).all(1)
-    spread = torch.linalg.eigvalsh(torch.where(good.view(-1, 1, 1), m, torch.eye(b, dtype=m.dtype)))
-    least, greatest = spread[:, 0], spread[:, -1]
+    regular = (info == 0) & torch.isfinite(onward).flatten(-2).all(-1)
+    onward = torch.where(regular[..., None, None], onward, 0.0)
+    newest = inverse @ onward.unsqueeze(-3)
+    m = m + newest @ newest.mT
+    good = torch.isfinite(m).flatten(-2).all(-1)
+    spread = torch.linalg.eigvalsh(
+        torch.where(good[..., None, None], m, torch.eye(b, dtype=m.dtype))
+    )
+    least, greatest = spread[..., 0], spread[..., -1]
     # an eigenvalue that is lost in the rounding of the largest says nothing
     return torch.where(good & (least > 1e-12 * greatest), 1 / least, torch.inf)
 
 
-def overlap_probability(mass: float, n: int, b: int) -> float:
+def overlap_probability(mass: Tensor, n: int, b: int) -> Tensor:
     r"""Of a random subspace of b dimensions to have at most `mass` of a given unit vector in n dimensions.
 
     .. math:: P[|\eta|^2 \le t] \le \frac{(n t / 2)^{b / 2}}{\Gamma(b / 2 + 1)}
 
     since :math:`|\eta|^2` has the distribution Beta(b / 2, (n - b) / 2). At most 1.
     """
-    if not mass < 1:
-        return 1.0
-    return min(1.0, (n * mass / 2) ** (b / 2) / math.gamma(b / 2 + 1))
+    bound = (n * mass / 2) ** (b / 2) / math.gamma(b / 2 + 1)
+    return torch.where(mass < 1, bound, 1.0).clamp_max(1)
 
 
 def least_overlap(chance: float, n: int, b: int) -> float:
@@ -279,28 +281,90 @@ def least_overlap(chance: float, n: int, b: int) -> float:
     return 2 / n * (chance * math.gamma(b / 2 + 1)) ** (2 / b)
 
 
+def overlooked_chance(
+    theta: Tensor, s: Tensor, columns: int, gram: Tensor, values: Tensor
+) -> Tensor:
+    r"""The chance over the start that block Lanczos has overlooked :math:`\lambda = \lambda_{max}(A)`, if A has it.
+
+    Let q be a unit eigenvector of it, and g [b] its row in the start G, Gaussian, independent of what the start has of
+    all others. The largest Ritz value :math:`\theta = (1 - \delta) \lambda` is no less than the Rayleigh quotient of
+    any vector p(A) G of the Krylov space, p a polynomial with coefficients [b]. Hence, with :math:`\mu` the measure
+    that the start has on the eigenvalues x of A,
+
+    .. math:: \delta \lambda (g^T p(\lambda))^2 \le \int p^T (\lambda - x)\, d\mu\, p \quad\Rightarrow\quad
+        g^T Y^{-1} g \le \frac{1}{\delta \lambda},\quad Y = \min_{p(\lambda) = I} \int p^T (\lambda - x)\, d\mu\, p
+
+    an ellipsoid for g. Where x is lambda the integral is 0: Y is known, and depends on all rows of G but those of
+    lambda. The density of g is :math:`(2 \pi)^{-b/2}` at most, so
+
+    .. math:: P \le \frac{\det(Y / 2 \delta \lambda)^{1/2}}{\Gamma(b / 2 + 1)},\quad
+        \det Y = \det(G^T G) \frac{\det(C)^2}{\det(F)},\quad
+        C = E_k^T (\lambda - T)^{-1} E_0,\ F = E_k^T (\lambda - T)^{-3} E_k
+
+    Y falls with every step, at all lambda together, and g's ellipsoid with it: who ends at the first look with P <= p
+    has overlooked something with a chance of p, however often was looked.
+
+    Args:
+        theta, s: as for :func:`overlooked_mass`. columns: b. gram: [...], :math:`\log \det(G^T G)`.
+        values: [..., g], lambda, each above theta.
+
+    Returns:
+        [..., g], P; 1 at most.
+
+    Source: the question is that of Kuczynski and Wozniakowski, SIMAX 1992, the polynomials are those of Hochstenbach,
+    J. Sci. Comput. 2013; what several columns say together follows as above.
+    """
+    b = columns
+    first, last = s[..., None, :b, :], s[..., None, -b:, :]
+    gaps = (values.unsqueeze(-1) - theta.unsqueeze(-2)).unsqueeze(-2)
+    c = last / gaps @ first.mT
+    f = last * gaps**-1.5  # a factor of F, whose determinant would lose digits
+    # singular values that are lost in the rounding of these sums count as large as that
+    lost = 1e-13 * (last.abs() / gaps).sum(-1).amax(-1, keepdim=True)
+    logs = torch.maximum(torch.linalg.svdvals(c), lost).log().sum(-1)
+    logs = logs - torch.linalg.svdvals(f).log().sum(-1) + gram.unsqueeze(-1) / 2
+    # delta lambda is the least gap
+    logs = logs - b / 2 * torch.log(2 * gaps.amin((-2, -1))) - math.lgamma(b / 2 + 1)
+    return torch.where(torch.isfinite(logs), logs, 0.0).clamp_max(0).exp()
+
+
+def overlooked_risk(
+    theta: Tensor, s: Tensor, coupling: Tensor, gram: Tensor, n: int, values: Tensor
+) -> Tensor:
+    """The chance that A has an eigenvalue above each of the ascending `values`, by the better of two arguments.
+
+    :func:`overlooked_mass` with :func:`overlap_probability`, or :func:`overlooked_chance`; twice the lesser, for either
+    may fail. Arguments and result as there; n: the dimension of the vectors.
+    """
+    b = coupling.shape[-1]
+    mass = overlooked_mass(theta, s, coupling, values)
+    chance = overlooked_chance(theta, s, b, gram, values)
+    risk = (2 * torch.minimum(overlap_probability(mass, n, b), chance)).clamp_max(1)
+    return risk.flip(-1).cummax(-1).values.flip(-1)  # above one is above the next
+
+
 def overlooked_bound(
-    top: float, theta: Tensor, s: Tensor, coupling: Tensor, n: int, failure_probability: float
+    theta: Tensor,
+    s: Tensor,
+    coupling: Tensor,
+    gram: Tensor,
+    n: int,
+    failure_probability: float,
 ) -> float:
     """An upper bound of the largest eigenvalue, from the polynomials of block Lanczos and a random start.
 
-    The least lambda above which `overlooked_mass` leaves every vector a share that a random start falls short of with
-    that probability at most, to 1% of its distance from the largest Ritz value; looked for, and looked at further up,
-    on a grid. `top`: the largest Ritz value, perhaps of a later look than theta, s and coupling, which are as for
-    `overlooked_mass`; n: the dimension of the vectors. inf where there is none.
+    The least lambda of an :func:`overlooked_risk` of that probability at most, to 1% of its distance from the largest
+    Ritz value. Arguments as there. inf where there is none.
     """
-    b = coupling.shape[0]
+    top = float(theta[-1])
     if not 0 < top < math.inf:
         return math.inf
     low, high = -44.0, 4.0  # powers of two of the distance, relative
     for _ in range(2):
         grid = torch.linspace(low, high, 64, dtype=torch.float64)
-        mass = overlooked_mass(theta, s, coupling, top * (1 + torch.exp2(grid)))
-        bad = [
-            i
-            for i, x in enumerate(mass.tolist())
-            if not overlap_probability(x, n, b) <= failure_probability
-        ]
+        values = top * (1 + torch.exp2(grid))
+        risks = overlooked_risk(theta, s, coupling, gram, n, values).tolist()
+        bad = [i for i, x in enumerate(risks) if not x <= failure_probability]
         if not bad:
             break
         if bad[-1] == len(grid) - 1:
@@ -316,6 +380,8 @@ __all__ = [
     "least_overlap",
     "overlap_probability",
     "overlooked_bound",
+    "overlooked_chance",
     "overlooked_mass",
+    "overlooked_risk",
     "probabilistic_bound",
 ]

@@ -11,16 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from . import certificates, reference
 
-CAPACITY = 128  # vectors of a basis before it is restarted: what a large Gaussian matrix needs for 1e-3, nearly
+CAPACITY = 128  # vectors of a basis before it is restarted, or 20 blocks: what a large Gaussian matrix needs for 1e-3
 FAILURE = 0.01  # chance over the start that a value larger by more than rtol is overlooked, whatever the spectrum
-COLUMNS = 4  # of a block: finds repeated values, and is not held up by close ones as one vector is. More save
-# reads, and take longer for each by as much or more.
+COLUMNS, WIDE = 4, 9  # of a block: see block_size
 
 
 @dataclass(eq=False)
@@ -39,6 +39,7 @@ class Run:
         unbroken: reads before that.
         seen: of the last look before that, Ritz values, Ritz vectors and the newest block's coupling, float64: of the
             blocks that the start's polynomials make, up to the first with a column that was drawn anew.
+        start: [n, columns], as it was drawn.
         warm: whether the start was given, in part: then a vector near a lower value may be in it, with no residual.
         values: singular values found so far, of the operator times `unit`, descending.
         errors: their estimated relative errors.
@@ -57,6 +58,7 @@ class Run:
     restarted: bool = False
     unbroken: int = 0
     seen: tuple[Tensor, Tensor, Tensor] | None = None
+    start: Tensor | None = None
     warm: bool = False
     unit: float = 0.0
     values: list[float] = field(default_factory=list)
@@ -69,6 +71,13 @@ class Run:
         """Vectors of the basis that have been multiplied."""
         return max(self.filled - self.columns, 0)
 
+    @cached_property
+    def gram(self) -> Tensor:
+        """[], log det(G^T G) of the start G."""
+        assert self.start is not None
+        g = self.start.double()
+        return torch.logdet(g.mT @ g).cpu()
+
     def right_vectors(self) -> Tensor:
         """[n, wanted], float64, of unit length to rounding."""
         assert self.vectors is not None
@@ -76,11 +85,18 @@ class Run:
         return self.basis[:p].double().mT @ self.vectors.to(self.basis.device)
 
 
+def block_size(m: int, n: int) -> int:
+    """Columns of a block for W [m, n]. More find repeated values, are not held up by close ones as one vector is, and
+    save reads; each read takes longer by as much, or by more where W comes from a cache. Matrices that do not are read
+    9 columns at a time: two thirds of the reads of 4, in the same time."""
+    return WIDE if m * n >= 1 << 20 and min(m, n) >= 256 else COLUMNS
+
+
 def new_run(
     index: int,
     start: Tensor,
     wanted: int = 1,
-    capacity: int = CAPACITY,
+    capacity: int | None = None,
     *,
     rank: int | None = None,
     warm: bool = False,
@@ -88,7 +104,8 @@ def new_run(
     """`start`: [n, columns], the first block, in the dtype to work in; it need not be orthonormal. `rank`: of the
     operator, at most: no more vectors than a few above it say anything new, and then memory is spared."""
     n, columns = start.shape
-    rows = max(capacity, 2 * wanted + 3 * columns)
+    rows = max(CAPACITY, 20 * columns) if capacity is None else capacity
+    rows = max(rows, 2 * wanted + 3 * columns)
     rows = min(rows, -(-n // columns) * columns)  # no more than n are independent
     if rank is not None:
         rows = min(rows, (-(-rank // columns) + 3) * columns)
@@ -96,7 +113,7 @@ def new_run(
     basis = start.new_zeros((rows, n))
     basis[:columns] = start.mT
     projected = torch.zeros(rows, rows, dtype=torch.float64, device=start.device)
-    return Run(index, basis, projected, columns, wanted, warm=warm)
+    return Run(index, basis, projected, columns, wanted, warm=warm, start=start)
 
 
 def _room(run: Run) -> int:
@@ -123,7 +140,9 @@ def _restart(run: Run, h: Tensor) -> None:
     run.restarted = True
 
 
-def _judge(run: Run, h: Tensor, theta: Tensor, s: Tensor, rtol: float, eps: float) -> bool:
+def _judge(
+    run: Run, h: Tensor, theta: Tensor, s: Tensor, unseen: float, rtol: float, eps: float
+) -> bool:
     """Take the Ritz values theta (ascending) and vectors s of h's multiplied part; whether all wanted are good.
 
     A singular value lies within |r| of a Ritz value, and within |r|^2 / gap where the next one is `gap` away
@@ -176,12 +195,12 @@ def _judge(run: Run, h: Tensor, theta: Tensor, s: Tensor, rtol: float, eps: floa
             elif run.warm and gap > -2 * rtol:
                 error = min(error, rho / 2)  # values that agree to what is asked for
         error = 1.25 * error + rounding
-        if cold and error > rtol and rho < 8 * rtol:
-            error = min(error, _unseen(run, rtol, eps) + rounding)
+        if cold:
+            error = min(error, unseen + rounding)
         run.errors.append(error)
     good = count == run.wanted and all(x <= rtol for x in run.errors)
     if not good:
-        run.next_steps = _steps_to(rtol, before, run.errors, run.next_steps)
+        run.next_steps = _steps_to(rtol, before, run.errors, run.next_steps, b)
     return good
 
 
@@ -199,34 +218,54 @@ def _from_the_start(
     return theta, s, torch.zeros(b, b, dtype=h.dtype)
 
 
-def _unseen(run: Run, rtol: float, eps: float) -> float:
-    """By how much of the value a larger one may exceed it, but for a chance of FAILURE over the start; inf for no
-    answer."""
-    if run.seen is None or run.restarted or rtol < 1000 * eps:
-        return math.inf
-    n, b = run.basis.shape[1], run.columns
-    distances = 1 + rtol * torch.exp2(torch.arange(6, dtype=torch.float64))
-    mass = certificates.overlooked_mass(*run.seen, (run.values[0] * distances) ** 2)
-    chances = [certificates.overlap_probability(x, n, b) for x in mass.tolist()]
-    if chances[0] <= FAILURE:
-        return 0.9 * rtol
-    for i in range(1, len(chances)):
-        if chances[i] <= FAILURE:
-            # where between this one and the last it is passed, for the steps to come
-            ratio = math.log(max(chances[i], 1e-300))
-            part = (math.log(FAILURE) - ratio) / (math.log(chances[i - 1]) - ratio)
-            return rtol * 2.0 ** (i - part)
+def _unseen(
+    runs: Sequence[Run], h: Tensor, theta: Tensor, s: Tensor, rtol: float, eps: float
+) -> list[float]:
+    """By how much of each run's value a larger one may exceed it, but for a chance of FAILURE over the start; inf for
+    no answer. h [r, p + b, p], theta and s of all of them, as they are now."""
+    unseen = [math.inf] * len(runs)
+    if rtol < 1000 * eps:
+        return unseen
+    p, b = runs[0].multiplied, runs[0].columns
+    residuals = torch.linalg.vector_norm(h[:, p : p + b] @ s[:, :, -1:], dim=(1, 2))
+    # where they are larger it is too early
+    near = (residuals < 64 * rtol * theta[:, -1]).tolist()
+    alike: dict[tuple[int, int], list[int]] = {}
+    for i, run in enumerate(runs):
+        if near[i] and run.wanted == 1 and run.seen is not None and not run.restarted:
+            alike.setdefault((len(run.seen[0]), run.basis.shape[1]), []).append(i)
+    distances = 1 + rtol * torch.exp2(torch.arange(8, dtype=torch.float64))
+    for (_, n), members in alike.items():
+        seen = [x for i in members if (x := runs[i].seen) is not None]
+        ritz, vectors, coupling = (torch.stack(x) for x in zip(*seen, strict=True))
+        gram = torch.stack([runs[i].gram for i in members])
+        values = theta[members, -1:] * distances**2
+        risk = certificates.overlooked_risk(ritz, vectors, coupling, gram, n, values)
+        for i, risks in zip(members, risk.tolist(), strict=True):
+            unseen[i] = rtol * _distance(risks)
+    return unseen
+
+
+def _distance(risks: list[float]) -> float:
+    """Where the risk, known at 1, 2, 4, ..., falls below FAILURE: 0.9 if it is at 1, inf if nowhere."""
+    if risks[0] <= FAILURE:
+        return 0.9
+    for i in range(1, len(risks)):
+        if risks[i] <= FAILURE:
+            low, high = (math.log(max(x, 1e-300)) for x in (risks[i], risks[i - 1]))
+            return float(2.0 ** (i - (math.log(FAILURE) - low) / (high - low)))
     return math.inf
 
 
-def _steps_to(rtol: float, before: list[float], now: list[float], steps: int) -> int:
-    """Steps to the next look, from the decay since the last: a look is a fraction of a read for one large matrix,
-    and about a read for a list of small ones."""
+def _steps_to(rtol: float, before: list[float], now: list[float], steps: int, columns: int) -> int:
+    """Steps to the next look, from the decay since the last: a look takes as long as a read of a large matrix, or of a
+    list of small ones."""
+    blind = 2 if columns <= COLUMNS else 4
     if not before or len(before) < len(now):
-        return 2
+        return blind
     worst = max(range(len(now)), key=now.__getitem__)
     if not 0 < now[worst] < math.inf or not math.isfinite(before[worst]):
-        return 2
+        return blind
     decay = math.log(before[worst] / now[worst]) / steps if now[worst] < before[worst] else 0.0
     wanted = math.log(now[worst] / rtol)
     return max(1, min(4, math.ceil(0.75 * wanted / decay))) if 4 * decay > wanted else 4
@@ -331,7 +370,9 @@ def _look(
         for i, run in enumerate(members):
             if not run.restarted and not run.warm and p < run.basis.shape[1]:
                 run.seen = _from_the_start(h[i], theta[i], s[i], b, eps)
-            if _judge(run, h[i], theta[i], s[i], rtol, eps):
+        unseen = _unseen(members, h, theta, s, rtol, eps)
+        for i, run in enumerate(members):
+            if _judge(run, h[i], theta[i], s[i], unseen[i], rtol, eps):
                 done(run, True)
             elif run.reads >= max_reads or p >= run.basis.shape[1]:
                 done(run, False)  # there is nothing more to find
@@ -345,8 +386,10 @@ def _look(
 __all__ = [
     "CAPACITY",
     "COLUMNS",
+    "WIDE",
     "Expand",
     "Run",
+    "block_size",
     "expand_matrices",
     "expand_operator",
     "leading",

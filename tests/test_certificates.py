@@ -267,6 +267,78 @@ def test_what_a_start_can_have_of_what_is_overlooked(b: int) -> None:
             assert mass.item() == pytest.approx((share**2 / shares.square().sum()).item(), rel=1e-6)
 
 
+def polynomials(spectrum, start, steps):
+    """Block Lanczos on the diagonal matrix of that spectrum: what `overlooked_chance` takes."""
+    b = start.shape[1]
+    run = krylov.new_run(0, start)
+    krylov.expand_operator(lambda x: x * spectrum)([run], steps)
+    p = steps * b
+    theta, s = torch.linalg.eigh(run.projected[:p, :p], UPLO="U")
+    return run, theta, s
+
+
+@pytest.mark.parametrize("b", [1, 2, 4, 9])
+def test_the_ellipsoid_of_what_is_overlooked(b: int) -> None:
+    """Of the largest eigenvalue, the start's share lies in it, and its size does not depend on that share."""
+    g = torch.Generator().manual_seed(b)
+    n, steps, close = 80, 5, 0
+    for case in range(12):
+        spectrum = torch.linspace(0.1, 1, n, dtype=torch.float64)
+        spectrum[-1] = 1 + 0.02 * (case % 3) + 1e-3
+        top = spectrum[-1:]
+        start, sizes = torch.randn(n, b, generator=g, dtype=torch.float64), []
+        share = start[-1] / 10 ** (case / 4)
+        for row in (
+            share,
+            -3 * share,
+            torch.randn(b, generator=g, dtype=torch.float64) * share.norm(),
+        ):
+            start[-1] = row
+            run, theta, s = polynomials(spectrum, start, steps)
+            gap = (top - theta[-1]).item()
+            first, last = s[:b], s[-b:]
+            c = torch.linalg.inv((last / (top - theta)) @ first.mT)
+            inverse = (
+                c @ (last / (top - theta) ** 3 @ last.mT) @ c.mT
+            )  # of Y, for the orthonormal start
+            eta = run.basis[0:b, -1]
+            assert eta @ inverse @ eta <= 1 / gap * (1 + 1e-9)
+            close += bool(eta @ inverse @ eta > 0.5 / gap)
+            size = run.gram - torch.linalg.slogdet(inverse).logabsdet
+            sizes.append(size.item())
+            chance = certificates.overlooked_chance(theta, s, b, run.gram, top).item()
+            expected = math.exp(size / 2 - b / 2 * math.log(2 * gap)) / math.gamma(b / 2 + 1)
+            assert chance == pytest.approx(min(1.0, expected), rel=1e-6)
+        assert sizes[1:] == pytest.approx([sizes[0]] * 2, abs=1e-5)
+    assert close > 0  # as small as it is, no smaller one would do
+
+
+@pytest.mark.parametrize("b", [1, 3, 9])
+@pytest.mark.parametrize("name", ["bulk", "apart", "cluster", "graded"])
+def test_how_often_the_largest_is_overlooked(b: int, name: str) -> None:
+    """Whoever ends at the first look that leaves a chance of 0.2: it is one."""
+    n, chance, tries = 80, 0.2, 50
+    spectrum = {
+        "bulk": torch.linspace(0, 1, n),
+        "apart": torch.cat([torch.linspace(0, 1, n - 1), torch.tensor([1.05])]),
+        "cluster": torch.cat([torch.linspace(0, 0.9, n - 12), torch.linspace(0.99, 1.01, 12)]),
+        "graded": torch.logspace(-3, 0, n),
+    }[name].double()
+    expand = krylov.expand_operator(lambda x: x * spectrum)
+    g, distance, wrong = torch.Generator().manual_seed(b), 0.01, 0
+    for _ in range(tries):
+        run = krylov.new_run(0, torch.randn(n, b, generator=g, dtype=torch.float64))
+        for p in range(b, n - b, b):
+            expand([run], 1)
+            run.filled = p + b
+            theta, s = torch.linalg.eigh(run.projected[:p, :p], UPLO="U")
+            value = theta[-1:] * (1 + distance)
+            if certificates.overlooked_chance(theta, s, b, run.gram, value).item() <= chance:
+                break
+        wrong += bool(spectrum[-1] > value)
+    assert wrong <= tries * chance + 4 * math.sqrt(tries * chance * (1 - chance))
+
+
 @pytest.mark.parametrize("b", [1, 2, 4, 8])
 def test_the_chance_of_a_small_overlap(b: int) -> None:
     g = torch.Generator().manual_seed(0)
@@ -275,12 +347,12 @@ def test_the_chance_of_a_small_overlap(b: int) -> None:
     # the share that a fixed b-dimensional space has of a random unit vector
     shares = x[:, :b].square().sum(1) / x.square().sum(1)
     for mass in (1e-4, 1e-3, 1e-2, 0.03, 0.1):
-        chance = certificates.overlap_probability(mass, n, b)
+        chance = certificates.overlap_probability(torch.tensor(mass), n, b).item()
         seen = (shares <= mass).double().mean().item()
         assert seen <= chance + 4 * math.sqrt(chance / tries)
         if mass <= 1e-2 and chance > 0.01:
             assert seen > 0.5 * chance  # not far above either
-    assert certificates.overlap_probability(math.inf, n, b) == 1
+    assert certificates.overlap_probability(torch.tensor(math.inf), n, b) == 1
 
 
 @pytest.mark.parametrize("certified", [False, "probabilistic"])

@@ -34,7 +34,7 @@ def symmetric(h: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("op", [ops.krylov_, reference.krylov_], ids=["kernel", "twin"])
-@pytest.mark.parametrize("columns", [1, 2, 4, 6, 8])
+@pytest.mark.parametrize("columns", [1, 2, 4, 6, 8, 12, 16])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_basis_and_the_projected_matrix(op, columns, dtype) -> None:
     eps = eps_of(state_dtype(dtype))
@@ -228,8 +228,8 @@ def arguments(**change):
         ({"units": torch.zeros(2, dtype=F64)}, ValueError, "units to be a contiguous vector [1], got [2]"),
         ({"filled": [1]}, ValueError, "filled[0] to be 0 or at least columns = 2, got 1"),
         ({"filled": [4], "steps": 3}, ValueError, "room for 3 blocks of 2 rows more in basis[0], whose 4 of 8"),
-        ({"columns": 0}, ValueError, "columns from 1 to 8, got 0"),
-        ({"columns": 9}, ValueError, "columns from 1 to 8, got 9"),
+        ({"columns": 0}, ValueError, "columns from 1 to 16, got 0"),
+        ({"columns": 17}, ValueError, "columns from 1 to 16, got 17"),
         ({"steps": -1}, ValueError, "steps >= 0, got -1"),
     ],
 )  # fmt: skip
