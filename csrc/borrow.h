@@ -97,7 +97,7 @@ class Borrower {
 // A number that tells a changed tensor from an unchanged one: by all of it up to kWhole entries, by
 // 16 of them, spread evenly, past that.
 inline uint64_t fingerprint(const Operand& x) {
-  constexpr int64_t kWhole = 1024;  // HASHED_WHOLE in state.py
+  constexpr int64_t kWhole = 1024;  // HASHED_WHOLE in book.py
   constexpr uint64_t kFactor = 0x9e3779b97f4a7c15u;
   int64_t count = 1, dense = 1;
   bool end_to_end = true;

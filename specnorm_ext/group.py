@@ -14,10 +14,10 @@ from . import recomputation
 from . import state as states
 from ._ops import is_ordinary, is_untraced
 from ._sharded import is_distributed, is_remnant
-from .book import Book, Values
+from .book import Book, Values, is_capturing, trace_of
 from .layers import SpectralLayer
 from .parametrizations import parametrizations_of
-from .state import SpectralState, is_capturing, trace_of
+from .state import SpectralState
 
 
 @dataclass(eq=False, slots=True)

@@ -11,16 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _C, _ops, _steps, operator_norm, recomputation, verification
+from . import _ops, _steps, operator_norm, recomputation, verification
 from ._checks import SIXTEEN_BIT, check_spectral_options, state_dtype
 from ._ops import is_ordinary, is_plain, is_untraced
 from ._sharded import is_distributed, refuse_distributed, require_memory, whole_weight
 from .blocks import Blocks
-from .book import Book, Values
+from .book import Book, Values, is_capturing, is_gradcheck, trace_of
 from .convolution_operator import ConvOperator
 from .recomputation import Forward, Place, left_to_python, version_of
-
-HASHED_WHOLE = 1024  # entries, as in csrc/borrow.h
 
 UVSigma = tuple[Tensor, Tensor, Tensor]
 
@@ -348,12 +346,9 @@ class SpectralState(nn.Module):
 
     @staticmethod
     def _may_keep(weight: Tensor, recorded: bool) -> bool:
-        # torch.autograd.gradcheck moves single entries, in float64, without a trace in the version counter: it is
-        # right where the weight is looked at whole (trace_of), or not kept.
-        seen = weight.dtype != torch.float64 or (weight.is_cpu and weight.numel() <= HASHED_WHOLE)
-        return (weight.is_cpu or not is_capturing(weight)) and (
-            not recorded or (weight.is_leaf and seen)
-        )
+        if weight.is_cuda and is_capturing(weight):
+            return False
+        return not recorded or (weight.is_leaf and not is_gradcheck(weight))
 
     @left_to_python
     def _given(self) -> Values | None:
@@ -606,22 +601,8 @@ class SpectralState(nn.Module):
         return columns[..., : own.shape[-1]]
 
 
-def trace_of(weight: Tensor) -> Any:
-    """What an in-place change of the weight changes; on the CPU entries, too: .data leaves no version behind.
-
-    All of HASHED_WHOLE entries at most, 16 of more.
-    """
-    version = version_of(weight)
-    return (version, _C.fingerprint(weight)) if weight.is_cpu else version
-
-
 def scalar_inverse(d: float) -> float | None:
     """1 / d as torch.addmm may take it, 0 for 0; None where the op has to see to the range, and to NaN."""
     if d == 0:
         return 0.0
     return 1 / d if 2.0**-16 < abs(d) < 2.0**16 else None
-
-
-def is_capturing(x: Tensor) -> bool:
-    """Whether a CUDA graph is captured on the stream that x would be used on."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
