@@ -356,6 +356,8 @@ void plan_chunks(KrylovState<S>& s) {
   if (s.b <= 4 || s.chunks == 1) return;
   int64_t rows = (s.rows + 31) / 32;
   rows = rows < 4 * s.b ? 4 * s.b : rows;
+  rows =
+      rows > (s.rows + 3) / 4 ? (s.rows + 3) / 4 : rows;  // of few rows that are long, four parts
   rows = (rows + 3) / 4 * 4;
   if (rows <= s.chunk_rows) return;
   s.chunk_rows = rows;

@@ -301,8 +301,7 @@ def overlooked_chance(
         \det Y = \det(G^T G) \frac{\det(C)^2}{\det(F)},\quad
         C = E_k^T (\lambda - T)^{-1} E_0,\ F = E_k^T (\lambda - T)^{-3} E_k
 
-    Y falls with every step, at all lambda together, and g's ellipsoid with it: who ends at the first look with P <= p
-    has overlooked something with a chance of p, however often was looked.
+    This is for a number of steps that is fixed beforehand; :func:`overlooked_slack` is for who looks more than once.
 
     Args:
         theta, s: as for :func:`overlooked_mass`. columns: b. gram: [...], :math:`\log \det(G^T G)`.
@@ -328,19 +327,51 @@ def overlooked_chance(
     return torch.where(torch.isfinite(logs), logs, 0.0).clamp_max(0).exp()
 
 
-def overlooked_risk(
-    theta: Tensor, s: Tensor, coupling: Tensor, gram: Tensor, n: int, values: Tensor
-) -> Tensor:
-    """The chance that A has an eigenvalue above each of the ascending `values`, by the better of two arguments.
+def gap_grid(rtol: float, columns: int, below: int = 0) -> Tensor:
+    r"""[c], gaps :math:`\delta = 1 - \theta / \lambda` for :func:`overlooked_slack`, ascending: from that of a value
+    short by `rtol`, a factor 1 + 1 / columns apart, from ten on a factor 2, up to 1; `below` halves of it before."""
+    first = 1 - (1 + rtol) ** -2
+    gaps = [first / 2.0**i for i in range(below, 0, -1)]
+    gaps += [first * (1 + 1 / columns) ** i for i in range(10)]
+    while gaps[-1] < 0.5:
+        gaps.append(2 * gaps[-1])
+    return torch.tensor([x for x in gaps if x < 1], dtype=torch.float64)
 
-    :func:`overlooked_mass` with :func:`overlap_probability`, or :func:`overlooked_chance`; twice the lesser, for either
-    may fail. Arguments and result as there; n: the dimension of the vectors.
+
+def overlooked_slack(
+    theta: Tensor,
+    s: Tensor,
+    coupling: Tensor,
+    gram: Tensor,
+    n: int,
+    gaps: Tensor,
+    failure_probability: float | Tensor,
+) -> Tensor:
+    r"""Whether nothing lies beyond a gap above the largest Ritz value, but for a probability over the start, whenever
+    and however often that is asked: where this is 0 or less.
+
+    By the better of two arguments, which have 1 / b of the probability and the rest. That of :func:`overlooked_mass`:
+    the start's share is what it is, whenever one looks. And that of :func:`overlooked_chance`: for any fixed
+    :math:`\lambda` and gap :math:`\delta` the ellipsoid :math:`g^T Y_k^{-1} g \le 1 / \delta \lambda` becomes less with
+    every step k. If lambda is overlooked, by the gap or more, at a step at which its probability is p or less, then g
+    is in the first one of which that is so: a chance of p. Where lambda lies is not known: p has to hold for all beyond
+    the gap, with the ellipsoid of the gap itself, and does on `gaps`.
+
+    Args:
+        theta, s, coupling, gram: as for :func:`overlooked_mass` and :func:`overlooked_chance`, batched alike. n: the
+            dimension of the vectors. gaps: [c], ascending. failure_probability: for each gap, or all.
+
+    Returns:
+        [..., c], the logarithm of the probability over what it may be.
     """
     b = coupling.shape[-1]
-    mass = overlooked_mass(theta, s, coupling, values)
-    chance = overlooked_chance(theta, s, b, gram, values)
-    risk = (2 * torch.minimum(overlap_probability(mass, n, b), chance)).clamp_max(1)
-    return risk.flip(-1).cummax(-1).values.flip(-1)  # above one is above the next
+    values = theta[..., -1:] / (1 - gaps)
+    mass = overlap_probability(overlooked_mass(theta, s, coupling, values), n, b) * b
+    size = gaps.log() * b / 2
+    chance = overlooked_chance(theta, s, b, gram, values).log() + size
+    chance = chance.flip(-1).cummax(-1).values.flip(-1) - size
+    chance = chance - math.log(1 - 1 / b) if b > 1 else torch.full_like(chance, torch.inf)
+    return torch.minimum(mass.log(), chance) - torch.as_tensor(failure_probability).log()
 
 
 def overlooked_bound(
@@ -349,39 +380,35 @@ def overlooked_bound(
     coupling: Tensor,
     gram: Tensor,
     n: int,
+    rtol: float,
     failure_probability: float,
 ) -> float:
-    """An upper bound of the largest eigenvalue, from the polynomials of block Lanczos and a random start.
+    """An upper bound of the largest eigenvalue by :func:`overlooked_slack`; inf where there is none.
 
-    The least lambda of an :func:`overlooked_risk` of that probability at most, to 1% of its distance from the largest
-    Ritz value. Arguments as there. inf where there is none.
+    Arguments as there. Each gap has its own part of the probability: half of what the last one has, from `rtol` on
+    either way.
     """
     top = float(theta[-1])
     if not 0 < top < math.inf:
         return math.inf
-    low, high = -44.0, 4.0  # powers of two of the distance, relative
-    for _ in range(2):
-        grid = torch.linspace(low, high, 64, dtype=torch.float64)
-        values = top * (1 + torch.exp2(grid))
-        risks = overlooked_risk(theta, s, coupling, gram, n, values).tolist()
-        bad = [i for i, x in enumerate(risks) if not x <= failure_probability]
-        if not bad:
-            break
-        if bad[-1] == len(grid) - 1:
-            return math.inf
-        low, high = grid[bad[-1]].item(), grid[bad[-1] + 1].item()
-    return top * (1 + 2.0**high)
+    below = 40
+    gaps = gap_grid(rtol, coupling.shape[-1], below)
+    parts = 0.5 ** (torch.arange(len(gaps), dtype=torch.float64) - below).abs()
+    chances = failure_probability * parts / parts.sum()
+    good = overlooked_slack(theta, s, coupling, gram, n, gaps, chances) <= 0
+    return top / (1 - gaps[good][0].item()) if good.any() else math.inf
 
 
 __all__ = [
     "GRAM_ITERATIONS",
     "cholesky_bound",
+    "gap_grid",
     "gram_bounds",
     "least_overlap",
     "overlap_probability",
     "overlooked_bound",
     "overlooked_chance",
     "overlooked_mass",
-    "overlooked_risk",
+    "overlooked_slack",
     "probabilistic_bound",
 ]

@@ -208,11 +208,13 @@ def _empty(weight: Tensor, options: Options) -> Estimate:
 # ---- the list ---------------------------------------------------------------------------------------------------
 
 
-def _columns(method: str, weight: Tensor, k: int) -> int:
+def _columns(method: str, weight: Tensor, k: int, cold: bool) -> int:
     if method in ("power", "lanczos"):
         return 1
     m, n = weight.shape
-    columns = krylov.block_size(m, n) if method == "krylov" else subspace.COLUMNS
+    columns = krylov.COLUMNS if method == "krylov" else subspace.COLUMNS
+    if method == "krylov" and k == 1 and cold:
+        columns = krylov.block_size(m, n)
     return min(max(columns, min(k, MAX_COLUMNS)), m, n)  # at least 1: empty ones are done with
 
 
@@ -260,7 +262,7 @@ def _estimate_list(
             whole = min(w.shape) <= _SMALL or options.k > max(8, min(w.shape) // 4)
             method = "svd" if whole and options.certified != "probabilistic" else "krylov"
         dtype = _working_dtype(method, w.dtype, options.rtol, options.k)
-        columns = _columns(method, w, options.k)
+        columns = _columns(method, w, options.k, starts[i] is None)
         groups.setdefault((method, w.device, dtype, columns), []).append(i)
     with torch.no_grad():
         for (method, _device, dtype, columns), members in groups.items():

@@ -86,10 +86,11 @@ class Run:
 
 
 def block_size(m: int, n: int) -> int:
-    """Columns of a block for W [m, n]. More find repeated values, are not held up by close ones as one vector is, and
-    save reads; each read takes longer by as much, or by more where W comes from a cache. Matrices that do not are read
-    9 columns at a time: two thirds of the reads of 4, in the same time."""
-    return WIDE if m * n >= 1 << 20 and min(m, n) >= 256 else COLUMNS
+    """Columns of a block for the norm of W [m, n]. More find repeated values, are not held up by close ones as one
+    vector is, and save reads; each read takes longer by as much, or by more where W comes from a cache. Large matrices
+    are read 9 columns at a time: two thirds of the reads of 4 where the spectrum decays slowly, in about the same time;
+    where it decays fast, as many reads, which take longer."""
+    return WIDE if m * n >= 1 << 21 and min(m, n) >= 256 else COLUMNS
 
 
 def new_run(
@@ -140,10 +141,8 @@ def _restart(run: Run, h: Tensor) -> None:
     run.restarted = True
 
 
-def _judge(
-    run: Run, h: Tensor, theta: Tensor, s: Tensor, unseen: float, rtol: float, eps: float
-) -> bool:
-    """Take the Ritz values theta (ascending) and vectors s of h's multiplied part; whether all wanted are good.
+def _measure(run: Run, h: Tensor, theta: Tensor, s: Tensor, rtol: float, eps: float) -> None:
+    """Take the Ritz values theta (ascending) and vectors s of h's multiplied part, and say how good they are.
 
     A singular value lies within |r| of a Ritz value, and within |r|^2 / gap where the next one is `gap` away
     (Kato-Temple; Parlett, "The Symmetric Eigenvalue Problem", 11.7). The gap is that of the Ritz values, less the next
@@ -155,8 +154,7 @@ def _judge(
     lie. Extrapolating the values would end earlier, and is wrong on some of the hard spectra of the tests. Values whose
     square is below the rounding of the largest one's count as found only in a basis that is whole.
 
-    Of the largest value alone, from a cold start, it is enough that no larger one can have been overlooked
-    (`_unseen`), however little is known of its vector: a value within rtol may be one of many.
+    Of the largest value alone, from a cold start, `_unseen` says more.
     """
     p, b = run.multiplied, run.columns
     n = run.basis.shape[1]
@@ -165,7 +163,7 @@ def _judge(
     count = min(run.wanted, p)
     run.values = [math.sqrt(x) for x in ritz[:count]]
     run.vectors = s.flip(1)[:, :count]
-    before, run.errors = run.errors, []
+    run.errors = []
     whole = p >= n
     top = ritz[0]
     grown = math.cosh(min(run.reads * math.acosh(2 * (1 + rtol) ** 2 - 1), 100.0))
@@ -178,9 +176,7 @@ def _judge(
     for i in range(count):
         x = ritz[i]
         if top == 0 or (whole and x <= n * eps * top):
-            run.errors.append(
-                0.0
-            )  # zero, to rounding; of a random block, what is zero for all is zero
+            run.errors.append(0.0)  # to rounding; of a random block, what is zero for all is zero
             continue
         rounding = 4 * eps * top / x if x > 0 else math.inf
         if whole or x <= 16 * eps * top:
@@ -194,14 +190,7 @@ def _judge(
                 error = min(error, rho * rho / gap / 2)
             elif run.warm and gap > -2 * rtol:
                 error = min(error, rho / 2)  # values that agree to what is asked for
-        error = 1.25 * error + rounding
-        if cold:
-            error = min(error, unseen + rounding)
-        run.errors.append(error)
-    good = count == run.wanted and all(x <= rtol for x in run.errors)
-    if not good:
-        run.next_steps = _steps_to(rtol, before, run.errors, run.next_steps, b)
-    return good
+        run.errors.append(1.25 * error + rounding)
 
 
 def _from_the_start(
@@ -218,49 +207,42 @@ def _from_the_start(
     return theta, s, torch.zeros(b, b, dtype=h.dtype)
 
 
-def _unseen(
-    runs: Sequence[Run], h: Tensor, theta: Tensor, s: Tensor, rtol: float, eps: float
-) -> list[float]:
-    """By how much of each run's value a larger one may exceed it, but for a chance of FAILURE over the start; inf for
-    no answer. h [r, p + b, p], theta and s of all of them, as they are now."""
-    unseen = [math.inf] * len(runs)
-    if rtol < 1000 * eps:
-        return unseen
-    p, b = runs[0].multiplied, runs[0].columns
-    residuals = torch.linalg.vector_norm(h[:, p : p + b] @ s[:, :, -1:], dim=(1, 2))
-    # where they are larger it is too early
-    near = (residuals < 64 * rtol * theta[:, -1]).tolist()
+def _unseen(runs: Sequence[Run], rtol: float, eps: float) -> None:
+    """Of the largest value alone, from a cold start, it is enough that no larger one can have been overlooked, but for
+    a chance of FAILURE over the start, however little is known of its vector: a value within rtol may be one of many.
+    Runs of one block size whose errors are too large as yet."""
     alike: dict[tuple[int, int], list[int]] = {}
     for i, run in enumerate(runs):
-        if near[i] and run.wanted == 1 and run.seen is not None and not run.restarted:
+        if run.wanted == 1 and run.seen is not None and not run.restarted:
             alike.setdefault((len(run.seen[0]), run.basis.shape[1]), []).append(i)
-    distances = 1 + rtol * torch.exp2(torch.arange(8, dtype=torch.float64))
+    if not alike:
+        return
+    gaps = certificates.gap_grid(rtol, runs[0].columns)
     for (_, n), members in alike.items():
         seen = [x for i in members if (x := runs[i].seen) is not None]
-        ritz, vectors, coupling = (torch.stack(x) for x in zip(*seen, strict=True))
+        theta, s, coupling = (torch.stack(x) for x in zip(*seen, strict=True))
         gram = torch.stack([runs[i].gram for i in members])
-        values = theta[members, -1:] * distances**2
-        risk = certificates.overlooked_risk(ritz, vectors, coupling, gram, n, values)
-        for i, risks in zip(members, risk.tolist(), strict=True):
-            unseen[i] = rtol * _distance(risks)
-    return unseen
+        slack = certificates.overlooked_slack(theta, s, coupling, gram, n, gaps, FAILURE)
+        for i, slacks in zip(members, slack.tolist(), strict=True):
+            error = rtol * _distance(gaps.tolist(), slacks) + 4 * eps
+            runs[i].errors[0] = min(runs[i].errors[0], error)
 
 
-def _distance(risks: list[float]) -> float:
-    """Where the risk, known at 1, 2, 4, ..., falls below FAILURE: 0.9 if it is at 1, inf if nowhere."""
-    if risks[0] <= FAILURE:
+def _distance(gaps: list[float], slacks: list[float]) -> float:
+    """At how many times the least gap the slack passes 0; 0.9 if it has there."""
+    if slacks[0] <= 0:
         return 0.9
-    for i in range(1, len(risks)):
-        if risks[i] <= FAILURE:
-            low, high = (math.log(max(x, 1e-300)) for x in (risks[i], risks[i - 1]))
-            return float(2.0 ** (i - (math.log(FAILURE) - low) / (high - low)))
+    for i in range(1, len(slacks)):
+        if slacks[i] <= 0:
+            part = slacks[i - 1] / (slacks[i - 1] - max(slacks[i], -100.0))
+            return gaps[i - 1] / gaps[0] * (gaps[i] / gaps[i - 1]) ** part
     return math.inf
 
 
 def _steps_to(rtol: float, before: list[float], now: list[float], steps: int, columns: int) -> int:
     """Steps to the next look, from the decay since the last: a look takes as long as a read of a large matrix, or of a
     list of small ones."""
-    blind = 2 if columns <= COLUMNS else 4
+    blind = 4 if columns > COLUMNS and now and now[0] > 1000 * rtol else 2
     if not before or len(before) < len(now):
         return blind
     worst = max(range(len(now)), key=now.__getitem__)
@@ -330,7 +312,7 @@ def leading(
     Args:
         runs: one dtype, one device, one block size.
         expand: adds so many blocks to the basis of every run it is given, and sets `unit`.
-        rtol: relative error of each value, as estimated by `_judge`.
+        rtol: relative error of each value, as estimated by `_measure` and `_unseen`.
         max_reads: applications of W^T W to a run.
         done: called with each run as it ends, and whether it converged.
 
@@ -370,13 +352,25 @@ def _look(
         for i, run in enumerate(members):
             if not run.restarted and not run.warm and p < run.basis.shape[1]:
                 run.seen = _from_the_start(h[i], theta[i], s[i], b, eps)
-        unseen = _unseen(members, h, theta, s, rtol, eps)
+        before = [run.errors for run in members]
         for i, run in enumerate(members):
-            if _judge(run, h[i], theta[i], s[i], unseen[i], rtol, eps):
+            _measure(run, h[i], theta[i], s[i], rtol, eps)
+        # with a residual much larger it is too early
+        near = (
+            torch.linalg.vector_norm(h[:, p:] @ s[:, :, -1:], dim=(1, 2)) < 16 * rtol * theta[:, -1]
+        )
+        open_ = [
+            run for run, x in zip(members, near.tolist(), strict=True) if x and run.errors[0] > rtol
+        ]
+        if rtol >= 1000 * eps:
+            _unseen(open_, rtol, eps)
+        for i, run in enumerate(members):
+            if len(run.errors) == run.wanted and all(x <= rtol for x in run.errors):
                 done(run, True)
             elif run.reads >= max_reads or p >= run.basis.shape[1]:
                 done(run, False)  # there is nothing more to find
             else:
+                run.next_steps = _steps_to(rtol, before[i], run.errors, run.next_steps, b)
                 if _room(run) < 1:
                     _restart(run, h[i])
                 remaining.append(run)

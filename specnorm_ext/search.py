@@ -109,7 +109,7 @@ def by_krylov(
         if options.certified == "probabilistic" and run.seen is not None:
             n = run.basis.shape[1]
             chance = options.failure_probability / 2  # the other half: probabilistic_bound's
-            overlooked = math.sqrt(overlooked_bound(*run.seen, run.gram, n, chance))
+            overlooked = math.sqrt(overlooked_bound(*run.seen, run.gram, n, options.rtol, chance))
         found(
             problem,
             Found(run.right_vectors(), run.reads, converged, run.unit, steps, overlooked),
