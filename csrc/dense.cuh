@@ -51,6 +51,17 @@ __device__ __forceinline__ uint32_t hash(uint32_t index, uint32_t column) {
   return x ^ (x >> 15);
 }
 
+// A start exactly orthogonal to the leading vector would stay so for ever. One rounding error's
+// worth of a fixed pattern lets it grow, and moves a healthy trajectory by no more.
+template <class C>
+__device__ __forceinline__ C jitter_of(int64_t n) {
+  return C(Range<C>::epsilon / sqrt(double(n)));
+}
+template <class C>
+__device__ __forceinline__ C jittered(C x, C amount, int64_t k, int column) {
+  return x + amount * C(int(hash(uint32_t(k), uint32_t(100 + column)) & 2u) - 1);
+}
+
 // Where one block goes through a vector in memory, each wait for it is most of the time: elements
 // that a thread loads before it uses or stores the first (a store that might overlap would hold
 // back each next load).

@@ -144,8 +144,7 @@ template <class S>
 Needs needs_of(const DeviceItem& item, int kind, int blocks, int threads) {
   using C = typename Elem<S>::C;
   constexpr int kPack = Packed<S>::count;
-  bool by_columns;
-  const Rows<S> x = stored_rows<S>(item.weight, &by_columns);
+  const Rows<S> x = stored_rows<S>(item);
   const int64_t vector = item.columns * padded(x.length) * int64_t(sizeof(C));
   const int64_t rows = (x.rows + blocks - 1) / blocks;
   const int64_t packs = (x.length + kPack - 1) / kPack;
@@ -193,6 +192,7 @@ struct Plan {
       item.v = p.items[i].v;
       item.index = int32_t(i);
       item.columns = int32_t(p.items[i].columns);
+      item.by_columns = stored_by_columns(item.weight);
       const bool empty = item.weight.m == 0 || item.weight.n == 0;
       const bool small = !empty && clusters(item);
       Strategy s = empty                                 ? Strategy::kBlock
@@ -281,8 +281,7 @@ struct Plan {
     const int64_t capacity = int64_t(blocks_per) * device.multiprocessors;
     int64_t used = 0;
     for (DeviceItem& item : items) {
-      bool by_columns;
-      const Rows<S> x = stored_rows<S>(item.weight, &by_columns);
+      const Rows<S> x = stored_rows<S>(item);
       const int64_t row = (x.length + Packed<S>::count - 1) / Packed<S>::count * 16;
       const int64_t rows_per = room / row;
       if (rows_per < 1) return cudaSuccess;
@@ -368,8 +367,7 @@ struct Plan {
   int64_t lay_out(List& list, int64_t offset, int blocks) {
     using C = typename Elem<S>::C;
     for (DeviceItem& item : list.items) {
-      bool by_columns;
-      const Rows<S> x = stored_rows<S>(item.weight, &by_columns);
+      const Rows<S> x = stored_rows<S>(item);
       if (blocks > 0) item.blocks = blocks;
       item.offset = offset;
       if (x.rows > 0 && x.length > 0)

@@ -14,7 +14,8 @@ struct List {
   std::vector<device::DeviceItem> items;
 };
 
-// Sets item.blocks: into how many tiles of stored rows each matrix is cut.
+// Sets item.blocks, into how many tiles of stored rows each matrix is cut, and which dimension
+// those rows are.
 template <class S>
 void cut_stream(List* list, const device::DeviceInfo& info);
 

@@ -1,5 +1,6 @@
 // power_iteration_ of matrices that do not fit on chip: every iteration reads W from memory once.
 //
+//   measure                     |v|, where v is nearly as large as W
 //   prepare                     a = v as given, made usable; a scale   one block a matrix
 //   for each iteration:
 //     pass                      tiles of stored rows: t = W a, partial z = W^T t of the same rows
@@ -35,8 +36,9 @@ __device__ bool plain_scale(double largest) {
 template <class S, int B>
 __global__ void __launch_bounds__(kThreads) stream_prepare(const __grid_constant__ StreamParams p) {
   using C = typename Elem<S>::C;
+  const DeviceItem& item = p.items[blockIdx.x];
   Solver<S, B> s;
-  set_up(&s, p, p.items[blockIdx.x], reinterpret_cast<Fixed<C>*>(dynamic_shared()));
+  set_up(&s, p, item, reinterpret_cast<Fixed<C>*>(dynamic_shared()));
   // Scattered, so that no pattern of W repeats in it; all elements of a matrix that has no more. On
   // their way while v is made usable.
   constexpr int kSample = 4;
@@ -54,7 +56,19 @@ __global__ void __launch_bounds__(kThreads) stream_prepare(const __grid_constant
     seen[i] = Elem<S>::get(s.whole.w[row * s.whole.ld + column * s.whole.inner]);
   }
   s.clear_padding();
-  s.start();
+  double v_factor = 0;
+  if (B == 1 && p.defer_t && s.by_columns) {
+    double most = 0, squares = 0;
+    for (int tile = int(threadIdx.x); tile < item.blocks; tile += int(blockDim.x)) {
+      const RecordHead* head =
+          reinterpret_cast<const RecordHead*>(s.global + tile * s.record_bytes);
+      most = head->top > most ? head->top : most;
+      squares += head->zz;
+    }
+    most = block_max(most, s.d->sums);
+    v_factor = s.start_factor(most, block_sum(squares, s.d->sums));
+  }
+  if (v_factor == 0) s.start();
   double largest = 0;
 #pragma unroll
   for (int i = 0; i < kSample; ++i) {
@@ -74,6 +88,7 @@ __global__ void __launch_bounds__(kThreads) stream_prepare(const __grid_constant
     s.header->dot_unit = s.dot_unit;
     s.header->axpy_unit = s.axpy_unit;
     s.header->top = s.top;
+    s.header->v_factor = v_factor;
     s.header->sampled = s.sampled;
   }
 }
@@ -91,10 +106,9 @@ __global__ void __launch_bounds__(kReduceThreads)
   constexpr int kPack = 16 / int(sizeof(C)), kSide = kReduceThreads / 32;
   int64_t block = blockIdx.x;
   int which = 0;
-  bool by_columns;
   Rows<S> x;
   for (;; ++which) {
-    x = stored_rows<S>(p.items[which].weight, &by_columns);
+    x = stored_rows<S>(p.items[which]);
     const int64_t blocks = reduce_blocks(p.items[which].columns * padded(x.length), sizeof(C));
     if (block < blocks) break;
     block -= blocks;
@@ -103,7 +117,7 @@ __global__ void __launch_bounds__(kReduceThreads)
   int phase, left;
   const Layout layout = layout_of(x.rows, x.length, item.columns, 0, sizeof(C));
   char* base = p.workspace + item.offset;
-  if (!set_phase(by_columns, p.pass, p.n_iterations, &phase, &left) || phase == kLast ||
+  if (!set_phase(item.by_columns, p.pass, p.n_iterations, &phase, &left) || phase == kLast ||
       reinterpret_cast<Header*>(base)->failed)
     return;
   const int lane = int(threadIdx.x % 32), side = int(threadIdx.x / 32);
@@ -217,24 +231,39 @@ int64_t cut_bytes(int cut) {
 template <class S>
 int blocks_live(int cut) {  // on one multiprocessor
   using X = Cuts<S>;
-  constexpr int blocks[] = {
-      X::A::blocks, X::B::blocks, X::C::blocks, X::D::blocks, X::E::blocks, 1, 2};
+  constexpr int blocks[] = {X::A::blocks,    X::B::blocks,   X::C::blocks,
+                            X::D::blocks,    X::E::blocks,   1,
+                            kShortBlocks<S>, kShortBlocks<S>};
   return blocks[cut];
 }
 
-constexpr int kShortCut = kCuts + 1;
+constexpr int kShortCut = kCuts + 1, kShortColumnsCut = kCuts + 2;
 
-// The cut that takes a matrix; kShortCut: the pass for short rows; kCuts: the one for anything.
+// The cut that takes a matrix; kShortCut and, with several columns, kShortColumnsCut: the pass for
+// short rows; kCuts: the one for anything.
 template <class S>
 int cut_of(const DeviceItem& item, const DeviceInfo& info) {
-  bool by_columns;
-  const Rows<S> x = stored_rows<S>(item.weight, &by_columns);
+  const Rows<S> x = stored_rows<S>(item);
   if (item.columns == 1 && x.length <= kShort) return kShortCut;
+  if (item.columns > 1 && x.length <= kShortColumns) return kShortColumnsCut;
   if (item.columns > 1 || !x.aligned || x.length % Packed<S>::count != 0) return kCuts;
   for (int cut = 0; cut < kCuts; ++cut)
     if (x.length <= longest_row<S>(cut))
       return cut_bytes<S>(cut) <= info.shared_per_block ? cut : kCuts;
   return kCuts;
+}
+
+// Few long rows that no cut keeps in registers: in the pass for anything each would be the work of
+// one warp. So they are read across, the other dimension of W as its stored rows: a thread for
+// each, neighbours in memory beside each other in a warp, and all blocks share them. A dot is then
+// whole within a thread, so that an iteration still reads W once; a wide W, then stored by columns,
+// costs a call one read more. (As a row it would cost that in every iteration: z = W^T t is W times
+// a number that is known only after the whole dot, and W is not on chip.)
+template <class S>
+bool read_across(const DeviceItem& item, const DeviceInfo& info) {
+  DeviceItem across = item;
+  across.by_columns = !item.by_columns;
+  return cut_of<S>(item, info) == kCuts && cut_of<S>(across, info) > kCuts;
 }
 
 template <class S>
@@ -275,15 +304,16 @@ struct Streamer {
       DeviceItem& item = p.items[i];
       item.first_block = int32_t(tiles);
       tiles += item.blocks;
-      bool columns;
-      const Rows<S> x = stored_rows<S>(item.weight, &columns);
-      by_columns = by_columns || columns;
+      const Rows<S> x = stored_rows<S>(item);
+      by_columns = by_columns || item.by_columns;
       const int64_t vector = item.columns * padded(x.length);
       slices += reduce_blocks(vector, sizeof(C));
       longest = vector > longest ? vector : longest;
     }
     const int64_t fixed = int64_t(sizeof(Fixed<C>)) + group_bytes<S>(kThreads);
     p.defer_t = cut == kShortCut;
+    const LaunchConfig short_rows = config(tiles, kShortThreads, 32 * sizeof(double));
+    if (p.defer_t && by_columns) go("stream measure", short_rows, &stream_measure<S>, p);
     go("stream prepare", config(p.count, kThreads, fixed), &stream_prepare<S, B>, p);
     const int passes = p.n_iterations + (by_columns ? 1 : 0);
     for (p.pass = 0; p.pass < passes; ++p.pass) {
@@ -304,8 +334,10 @@ struct Streamer {
           pass_rows<typename Cuts<S>::E>(p, tiles);
           break;
         case kShortCut:
-          go("stream pass", config(tiles, kShortThreads, 32 * sizeof(double)),
-             &stream_pass_short<S>, p);
+          go("stream pass", short_rows, &stream_pass_short<S, 1>, p);
+          break;
+        case kShortColumnsCut:
+          go("stream pass", short_rows, &stream_pass_short<S, kShortColumns>, p);
           break;
         default: {
           const int64_t vector = longest * int64_t(sizeof(C));
@@ -329,7 +361,8 @@ template <class S>
 void cut_stream(List* list, const DeviceInfo& info) {
   int64_t total = 0;
   int live = 1;
-  for (const DeviceItem& item : list->items) {
+  for (DeviceItem& item : list->items) {
+    if (read_across<S>(item, info)) item.by_columns = !item.by_columns;
     total += item.weight.m * item.weight.n * int64_t(sizeof(S));
     const int blocks = blocks_live<S>(cut_of<S>(item, info));
     live = blocks > live ? blocks : live;
@@ -338,8 +371,7 @@ void cut_stream(List* list, const DeviceInfo& info) {
   tile = tile < (64 << 10) ? (64 << 10) : tile;
   if (list->items.size() > 1 && tile > (2 << 20)) tile = 2 << 20;
   for (DeviceItem& item : list->items) {
-    bool by_columns;
-    const Rows<S> x = stored_rows<S>(item.weight, &by_columns);
+    const Rows<S> x = stored_rows<S>(item);
     const int64_t row = x.length * int64_t(sizeof(S));
     int64_t per = (tile + row - 1) / row;  // rounded up: no tail of a second wave
     per = per < 1 ? 1 : per;
@@ -353,7 +385,7 @@ CudaStatus run_stream(const PowerIterationParams& p, const CudaCall& call, const
                       const List& list, char* workspace) {
   Streamer<S> streamer{call, info};
   // A launch serves matrices of one cut.
-  for (int cut = 0; cut <= kShortCut; ++cut) {
+  for (int cut = 0; cut <= kShortColumnsCut; ++cut) {
     StreamParams params{};
     params.n_iterations = int(p.n_iterations);
     params.eps = p.eps;

@@ -82,8 +82,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   s.pass();
 }
 
-// A block's rows of one column, and where its sums go.
-template <class S>
+// A block's rows, and where its sums go. B: most columns.
+template <class S, int B = 1>
 struct Tile {
   using C = typename Elem<S>::C;
   bool by_columns, active;
@@ -91,15 +91,19 @@ struct Tile {
   Rows<S> x;
   int64_t r0, r1;
   C scale;      // of t in W^T t
-  C *t, *part;  // [rows], [length]
-  const C* a;   // [length]
+  C *t, *part;  // [columns, padded(rows)], [columns, padded(length)]
+  const C* a;   // [columns, padded(length)]
+  const Header* header;
   RecordHead* record;
 
-  __device__ Tile(const StreamParams& p, const DeviceItem& item) {
-    x = stored_rows<S>(item.weight, &by_columns);
-    const Layout layout = layout_of(x.rows, x.length, 1, 0, sizeof(C));
+  __device__ Tile(const StreamParams& p, const DeviceItem& item)
+      : Tile(p, item, item.by_columns != 0) {}
+  __device__ Tile(const StreamParams& p, const DeviceItem& item, bool columns_stored)
+      : by_columns(columns_stored) {
+    x = stored_rows<S>(item.weight, by_columns);
+    const Layout layout = layout_of(x.rows, x.length, B == 1 ? 1 : item.columns, 0, sizeof(C));
     char* base = p.workspace + item.offset;
-    const Header* header = reinterpret_cast<const Header*>(base);
+    header = reinterpret_cast<const Header*>(base);
     active = set_phase(by_columns, p.pass, p.n_iterations, &phase, &left) && !header->failed;
     scale = C(header->axpy_unit);
     const int64_t tile = int64_t(blockIdx.x) - item.first_block;
@@ -114,61 +118,136 @@ struct Tile {
   }
 };
 
-// One column and rows of a few elements, millions of them: a thread a row, any strides.
-constexpr int kShort = 8, kShortThreads = 256;
-
+// Rows of a few elements, millions of them: a thread a row, any strides. What short_rows keeps in
+// registers grows with columns times length: several columns (no more than the rows are long) for
+// kShortColumns elements alone.
+constexpr int kShort = 8, kShortColumns = 4, kShortThreads = 256;
 template <class S>
-__global__ void __launch_bounds__(kShortThreads)
-    stream_pass_short(const __grid_constant__ StreamParams p) {
+constexpr int kShortBlocks = sizeof(S) == 8 ? 1 : 2;  // a multiprocessor, as registers allow
+
+// L, B: most elements of a row, most columns.
+template <class S, int L, int B, int Most>
+__device__ __forceinline__ void short_rows(const Tile<S, Most>& own, const DeviceItem& item) {
   using C = typename Elem<S>::C;
-  constexpr int kAhead = 4;  // rows a thread has in flight
-  const Tile<S> own(p, p.items[item_of_block(p.items, p.count)]);
-  if (!own.active) return;
+  // rows a thread has in flight, as its registers allow
+  constexpr int kAhead = B > 1 ? 8 / L : L == 1 ? 16 : 32 / L;
   const Rows<S>& x = own.x;
+  const int b = B == 1 ? 1 : item.columns;
   const bool dot = own.phase != kStart, axpy = own.phase != kLast;
-  C a[kShort], z[kShort];
+  const int64_t t_stride = padded(x.rows), stride = padded(x.length);
+  // The first t is v itself, where stream_prepare has not had to make it.
+  const double v_factor = B == 1 && !dot ? own.header->v_factor : 0;
+  const C* const v = static_cast<const C*>(item.v.data);
+  const C jitter = jitter_of<C>(x.rows);
+  C a[B][L], z[B][L];
+  double gram[B][B];
 #pragma unroll
-  for (int j = 0; j < kShort; ++j) {
-    a[j] = j < x.length ? own.a[j] : C(0);
-    z[j] = 0;
+  for (int i = 0; i < B; ++i) {
+#pragma unroll
+    for (int j = 0; j < L; ++j) {
+      a[i][j] = i < b && j < x.length ? own.a[i * stride + j] : C(0);
+      z[i][j] = 0;
+    }
+#pragma unroll
+    for (int j = 0; j <= i; ++j) gram[i][j] = 0;
   }
-  double tt = 0;
   for (int64_t r = own.r0 + threadIdx.x; r < own.r1; r += kAhead * kShortThreads) {
-    S w[kAhead][kShort];
-    C total[kAhead];
+    S w[kAhead][L];
+    C total[kAhead][B];
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const int64_t row = r + i * kShortThreads;
-      total[i] = !dot && row < own.r1 ? own.t[row] : C(0);
+    for (int k = 0; k < kAhead; ++k) {
+      const int64_t row = r + k * kShortThreads;
+      const bool here = row < own.r1;
 #pragma unroll
-      for (int j = 0; j < kShort; ++j) {
-        w[i][j] = S{};
-        if (row < own.r1 && j < x.length) w[i][j] = x.w[row * x.ld + j * x.inner];
+      for (int i = 0; i < B; ++i) {
+        total[k][i] = 0;
+        if (dot || !here || i >= b) continue;
+        total[k][i] = v_factor != 0 ? v[row * item.v.row_stride] : own.t[i * t_stride + row];
+      }
+#pragma unroll
+      for (int j = 0; j < L; ++j) {
+        w[k][j] = S{};
+        if (here && j < x.length) w[k][j] = x.w[row * x.ld + j * x.inner];
       }
     }
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const int64_t row = r + i * kShortThreads;
+    for (int k = 0; k < kAhead; ++k) {
+      const int64_t row = r + k * kShortThreads;
       if (row >= own.r1) break;
-      if (dot) {
 #pragma unroll
-        for (int j = 0; j < kShort; ++j) total[i] += Elem<S>::get(w[i][j]) * a[j];
-        own.t[row] = total[i];
-        tt += double(total[i]) * double(total[i]);
+      for (int i = 0; i < B; ++i) {
+        if (i >= b) break;
+        C& t = total[k][i];
+        if (dot) {
+#pragma unroll
+          for (int j = 0; j < L; ++j) t += Elem<S>::get(w[k][j]) * a[i][j];
+          own.t[i * t_stride + row] = t;
+#pragma unroll
+          for (int j = 0; j <= i; ++j) gram[i][j] += double(t) * double(total[k][j]);
+        } else if (v_factor != 0) {
+          t = jittered(C(double(t) * v_factor), jitter, row, 0);
+        }
+#pragma unroll
+        for (int j = 0; j < L; ++j) z[i][j] += own.scale * t * Elem<S>::get(w[k][j]);
       }
-#pragma unroll
-      for (int j = 0; j < kShort; ++j) z[j] += own.scale * total[i] * Elem<S>::get(w[i][j]);
     }
   }
   double* sums = reinterpret_cast<double*>(dynamic_shared());
-  tt = block_sum(tt, sums);
-  if (dot && threadIdx.x == 0) own.record->gram[0] = tt;
-  if (!axpy) return;
 #pragma unroll
-  for (int j = 0; j < kShort; ++j) {
-    const double sum = block_sum(double(z[j]), sums);
-    if (threadIdx.x == 0 && j < x.length) own.part[j] = C(sum);
+  for (int i = 0; i < B; ++i) {
+    if (i >= b) break;
+#pragma unroll
+    for (int j = 0; j <= i; ++j) {
+      const double sum = dot ? block_sum(gram[i][j], sums) : 0;
+      if (dot && threadIdx.x == 0) own.record->gram[i * b + j] = own.record->gram[j * b + i] = sum;
+    }
+#pragma unroll
+    for (int j = 0; j < L; ++j) {
+      const double sum = axpy ? block_sum(double(z[i][j]), sums) : 0;
+      if (axpy && threadIdx.x == 0 && j < x.length) own.part[i * stride + j] = C(sum);
+    }
   }
+}
+
+template <class S, int B>
+__global__ void __launch_bounds__(kShortThreads, kShortBlocks<S>)
+    stream_pass_short(const __grid_constant__ StreamParams p) {
+  const DeviceItem& item = p.items[item_of_block(p.items, p.count)];
+  const Tile<S, B> own(p, item);
+  if (!own.active) return;
+  if (B == 1 && own.x.length == 1)
+    short_rows<S, 1, 1>(own, item);
+  else if (own.x.length <= 2)
+    short_rows < S, 2, B<2 ? B : 2>(own, item);
+  else if (own.x.length <= 4)
+    short_rows<S, 4, B>(own, item);
+  else if constexpr (B == 1)
+    short_rows<S, kShort, 1>(own, item);
+}
+
+// Largest element and sum of squares of v, by as many blocks as are about to read it: where W's
+// columns are the short rows it is as long as W is large. stream_prepare makes of them what v is to
+// be multiplied by.
+template <class S>
+__global__ void __launch_bounds__(kShortThreads)
+    stream_measure(const __grid_constant__ StreamParams p) {
+  using C = typename Elem<S>::C;
+  const DeviceItem& item = p.items[item_of_block(p.items, p.count)];
+  const Tile<S> own(p, item);
+  if (!own.by_columns) return;
+  double largest = 0, squares = 0;
+  for_elements(static_cast<const C*>(item.v.data), item.v.row_stride, own.r1, own.r0 + threadIdx.x,
+               kShortThreads, [&](int64_t, C x) {
+                 const double size = fabs(double(x));
+                 largest = size > largest ? size : largest;
+                 squares += size * size;
+               });
+  double* sums = reinterpret_cast<double*>(dynamic_shared());
+  largest = block_max(largest, sums);
+  squares = block_sum(squares, sums);
+  if (threadIdx.x != 0) return;
+  own.record->top = largest;
+  own.record->zz = squares;
 }
 
 // How the fast pass is cut for rows of up to threads x packs x 16 bytes: packs a thread and row,
@@ -187,7 +266,9 @@ __global__ void __launch_bounds__(T::threads, T::blocks)
   using C = typename Elem<S>::C;
   constexpr int kPack = Packed<S>::count, kWarps = T::threads / 32;
   const DeviceItem& item = p.items[item_of_block(p.items, p.count)];
-  const Tile<S> own(p, item);
+  // From the strides, which say it of all rows that this pass takes: as a number of the parameters,
+  // read again wherever it is needed, it costs registers that the widest cuts do not have.
+  const Tile<S> own(p, item, stored_by_columns(item.weight));
   if (!own.active) return;
   const Rows<S>& x = own.x;
   const bool dot = own.phase != kStart, axpy = own.phase != kLast;
@@ -319,7 +400,7 @@ __global__ void __launch_bounds__(kShortThreads)
   using C = typename Elem<S>::C;
   const DeviceItem& item = p.items[item_of_block(p.items, p.count)];
   const Tile<S> own(p, item);
-  const double factor = reinterpret_cast<const Header*>(p.workspace + item.offset)->t_factor;
+  const double factor = own.header->t_factor;
   if (factor == 0) return;  // failed
   const VectorRef& to = own.by_columns ? item.v : item.u;
   for (int64_t r = own.r0 + threadIdx.x; r < own.r1; r += kShortThreads)

@@ -70,7 +70,8 @@ struct Solver {
   __device__ void describe(const DeviceItem& it, int n_iterations, double relative_eps,
                            void* sigmas, char* workspace) {
     item = &it;
-    whole = stored_rows<S>(it.weight, &by_columns);
+    by_columns = it.by_columns != 0;
+    whole = stored_rows<S>(it);
     m = it.weight.m;
     n = it.weight.n;
     b = B == 1 ? 1 : it.columns;
@@ -120,6 +121,13 @@ struct Solver {
   // ---- the start: v as given, made usable
   // --------------------------------------------------------
 
+  // What makes a start of that largest element and sum of squares about unit; 0: it is zero, not
+  // finite, or one whose squares float64 cannot hold.
+  static __device__ double start_factor(double largest, double squares) {
+    const double size = sqrt(squares);
+    if (!(size > 0) || !finite(size) || largest < 1e-100 || largest > 1e100) return 0;
+    return size < 0.5 || size > 2 ? 1 / size : 1;
+  }
   __device__ __noinline__ void clean_start(C* to, int64_t to_stride) {
     for (int i = 0; i < b; ++i, to += to_stride) {
       if (restarts > 0) {  // W v was the null vector: another v
@@ -136,23 +144,18 @@ struct Solver {
       });
       largest = block_max(largest, d->sums);
       squares = block_sum(squares, d->sums);
-      // whose squares float64 cannot hold
-      if (largest > 0 && (largest < 1e-100 || largest > 1e100) && finite(largest)) {
+      double factor = start_factor(largest, squares);
+      if (factor == 0 && largest > 0 && finite(largest)) {
         for (int64_t k = threadIdx.x; k < n; k += blockDim.x) to[k] = C(double(to[k]) / largest);
-        squares = block_inner(to, to, n, d->sums);
+        factor = start_factor(1, block_inner(to, to, n, d->sums));
       }
-      double size = sqrt(squares);
-      if (!(size > 0) || !finite(size)) {
+      if (factor == 0) {
         block_seed(to, n, uint32_t(i));
-        size = sqrt(block_inner(to, to, n, d->sums));
+        factor = start_factor(1, block_inner(to, to, n, d->sums));
       }
-      if (size < 0.5 || size > 2) block_scale(to, n, 1 / size);
-      // A start exactly orthogonal to the leading vector would stay so for ever. One rounding
-      // error's worth of a fixed pattern lets it grow, and moves a healthy trajectory by no more.
-      const C amount = C(Range<C>::epsilon / sqrt(double(n)));
-      for_elements(to, n, [&](int64_t k, C x) {
-        to[k] = x + amount * C(int(hash(uint32_t(k), uint32_t(100 + i)) & 2u) - 1);
-      });
+      if (factor != 1) block_scale(to, n, factor);
+      const C amount = jitter_of<C>(n);
+      for_elements(to, n, [&](int64_t k, C x) { to[k] = jittered(x, amount, k, i); });
       __syncthreads();
     }
     to -= b * to_stride;

@@ -17,13 +17,19 @@ struct DeviceItem {
   int32_t index;     // in sigma
   int32_t columns;
   int32_t first_block, blocks;
+  int32_t by_columns;  // W's columns are its stored rows
 };
+
+template <class S>
+__host__ __device__ __forceinline__ Rows<S> stored_rows(const DeviceItem& item) {
+  return stored_rows<S>(item.weight, item.by_columns != 0);
+}
 
 // What a block tells the others after its slice; a partial z [columns, padded(length)] follows.
 struct RecordHead {
   double gram[kMaxColumns * kMaxColumns];  // of its rows of t
-  double top;                              // max |W| of its rows
-  double zz;                               // |z|^2 of the columns it added up
+  double top;                              // max |W| of its rows; before the first pass, of v
+  double zz;                               // |z|^2 of the columns it added up; of v as well
   int action;                              // the first block's decision, with several columns
   int unused[3];
 };
@@ -32,9 +38,10 @@ struct RecordHead {
 struct Header {
   double dot_unit, axpy_unit, top;  // Solver's
   double t_factor;                  // of t in u (stored by columns: in v), where that is deferred
+  double v_factor;                  // of v in the first t, made by the pass; 0: t is there
   int sampled;
   int failed;  // left the range in which these units are right: to be done again by one block
-  int unused[54];
+  int unused[52];
 };
 static_assert(sizeof(Header) == 256, "what follows is aligned to as much");
 

@@ -54,17 +54,21 @@ struct Rows {
   }
 };
 
-template <class S>
-__host__ __device__ inline Rows<S> stored_rows(const MatrixRef& w, bool* by_columns) {
-  // A single row or column has one stride that never matters.
+// Whether elements of a column, not of a row, lie one after the other. A single row or column has
+// one stride that never matters.
+__host__ __device__ inline bool stored_by_columns(const MatrixRef& w) {
   const bool unit_col = w.col_stride == 1 || w.n == 1, unit_row = w.row_stride == 1 || w.m == 1;
-  *by_columns = !unit_col && unit_row;
+  return !unit_col && unit_row;
+}
+
+template <class S>
+__host__ __device__ inline Rows<S> stored_rows(const MatrixRef& w, bool by_columns) {
   Rows<S> x;
   x.w = static_cast<const S*>(w.data);
-  x.rows = *by_columns ? w.n : w.m;
-  x.length = *by_columns ? w.m : w.n;
-  x.ld = *by_columns ? w.col_stride : w.row_stride;
-  x.inner = unit_col || unit_row ? 1 : w.col_stride;
+  x.rows = by_columns ? w.n : w.m;
+  x.length = by_columns ? w.m : w.n;
+  x.ld = by_columns ? w.col_stride : w.row_stride;
+  x.inner = x.length == 1 ? 1 : by_columns ? w.row_stride : w.col_stride;
   x.aligned = x.inner == 1 && reinterpret_cast<uintptr_t>(x.w) % 16 == 0 &&
               (x.rows == 1 || x.ld * int64_t(sizeof(S)) % 16 == 0);
   x.padded = false;

@@ -168,8 +168,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   using C = typename Elem<S>::C;
   const int which = p.cluster ? int(blockIdx.x) / p.cluster : item_of_block(p.items, p.count);
   const SigmaDeviceItem& item = p.items[which];
-  bool by_columns;
-  const Rows<S> x = stored_rows<S>(item.weight, &by_columns);
+  const bool by_columns = stored_by_columns(item.weight);
+  const Rows<S> x = stored_rows<S>(item.weight, by_columns);
   const Line& dotted = by_columns ? item.u : item.v;
   const Line& weights = by_columns ? item.v : item.u;
   const C* a = static_cast<const C*>(dotted.data);
@@ -224,8 +224,7 @@ __global__ void __launch_bounds__(kThreads) sigma_finish(const __grid_constant__
 
 template <class S>
 int64_t blocks_of(const MatrixRef& w) {
-  bool by_columns;
-  const Rows<S> x = stored_rows<S>(w, &by_columns);
+  const Rows<S> x = stored_rows<S>(w, stored_by_columns(w));
   const int64_t bytes = x.rows * x.length * int64_t(sizeof(S));
   if (bytes == 0) return 1;
   const int64_t tile = tile_bytes(bytes, kGrain, kMostTiles), count = units_of(x).count;

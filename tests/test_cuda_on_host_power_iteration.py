@@ -233,6 +233,62 @@ def test_tall_and_narrow_when_streaming(runner, dtype):
         assert same_bits(v, v0)
 
 
+# Launches of a call with one iteration on rows that are read across: stored by columns two passes, a reduction and a
+# conclusion after each, by rows one; prepare; with one column measure (by columns) and hand-out.
+ACROSS = {("columns", 1): 9, ("rows", 1): 5, ("columns", 2): 7, ("rows", 2): 4}
+
+
+@needs("power_iteration")
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 8])
+@each_dtype
+def test_few_long_rows_are_read_across(runner, dtype, m):
+    """No cut of the streaming pass takes rows of an odd length: a thread a column of W then, by all blocks. Of the
+    transpose a thread a row."""
+    for i, layout in enumerate(("contiguous", "transposed", "2nd_row_3rd_column", "unaligned")):
+        for b in (None, min(m, 2), m):
+            if b is not None and m > 4:
+                continue
+            by = "rows" if layout == "transposed" else "columns"
+            n = 9001 - 2 * i
+            w = random_weight(*((n, m) if by == "rows" else (m, n)), dtype, seed=i)
+            w = ALL_LAYOUTS[layout](w)
+            options = {"strategy": "stream", "device": (H200, SMALL)[i % 2]}
+            check_one(runner, w, b, **options)
+            assert runner.stats.launches == ACROSS[by, min(b or 1, 2)]
+            if layout == "contiguous" and m > 1:
+                u, v = start(w, b)
+                sigma = runner.power_iteration_([w], [u], [v], 4, orders=ALL_ORDERS, **options)
+                check_pair(w, u, v, sigma[0], true_norm(w))
+
+
+@needs("power_iteration")
+def test_rows_longer_than_any_cut_are_read_across_unasked(runner):
+    """As `auto` finds them: a million elements in one row; a whole number of packs; in a list with others, zero and
+    NaN ones among them, and starts that cannot be used."""
+    check_one(runner, random_weight(1, 1_000_003, F32))
+    assert runner.stats.launches == ACROSS["columns", 1]
+    check_one(runner, random_weight(3, 65536, BF16), device=SMALL)
+    assert runner.stats.launches == ACROSS["columns", 1]
+    ws = [random_weight(m, 40001, F64, seed=m) for m in (1, 2, 3, 2, 2, 2, 1)]
+    ws += [random_weight(97, 130, F64), random_weight(20000, 3, F64).mT]
+    ws[1].zero_()
+    ws[2][1, 39999] = torch.inf
+    us, vs = states(ws)
+    before = [(u.clone(), v.clone()) for u, v in zip(us, vs, strict=True)]
+    for i, scale in ((3, 1e-200), (4, 1e200), (6, 7.0)):
+        vs[i] *= scale
+    vs[5][17] = torch.nan
+    sigma = runner.power_iteration_(ws, us, vs, device=SMALL)
+    for i in (0, 3, 4, 6, 7, 8):
+        check_step(ws[i], before[i][1], us[i], vs[i], sigma[i], true_norm(ws[i]))
+    check_pair(ws[5], us[5], vs[5], sigma[5], true_norm(ws[5]))
+    assert sigma[1] == 0
+    assert sigma[2].isnan()
+    for i in (1, 2):
+        assert same_bits(us[i], before[i][0])
+        assert same_bits(vs[i], before[i][1])
+
+
 @needs("power_iteration")
 @each_strategy
 def test_no_workspace(runner, strategy):

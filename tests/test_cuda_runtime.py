@@ -17,6 +17,7 @@ from helpers import (
     F16,
     F32,
     F64,
+    check_pair,
     check_step,
     eps_of,
     random_weight,
@@ -29,6 +30,7 @@ from on_device import (
     DEVICE,
     ON_CPU,
     check_large_step,
+    every_dtype,
     every_strategy,
     gaussian,
     gpu,
@@ -344,7 +346,27 @@ def test_compile_fullgraph(backend):
             torch.testing.assert_close(p, q)
 
 
-# ---- past 2^31 elements -----------------------------------------------------------------------------------------
+# ---- long rows, and past 2^31 elements --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 4])
+@every_dtype
+def test_a_few_rows_of_millions(dtype, m):
+    """All blocks share them, of W and of its transpose, whatever else is in the list."""
+    n = 30_003 if ON_CPU else 3_000_003
+    w, norm = gaussian(m, n, dtype)
+    for x in (w, w.mT):
+        check_large_step(x, norm)
+        check_large_step(x, norm, 3)
+    ws, us, vs = [w, w.mT], [], []
+    for x in ws:
+        u, v = F.init_uv(x, m)
+        us, vs = [*us, u], [*vs, v]
+    alone = [power(x, u.clone(), v.clone(), 2) for x, u, v in zip(ws, us, vs, strict=True)]
+    assert same_bits(ops.power_iteration_(ws, us, vs, 2), torch.stack(alone))
+    value = torch.linalg.eigvalsh(w.double() @ w.double().mT)[-1].sqrt().item()
+    for x, u, v, sigma in zip(ws, us, vs, alone, strict=True):
+        check_pair(x.cpu(), u.cpu(), v.cpu(), sigma.cpu(), value)
 
 
 @pytest.mark.parametrize(("m", "n"), [(40000, 60000), (150000, 16384)])
