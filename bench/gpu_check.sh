@@ -159,7 +159,7 @@ if wants test; then
   # pytest-xdist is installed. What is about time, memory and waiting has the GPU to itself.
   parallel=()
   if "$python" -c 'import xdist' >/dev/null 2>&1; then parallel=(-n 4); fi
-  step values 150 8 "${tests[@]}" "${parallel[@]}" "$repo/tests/test_cuda.py" ||
+  step values 150 8 "${tests[@]}" "${parallel[@]}" "$repo/tests/test_cuda.py" "$repo/tests/test_cuda_stacks.py" ||
     { echo "-- tests that failed, and how:"; failures values; }
   step runtime 120 8 "${tests[@]}" "$repo/tests/test_cuda_runtime.py" "$repo/tests/test_cuda_layers.py" ||
     { echo "-- tests that failed, and how:"; failures runtime; }

@@ -228,6 +228,16 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+# of stacks [E, m, n], and of their u and v [E, m, b]
+STACK_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "stack last": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0),
+    "every second": lambda x: torch.stack([x, x], 1).flatten(0, 1)[::2],
+    "rows apart": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
+}
+
+
 def bits(x: Tensor) -> Tensor:
     """x as integers, so that NaN equals NaN and -0 differs from 0."""
     return (

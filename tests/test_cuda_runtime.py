@@ -58,11 +58,14 @@ SLEEP = 200_000_000  # cycles, 0.1 s at 2 GHz: far longer than the calls that ar
 
 
 def problem(dtype=F32, b=None):
-    """Tensors on the device that take every strategy's way: off chip, a cluster's, one block's, transposed, empty."""
+    """Tensors on the device that take every strategy's way: off chip, a cluster's, one block's, transposed, empty; and
+    stacks of such, one of none among them."""
     shapes = ((2600, 3000), (128, 1152), (64, 64), (700, 900), (0, 5), (1, 50), (900, 700))
     ws = [on_device(random_weight(*shape, dtype, seed=i)) for i, shape in enumerate(shapes)]
     ws[3] = ws[3].mT.contiguous().mT
-    us, vs = zip(*(F.init_uv(w, b if b and b <= min(w.shape) else None) for w in ws), strict=True)
+    ws += [torch.stack([ws[1], -ws[1]]), torch.stack([ws[2]] * 3).mT, ws[2].expand(0, 64, 64)]
+    columns = [b if b and b <= min(w.shape[-2:]) else None for w in ws]
+    us, vs = zip(*map(F.init_uv, ws, columns), strict=True)
     return ws, list(us), list(vs)
 
 

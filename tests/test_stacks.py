@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from helpers import BF16, DTYPES, F32, F64
+from helpers import BF16, DTYPES, F32, F64, STACK_LAYOUTS
 
 from specnorm_ext import _C, functional, reference
 from specnorm_ext import _ops as internals
@@ -14,23 +14,15 @@ from specnorm_ext import _ops as internals
 ops = torch.ops.specnorm_ext
 E, M, N = 5, 7, 6
 
-LAYOUTS = {
-    "contiguous": lambda x: x,
-    "transposed": lambda x: x.mT.contiguous().mT,
-    "stack last": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0),
-    "every second": lambda x: torch.stack([x, x], 1).flatten(0, 1)[::2],
-    "rows apart": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
-}
-
 
 def problem(dtype=F32, b: int | None = None, layout="contiguous", e: int = E):
     generator = torch.Generator().manual_seed(0)
-    w = LAYOUTS[layout](torch.randn(e, M, N, generator=generator).to(dtype))
+    w = STACK_LAYOUTS[layout](torch.randn(e, M, N, generator=generator).to(dtype))
     u, v = functional.init_uv(w, b, generator=generator)
-    return w, LAYOUTS[layout](u) if b else u, LAYOUTS[layout](v) if b else v
+    return w, STACK_LAYOUTS[layout](u) if b else u, STACK_LAYOUTS[layout](v) if b else v
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", STACK_LAYOUTS)
 @pytest.mark.parametrize("b", [None, 1, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("run", [functional, ops, reference], ids=["functional", "op", "twin"])
@@ -49,7 +41,7 @@ def test_power_iteration(run, dtype, b, layout):
     assert v._version > versions[1]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", STACK_LAYOUTS)
 @pytest.mark.parametrize("b", [None, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sigma_and_normalize(dtype, b, layout):
