@@ -5,11 +5,14 @@
 //             matrices to be done again with a scale.
 //  kCluster   a cluster of up to 8 blocks, W in their shared memory, sums through distributed
 //             shared memory: one launch for all such matrices, all iterations inside, and no
-//             barrier wider than the cluster.
+//             barrier wider than the cluster. Where they are many, those that one block holds go in
+//             a launch of their own (choose_cluster).
 //  kResident  a group of blocks per matrix in one cooperative launch, when all that is left fits on
 //             chip: W is read from memory once for all iterations.
 //  kStream    the rest (power_iteration_stream_cuda.cu): W read from memory once an iteration by as
 //             many blocks as the device holds, relaunched instead of a grid barrier.
+#include <algorithm>
+
 #include "power_iteration_launch.cuh"
 
 namespace specnorm {
@@ -250,11 +253,19 @@ struct Plan {
            (!all_fit(cluster) || (int64_t(items.size()) * 2 * cluster <= device.multiprocessors &&
                                   largest_slice(cluster) > (16 << 10))))
       cluster *= 2;
-    if (cluster > 1) return;
-    // One block a matrix is the kBlock strategy, with W on chip.
+    // One block a matrix is the kBlock strategy, with W on chip: for all, or where more blocks than
+    // multiprocessors would queue up, for those that need no cluster. Blocks of a launch have the
+    // threads and shared memory of its largest, so that small matrices among large ones take whole
+    // multiprocessors, by the cluster; in a launch of their own several share one. While all blocks
+    // live at once nothing waits, and a second launch would only come after the first.
+    const bool queued = call.strategy == Strategy::kAuto &&
+                        int64_t(items.size()) * cluster > device.multiprocessors;
+    const auto alone = std::stable_partition(items.begin(), items.end(), [&](const DeviceItem& x) {
+      return cluster > 1 && !(queued && on_chip(x, kOneBlock, 1));
+    });
     std::vector<DeviceItem>& block = list(Strategy::kBlock).items;
-    block.insert(block.end(), items.begin(), items.end());
-    items.clear();
+    block.insert(block.end(), alone, items.end());
+    items.erase(alone, items.end());
   }
 
   // As many blocks as the device holds at once, by size of matrix; fits is false when W does not.

@@ -290,6 +290,23 @@ def test_rows_longer_than_any_cut_are_read_across_unasked(runner):
 
 
 @needs("power_iteration")
+@pytest.mark.parametrize("b", [None, 2])
+def test_small_matrices_do_not_queue_behind_clusters(runner, b):
+    """One launch while all blocks of all clusters live at once; else two, the second for matrices of one block."""
+    ws = [random_weight(*s, seed=i) for i, s in enumerate([(33, 31), (97, 900), (31, 33)] * 2)]
+    few, many = replace(H200, multiprocessors=11), replace(H200, multiprocessors=12)
+    for device, launches in ((few, 2), (many, 1)):
+        us, vs = states(ws, b)
+        before = [v.clone() for v in vs]
+        sigma = runner.power_iteration_(ws, us, vs, device=device, orders=ALL_ORDERS)
+        assert (
+            runner.stats.launches == 3 * launches
+        )  # of this process: every other one of five orders
+        for w, u, v, v0, s in zip(ws, us, vs, before, sigma, strict=True):
+            check_step(w, v0, u, v, s, true_norm(w))
+
+
+@needs("power_iteration")
 @each_strategy
 def test_no_workspace(runner, strategy):
     """Out of memory is a status, and nothing has been written."""
