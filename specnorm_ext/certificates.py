@@ -366,12 +366,14 @@ def overlooked_slack(
     """
     b = coupling.shape[-1]
     values = theta[..., -1:] / (1 - gaps)
-    mass = overlap_probability(overlooked_mass(theta, s, coupling, values), n, b) * b
+    # by the ellipsoid of a gap itself, beyond it
     size = gaps.log() * b / 2
+    mass = overlap_probability(overlooked_mass(theta, s, coupling, values), n, b).log()
     chance = overlooked_chance(theta, s, b, gram, values).log() + size
-    chance = chance.flip(-1).cummax(-1).values.flip(-1) - size
-    chance = chance - math.log(1 - 1 / b) if b > 1 else torch.full_like(chance, torch.inf)
-    return torch.minimum(mass.log(), chance) - torch.as_tensor(failure_probability).log()
+    mass, chance = torch.stack([mass, chance]).flip(-1).cummax(-1).values.flip(-1)
+    chance = chance - size - math.log(1 - 1 / b) if b > 1 else torch.full_like(mass, torch.inf)
+    slack = torch.minimum(mass + math.log(b), chance)
+    return slack - torch.as_tensor(failure_probability).log()
 
 
 def overlooked_bound(
