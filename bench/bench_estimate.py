@@ -300,7 +300,7 @@ CURVES: dict[str, tuple[str, str, Callable[[Tensor], list[float]]]] = {
     "subspace iteration, b = 4": ("#6E6E6E", "--", lambda w: curve_of_iteration(w, 4, 100)),
     "Lanczos, one vector": ("#E69F00", "-", lambda w: curve_of_krylov(w, 1, 50)),
     "block Lanczos, b = 4": ("#0072B2", "-", lambda w: curve_of_krylov(w, 4, 30)),
-    "block Lanczos, b = 8": ("#CC79A7", "--", lambda w: curve_of_krylov(w, 8, 30)),
+    "block Lanczos, b = 9": ("#CC79A7", "--", lambda w: curve_of_krylov(w, krylov.WIDE, 30)),
 }
 
 

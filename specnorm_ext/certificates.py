@@ -318,10 +318,11 @@ def overlooked_chance(
     gaps = (values.unsqueeze(-1) - theta.unsqueeze(-2)).unsqueeze(-2)
     c = last / gaps @ first.mT
     f = last * gaps**-1.5  # a factor of F, whose determinant would lose digits
+    size = torch.linalg.qr(f.mT, mode="r").R.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)
     # singular values that are lost in the rounding of these sums count as large as that
     lost = 1e-13 * (last.abs() / gaps).sum(-1).amax(-1, keepdim=True)
     logs = torch.maximum(torch.linalg.svdvals(c), lost).log().sum(-1)
-    logs = logs - torch.linalg.svdvals(f).log().sum(-1) + gram.unsqueeze(-1) / 2
+    logs = logs - size + gram.unsqueeze(-1) / 2
     # delta lambda is the least gap
     logs = logs - b / 2 * torch.log(2 * gaps.amin((-2, -1))) - math.lgamma(b / 2 + 1)
     return torch.where(torch.isfinite(logs), logs, 0.0).clamp_max(0).exp()
@@ -350,12 +351,13 @@ def overlooked_slack(
     r"""Whether nothing lies beyond a gap above the largest Ritz value, but for a probability over the start, whenever
     and however often that is asked: where this is 0 or less.
 
-    By the better of two arguments, which have 1 / b of the probability and the rest. That of :func:`overlooked_mass`:
-    the start's share is what it is, whenever one looks. And that of :func:`overlooked_chance`: for any fixed
-    :math:`\lambda` and gap :math:`\delta` the ellipsoid :math:`g^T Y_k^{-1} g \le 1 / \delta \lambda` becomes less with
-    every step k. If lambda is overlooked, by the gap or more, at a step at which its probability is p or less, then g
-    is in the first one of which that is so: a chance of p. Where lambda lies is not known: p has to hold for all beyond
-    the gap, with the ellipsoid of the gap itself, and does on `gaps`.
+    By the better of two arguments, which have 1 / b of the probability and the rest; by the second alone where there
+    are more than 4 columns, of which it says more. That of :func:`overlooked_mass`: the start's share is what it is,
+    whenever one looks. And that of :func:`overlooked_chance`: for any fixed :math:`\lambda` and gap :math:`\delta` the
+    ellipsoid :math:`g^T Y_k^{-1} g \le 1 / \delta \lambda` becomes less with every step k. If lambda is overlooked, by
+    the gap or more, at a step at which its probability is p or less, then g is in the first one of which that is so: a
+    chance of p. Where lambda lies is not known: p has to hold for all beyond the gap, with the ellipsoid of the gap
+    itself, and does on `gaps`.
 
     Args:
         theta, s, coupling, gram: as for :func:`overlooked_mass` and :func:`overlooked_chance`, batched alike. n: the
@@ -366,14 +368,21 @@ def overlooked_slack(
     """
     b = coupling.shape[-1]
     values = theta[..., -1:] / (1 - gaps)
-    # by the ellipsoid of a gap itself, beyond it
+    first = 1 / b if b <= 4 else 0.0
     size = gaps.log() * b / 2
-    mass = overlap_probability(overlooked_mass(theta, s, coupling, values), n, b).log()
-    chance = overlooked_chance(theta, s, b, gram, values).log() + size
-    mass, chance = torch.stack([mass, chance]).flip(-1).cummax(-1).values.flip(-1)
-    chance = chance - size - math.log(1 - 1 / b) if b > 1 else torch.full_like(mass, torch.inf)
-    slack = torch.minimum(mass + math.log(b), chance)
-    return slack - torch.as_tensor(failure_probability).log()
+    risks = []
+    if first > 0:
+        mass = overlooked_mass(theta, s, coupling, values)
+        risks.append(_and_beyond(overlap_probability(mass, n, b).log()) - math.log(first))
+    if first < 1:  # beyond a gap, by the ellipsoid of the gap
+        chance = overlooked_chance(theta, s, b, gram, values).log() + size
+        risks.append(_and_beyond(chance) - size - math.log(1 - first))
+    slack = torch.stack(risks).amin(0)
+    return slack - torch.as_tensor(failure_probability, dtype=torch.float64).log()
+
+
+def _and_beyond(x: Tensor) -> Tensor:
+    return x.flip(-1).cummax(-1).values.flip(-1)
 
 
 def overlooked_bound(

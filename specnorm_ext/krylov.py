@@ -79,18 +79,20 @@ class Run:
         return torch.logdet(g.mT @ g).cpu()
 
     def right_vectors(self) -> Tensor:
-        """[n, wanted], float64, of unit length to rounding."""
+        """[n, wanted], float64, of unit length to the rounding of the basis."""
         assert self.vectors is not None
         p = self.vectors.shape[0]
-        return self.basis[:p].double().mT @ self.vectors.to(self.basis.device)
+        return (self.basis[:p].mT @ self.vectors.to(self.basis)).double()
 
 
 def block_size(m: int, n: int) -> int:
     """Columns of a block for the norm of W [m, n]. More find repeated values, are not held up by close ones as one
     vector is, and save reads; each read takes longer by as much, or by more where W comes from a cache. Large matrices
     are read 9 columns at a time: two thirds of the reads of 4 where the spectrum decays slowly, in about the same time;
-    where it decays fast, as many reads, which take longer."""
-    return WIDE if m * n >= 1 << 21 and min(m, n) >= 256 else COLUMNS
+    where it decays fast, as many reads, which take longer. That of a long random matrix lies apart from 0, in a range
+    that its norm soon stands out of."""
+    slow = m * n >= 1 << 21 and max(m, n) <= 16 * min(m, n)
+    return WIDE if slow else COLUMNS
 
 
 def new_run(
@@ -239,18 +241,26 @@ def _distance(gaps: list[float], slacks: list[float]) -> float:
     return math.inf
 
 
-def _steps_to(rtol: float, before: list[float], now: list[float], steps: int, columns: int) -> int:
+def _steps_to(run: Run, before: list[float], rtol: float) -> int:
     """Steps to the next look, from the decay since the last: a look takes as long as a read of a large matrix, or of a
     list of small ones."""
-    blind = 4 if columns > COLUMNS and now and now[0] > 1000 * rtol else 2
+    now, wide = run.errors, run.columns > COLUMNS
+    blind = 4 if wide and now and now[0] > 1000 * rtol else 2
     if not before or len(before) < len(now):
         return blind
     worst = max(range(len(now)), key=now.__getitem__)
     if not 0 < now[worst] < math.inf or not math.isfinite(before[worst]):
         return blind
-    decay = math.log(before[worst] / now[worst]) / steps if now[worst] < before[worst] else 0.0
+    decay = (
+        math.log(before[worst] / now[worst]) / run.next_steps if now[worst] < before[worst] else 0.0
+    )
     wanted = math.log(now[worst] / rtol)
-    return max(1, min(4, math.ceil(0.75 * wanted / decay))) if 4 * decay > wanted else 4
+    steps = math.ceil(0.75 * wanted / decay) if 4 * decay > wanted else 4
+    if (
+        wide and decay > 1
+    ):  # from a residual to what `_unseen` says, which falls like that from there
+        steps = round(run.reads * math.expm1(0.2 * wanted))
+    return max(1, min(4, steps))
 
 
 Expand = Callable[[Sequence[Run], int], None]
@@ -370,7 +380,7 @@ def _look(
             elif run.reads >= max_reads or p >= run.basis.shape[1]:
                 done(run, False)  # there is nothing more to find
             else:
-                run.next_steps = _steps_to(rtol, before[i], run.errors, run.next_steps, b)
+                run.next_steps = _steps_to(run, before[i], rtol)
                 if _room(run) < 1:
                     _restart(run, h[i])
                 remaining.append(run)
