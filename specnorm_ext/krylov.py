@@ -88,8 +88,8 @@ class Run:
 def block_size(m: int, n: int) -> int:
     """Columns of a block for the norm of W [m, n]. More find repeated values, are not held up by close ones as one
     vector is, and save reads; each read takes longer by as much, or by more where W comes from a cache. Large matrices
-    are read 9 columns at a time: two thirds of the reads of 4 where the spectrum decays slowly, in about the same time;
-    where it decays fast, as many reads, which take longer. That of a long random matrix lies apart from 0, in a range
+    are read 9 columns at a time: fewer reads where the spectrum decays slowly, in about the time of 4 columns; where it
+    decays fast, as many reads, which take longer. That of a long random matrix lies apart from 0, in a range
     that its norm soon stands out of."""
     slow = m * n >= 1 << 21 and max(m, n) <= 16 * min(m, n)
     return WIDE if slow else COLUMNS
