@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(kShortThreads, kShortBlocks<S>)
   if (B == 1 && own.x.length == 1)
     short_rows<S, 1, 1>(own, item);
   else if (own.x.length <= 2)
-    short_rows < S, 2, B<2 ? B : 2>(own, item);
+    short_rows<S, 2, (B < 2 ? B : 2)>(own, item);
   else if (own.x.length <= 4)
     short_rows<S, 4, B>(own, item);
   else if constexpr (B == 1)

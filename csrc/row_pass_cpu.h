@@ -281,7 +281,8 @@ SPECNORM_INLINE void for_column_groups(int64_t columns, F body) {
   int64_t b = 0;
   for (int64_t groups = (columns + kMost - 1) / kMost; groups > 0; --groups) {
     const int64_t width = (columns - b + groups - 1) / groups;
-    if (width == 5) body.template run<kMost>(b);
+    if constexpr (kMost == 5)
+      if (width == 5) body.template run<5>(b);
     if (width == 4) body.template run<4>(b);
     if (width == 3) body.template run<3>(b);
     if (width == 2) body.template run<2>(b);

@@ -213,7 +213,7 @@ def _columns(method: str, weight: Tensor, k: int, cold: bool) -> int:
         return 1
     m, n = weight.shape
     columns = krylov.COLUMNS if method == "krylov" else subspace.COLUMNS
-    if method == "krylov" and k == 1 and cold:
+    if method == "krylov" and k == 1 and cold:  # others gain nothing by more
         columns = krylov.block_size(m, n)
     return min(max(columns, min(k, MAX_COLUMNS)), m, n)  # at least 1: empty ones are done with
 

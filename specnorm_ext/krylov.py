@@ -89,8 +89,8 @@ def block_size(m: int, n: int) -> int:
     """Columns of a block for the norm of W [m, n]. More find repeated values, are not held up by close ones as one
     vector is, and save reads; each read takes longer by as much, or by more where W comes from a cache. Large matrices
     are read 9 columns at a time: fewer reads where the spectrum decays slowly, in about the time of 4 columns; where it
-    decays fast, as many reads, which take longer. That of a long random matrix lies apart from 0, in a range
-    that its norm soon stands out of."""
+    decays fast, as many reads, which take longer. That of a long random matrix lies apart from 0, in a range that its
+    norm soon stands out of."""
     slow = m * n >= 1 << 21 and max(m, n) <= 16 * min(m, n)
     return WIDE if slow else COLUMNS
 
@@ -143,8 +143,9 @@ def _restart(run: Run, h: Tensor) -> None:
     run.restarted = True
 
 
-def _measure(run: Run, h: Tensor, theta: Tensor, s: Tensor, rtol: float, eps: float) -> None:
-    """Take the Ritz values theta (ascending) and vectors s of h's multiplied part, and say how good they are.
+def _measure(run: Run, h: Tensor, theta: Tensor, s: Tensor, rtol: float, eps: float) -> float:
+    """Take the Ritz values theta (ascending) and vectors s of h's multiplied part, and say how good they are. Returns
+    the residual of the largest, relative.
 
     A singular value lies within |r| of a Ritz value, and within |r|^2 / gap where the next one is `gap` away
     (Kato-Temple; Parlett, "The Symmetric Eigenvalue Problem", 11.7). The gap is that of the Ritz values, less the next
@@ -193,6 +194,7 @@ def _measure(run: Run, h: Tensor, theta: Tensor, s: Tensor, rtol: float, eps: fl
             elif run.warm and gap > -2 * rtol:
                 error = min(error, rho / 2)  # values that agree to what is asked for
         run.errors.append(1.25 * error + rounding)
+    return residuals[0] / top if top > 0 else 0.0
 
 
 def _from_the_start(
@@ -220,13 +222,14 @@ def _unseen(runs: Sequence[Run], rtol: float, eps: float) -> None:
     if not alike:
         return
     gaps = certificates.gap_grid(rtol, runs[0].columns)
+    edges = gaps.tolist()
     for (_, n), members in alike.items():
         seen = [x for i in members if (x := runs[i].seen) is not None]
         theta, s, coupling = (torch.stack(x) for x in zip(*seen, strict=True))
         gram = torch.stack([runs[i].gram for i in members])
         slack = certificates.overlooked_slack(theta, s, coupling, gram, n, gaps, FAILURE)
         for i, slacks in zip(members, slack.tolist(), strict=True):
-            error = rtol * _distance(gaps.tolist(), slacks) + 4 * eps
+            error = rtol * _distance(edges, slacks) + 4 * eps
             runs[i].errors[0] = min(runs[i].errors[0], error)
 
 
@@ -251,14 +254,12 @@ def _steps_to(run: Run, before: list[float], rtol: float) -> int:
     worst = max(range(len(now)), key=now.__getitem__)
     if not 0 < now[worst] < math.inf or not math.isfinite(before[worst]):
         return blind
-    decay = (
-        math.log(before[worst] / now[worst]) / run.next_steps if now[worst] < before[worst] else 0.0
-    )
+    fell = now[worst] < before[worst]
+    decay = math.log(before[worst] / now[worst]) / run.next_steps if fell else 0.0
     wanted = math.log(now[worst] / rtol)
     steps = math.ceil(0.75 * wanted / decay) if 4 * decay > wanted else 4
-    if (
-        wide and decay > 1
-    ):  # from a residual to what `_unseen` says, which falls like that from there
+    # so fast: from a residual to what `_unseen` says, which falls like this from there on
+    if wide and decay > 1:
         steps = round(run.reads * math.expm1(0.2 * wanted))
     return max(1, min(4, steps))
 
@@ -363,17 +364,14 @@ def _look(
             if not run.restarted and not run.warm and p < run.basis.shape[1]:
                 run.seen = _from_the_start(h[i], theta[i], s[i], b, eps)
         before = [run.errors for run in members]
+        undecided = []
         for i, run in enumerate(members):
-            _measure(run, h[i], theta[i], s[i], rtol, eps)
-        # with a residual much larger it is too early
-        near = (
-            torch.linalg.vector_norm(h[:, p:] @ s[:, :, -1:], dim=(1, 2)) < 16 * rtol * theta[:, -1]
-        )
-        open_ = [
-            run for run, x in zip(members, near.tolist(), strict=True) if x and run.errors[0] > rtol
-        ]
+            residual = _measure(run, h[i], theta[i], s[i], rtol, eps)
+            # with a much larger one it is too early
+            if run.errors[0] > rtol and residual < 16 * rtol:
+                undecided.append(run)
         if rtol >= 1000 * eps:
-            _unseen(open_, rtol, eps)
+            _unseen(undecided, rtol, eps)
         for i, run in enumerate(members):
             if len(run.errors) == run.wanted and all(x <= rtol for x in run.errors):
                 done(run, True)

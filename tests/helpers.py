@@ -10,6 +10,7 @@ exceed the bound by the model's worst case; the kernels add in vector lanes, whi
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable
@@ -236,6 +237,18 @@ STACK_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "every second": lambda x: torch.stack([x, x], 1).flatten(0, 1)[::2],
     "rows apart": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
 }
+
+
+def opcheck_stack(w: Tensor, u: Tensor, v: Tensor) -> None:
+    """torch.library.opcheck of the ops that take a stack, alone and beside a matrix."""
+    ops = torch.ops.specnorm_ext
+    sigma = ops.power_iteration_([w], [u], [v])
+    both = [w, w[0].clone()], [u, u[0].clone()], [v, v[0].clone()]
+    torch.library.opcheck(ops.power_iteration_.default, copy.deepcopy(both))
+    torch.library.opcheck(ops.sigma.default, both)
+    wanted = w.clone().requires_grad_()
+    torch.library.opcheck(ops.normalize.default, ([wanted], [u], [v], sigma))
+    torch.library.opcheck(ops.normalize_backward.default, ([w], [w], [u], [v], sigma))
 
 
 def bits(x: Tensor) -> Tensor:

@@ -7,8 +7,6 @@ every size. Skipped where there is no GPU, as test_cuda.py is.
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from helpers import (
@@ -16,6 +14,7 @@ from helpers import (
     F64,
     STACK_LAYOUTS,
     check_step,
+    opcheck_stack,
     random_weight,
     same_bits,
     start,
@@ -187,11 +186,4 @@ def test_derivatives_of_first_and_second_order(b):
 
 
 def test_opcheck():
-    _, (w, u, v) = problem((3, 6, 5))
-    sigma = F.power_iteration(w, u, v)
-    both = [w, w[0].clone()], [u, u[0].clone()], [v, v[0].clone()]
-    torch.library.opcheck(ops.power_iteration_.default, copy.deepcopy(both))
-    torch.library.opcheck(ops.sigma.default, both)
-    wanted = w.clone().requires_grad_()
-    torch.library.opcheck(ops.normalize.default, ([wanted], [u], [v], sigma))
-    torch.library.opcheck(ops.normalize_backward.default, ([w], [w], [u], [v], sigma))
+    opcheck_stack(*problem((3, 6, 5))[1])

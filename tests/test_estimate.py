@@ -10,6 +10,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import specnorm_ext
+from specnorm_ext import krylov
 from specnorm_ext.matrices import collect_matrices
 
 
@@ -260,6 +261,34 @@ def test_how_often_what_is_called_converged_is_not(method: str, name: str) -> No
         assert e.converged
         wrong += e.value * (1 + rtol) < max(spectrum)
     assert wrong <= 3  # a chance of 1% each: 4 and more have one of 1 in 300
+
+
+def test_reads_of_large_gaussian_matrices() -> None:
+    """To 1e-3, from a cold start: the hardest that there are for their size."""
+    for seed, (m, n, most) in enumerate([(512, 4608, 16), (4608, 512, 16), (4096, 4096, 20)]):
+        w = torch.randn(m, n, generator=torch.Generator().manual_seed(seed))
+        e = specnorm_ext.estimate(w)
+        assert e.converged
+        assert e.n_reads <= most
+        again = specnorm_ext.estimate(w, rtol=1e-6)
+        assert again.n_reads <= 50
+        assert e.value == pytest.approx(again.value, rel=1e-3)
+
+
+def test_wide_blocks_are_for_one_cold_value(monkeypatch) -> None:
+    widths, leading = [], krylov.leading
+
+    def recorded(runs, *rest):
+        widths.append(runs[0].columns)
+        leading(runs, *rest)
+
+    monkeypatch.setattr(krylov, "leading", recorded)
+    w = torch.randn(1100, 2000, generator=torch.Generator().manual_seed(0))
+    e = specnorm_ext.estimate(w)
+    specnorm_ext.estimate(w, u=e.u, v=e.v)
+    specnorm_ext.estimate(w, k=2, rtol=1e-2)
+    specnorm_ext.estimate(w[:600])
+    assert widths == [krylov.WIDE, krylov.COLUMNS, krylov.COLUMNS, krylov.COLUMNS]
 
 
 # ---- what a review found ----------------------------------------------------------------------------------------

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from helpers import BF16, DTYPES, F32, F64, STACK_LAYOUTS
+from helpers import BF16, DTYPES, F32, F64, STACK_LAYOUTS, opcheck_stack
 
 from specnorm_ext import _C, functional, reference
 from specnorm_ext import _ops as internals
@@ -210,14 +208,7 @@ def test_func_transforms():
 
 
 def test_opcheck():
-    w, u, v = problem()
-    sigma = functional.power_iteration(w, u, v)
-    both = [w, w[0].clone()], [u, u[0].clone()], [v, v[0].clone()]
-    torch.library.opcheck(ops.power_iteration_.default, copy.deepcopy(both))
-    torch.library.opcheck(ops.sigma.default, both)
-    wanted = w.clone().requires_grad_()
-    torch.library.opcheck(ops.normalize.default, ([wanted], [u], [v], sigma))
-    torch.library.opcheck(ops.normalize_backward.default, ([w], [w], [u], [v], sigma))
+    opcheck_stack(*problem())
 
 
 def test_compiled():
