@@ -94,6 +94,24 @@ class Borrower {
   PyObject *tensor_ = nullptr, *parameter_ = nullptr;
 };
 
+// Whether b lies as a does, entry for entry, without gaps and without entries that share memory.
+inline bool dense_alike(const Operand& a, const Operand& b) {
+  if (a.dtype != b.dtype || a.dim != b.dim) return false;
+  for (int64_t d = 0; d < a.dim; ++d)
+    if (a.sizes[d] != b.sizes[d] || a.strides[d] != b.strides[d]) return false;
+  // the dimensions in the order of their strides, each of which must be all that came before it
+  int64_t run = 1, left = 0;
+  for (int64_t d = 0; d < a.dim; ++d) left += a.sizes[d] != 1;
+  while (left > 0) {
+    int64_t next = 0;
+    while (next < a.dim && (a.sizes[next] == 1 || a.strides[next] != run)) ++next;
+    if (next == a.dim) return false;
+    run *= a.sizes[next];
+    --left;
+  }
+  return true;
+}
+
 // A number that tells a changed tensor from an unchanged one: by all of it up to kWhole entries, by
 // 16 of them, spread evenly, past that.
 inline uint64_t fingerprint(const Operand& x) {
@@ -147,22 +165,47 @@ inline uint64_t fingerprint(const Operand& x) {
 }
 
 // A list of tensors, kept alive and in place while the kernels run without the interpreter's lock.
+// `flat`: each is the matrix of its first dimension by all the others.
 class BorrowedList {
  public:
-  BorrowedList(const Borrower& from, pybind11::handle list)
+  BorrowedList(const Borrower& from, pybind11::handle list, bool flat = false)
       : held_(pybind11::reinterpret_steal<pybind11::object>(PySequence_Tuple(list.ptr()))) {
     if (!held_) throw pybind11::error_already_set();
     const Py_ssize_t count = PyTuple_GET_SIZE(held_.ptr());
     operands_.resize(size_t(count));
-    for (Py_ssize_t i = 0; i < count && good_; ++i)
-      good_ = from.borrow(PyTuple_GET_ITEM(held_.ptr(), i), operands_[size_t(i)]);
+    if (flat) shapes_.resize(size_t(count));
+    for (size_t i = 0; i < size_t(count) && good_; ++i) {
+      good_ = from.borrow(PyTuple_GET_ITEM(held_.ptr(), Py_ssize_t(i)), operands_[i]);
+      if (good_ && flat) good_ = flatten(operands_[i], shapes_[i]);
+    }
   }
   bool good() const { return good_; }
   const Operands& operands() const { return operands_; }
 
  private:
+  struct Shape {
+    int64_t sizes[2], strides[2];
+  };
+
+  // Where the last dimensions lie end to end; else a copy is needed, which is not made here.
+  static bool flatten(Operand& x, Shape& shape) {
+    if (x.dim < 2) return false;
+    if (x.dim == 2) return true;
+    int64_t columns = 1;
+    for (int64_t d = x.dim - 1; d > 0; --d) {
+      if (x.sizes[d] != 1 && x.strides[d] != columns) return false;
+      columns *= x.sizes[d];
+    }
+    shape = {{x.sizes[0], columns}, {x.strides[0], 1}};
+    x.dim = 2;
+    x.sizes = shape.sizes;
+    x.strides = shape.strides;
+    return true;
+  }
+
   pybind11::object held_;
   Operands operands_;
+  std::vector<Shape> shapes_;
   bool good_ = true;
 };
 

@@ -66,8 +66,8 @@ bool sigma(const Borrower& from, py::handle weights, py::handle u, py::handle v,
 }
 
 bool normalize(const Borrower& from, py::handle weights, py::handle u, py::handle v,
-               py::handle sigma, py::handle outputs) {
-  const BorrowedList w(from, weights), us(from, u), vs(from, v), out(from, outputs);
+               py::handle sigma, py::handle outputs, bool flat) {
+  const BorrowedList w(from, weights, flat), us(from, u), vs(from, v), out(from, outputs, flat);
   Operand values;
   if (!w.good() || !us.good() || !vs.good() || !out.good() || !from.borrow(sigma.ptr(), values))
     return false;
@@ -79,8 +79,9 @@ bool normalize(const Borrower& from, py::handle weights, py::handle u, py::handl
 }
 
 bool normalize_backward(const Borrower& from, py::handle grads, py::handle weights, py::handle u,
-                        py::handle v, py::handle sigma, py::handle outputs) {
-  const BorrowedList g(from, grads), w(from, weights), us(from, u), vs(from, v), out(from, outputs);
+                        py::handle v, py::handle sigma, py::handle outputs, bool flat) {
+  const BorrowedList g(from, grads, flat), w(from, weights, flat), us(from, u), vs(from, v);
+  const BorrowedList out(from, outputs, flat);
   Operand values;
   if (!g.good() || !w.good() || !us.good() || !vs.good() || !out.good() ||
       !from.borrow(sigma.ptr(), values))
@@ -124,11 +125,23 @@ PYBIND11_MODULE(_C, m) {
   m.def("sigma", [](py::handle weights, py::handle u, py::handle v, py::handle out) {
     return sigma(from, weights, u, v, out);
   });
-  m.def("normalize", [](py::handle weights, py::handle u, py::handle v, py::handle values,
-                        py::handle out) { return normalize(from, weights, u, v, values, out); });
-  m.def("normalize_backward",
-        [](py::handle grads, py::handle weights, py::handle u, py::handle v, py::handle values,
-           py::handle out) { return normalize_backward(from, grads, weights, u, v, values, out); });
+  // flat: the weights, and what has their shape, are matrices of the first dimension by the others
+  m.def("normalize",
+        [](py::handle weights, py::handle u, py::handle v, py::handle values, py::handle out,
+           bool flat) { return normalize(from, weights, u, v, values, out, flat); });
+  m.def("normalize_backward", [](py::handle grads, py::handle weights, py::handle u, py::handle v,
+                                 py::handle values, py::handle out, bool flat) {
+    return normalize_backward(from, grads, weights, u, v, values, out, flat);
+  });
+  // 0 unless the two lie alike, densely
+  m.def("bytes_alike", [](py::handle a, py::handle b) -> int64_t {
+    Operand x, y;
+    if (!from.borrow(a.ptr(), x) || !from.borrow(b.ptr(), y) || !specnorm::dense_alike(x, y))
+      return 0;
+    int64_t bytes = x.element_size();
+    for (int64_t d = 0; d < x.dim; ++d) bytes *= x.sizes[d];
+    return bytes;
+  });
   m.def("fingerprint", [](py::handle tensor) -> std::optional<uint64_t> {
     Operand x;
     if (!from.borrow(tensor.ptr(), x)) return std::nullopt;

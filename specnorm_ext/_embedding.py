@@ -15,10 +15,10 @@ from ._checks import check_spectral_embedding, raise_typed
 from ._ops import (
     _below_autograd,
     _impl,
-    _legacy_vmap,
     _needs_composite,
     _normalize_backward,
     _ops,
+    is_legacy_batched,
 )
 
 
@@ -61,7 +61,7 @@ class _SpectralEmbedding(torch.autograd.Function):
         weight, indices, u, v, sigma = ctx.saved_tensors
         padding = ctx.padding_idx
         rest = (None,) * 5
-        if torch._C._dispatch_keys(g).has(_legacy_vmap) or (
+        if is_legacy_batched(g) or (
             torch.is_grad_enabled() and (g.requires_grad or weight.requires_grad)
         ):
             exact = reference.spectral_embedding_backward(g, weight, indices, u, v, sigma, padding)

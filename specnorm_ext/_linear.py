@@ -22,9 +22,9 @@ from ._ops import (
     _below_autograd,
     _below_inplace,
     _impl,
-    _legacy_vmap,
     _needs_composite,
     _ops,
+    is_legacy_batched,
     is_plain,
     is_untraced,
 )
@@ -112,8 +112,7 @@ class _SpectralLinear(torch.autograd.Function):
         if want_x or want_w:
             x, weight, u, v, sigma = ctx.saved_tensors
         dx = dw = None
-        keys = torch._C._dispatch_keys(g)
-        batched = keys.has(_legacy_vmap)
+        batched = is_legacy_batched(g)
         if want_x and not want_w and not batched:
             # g W / sigma is a layer of W^T, and has v W^T u for its sigma
             mirrored = (g, weight.mT, None, v, u, sigma)
@@ -134,6 +133,7 @@ class _SpectralLinear(torch.autograd.Function):
                 if torch.is_grad_enabled() or not is_untraced():
                     dx, dw = _ops.spectral_linear_backward(*args)
                 else:  # nothing to record: below the op's Python, which a small layer feels
+                    keys = torch._C._dispatch_keys(g)
                     for t in (x, weight, shift, u, v, sigma, y):
                         if t is not None:
                             keys = keys | torch._C._dispatch_keys(t)

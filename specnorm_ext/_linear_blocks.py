@@ -15,7 +15,7 @@ from torch import Tensor
 from . import reference
 from ._checks import SIXTEEN_BIT, check_spectral_linear_blocks, raise_typed
 from ._linear import autocast, autocast_factor, wanted
-from ._ops import _below_autograd, _impl, _legacy_vmap, _needs_composite, _ops, is_plain
+from ._ops import _below_autograd, _impl, _needs_composite, _ops, is_legacy_batched, is_plain
 from .blocks import Blocks
 
 
@@ -112,7 +112,7 @@ class _SpectralLinearBlocks(torch.autograd.Function):
         experts = blocks.experts
         flat = reference._flat(g, experts)
         db = flat.sum(-2) if want_b else None
-        if torch._C._dispatch_keys(g).has(_legacy_vmap) or (
+        if is_legacy_batched(g) or (
             torch.is_grad_enabled() and any(t.requires_grad for t in (g, x, weight))
         ):
             exact = reference.spectral_linear_blocks_backward(

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from . import _C, reference
@@ -31,16 +32,14 @@ from ._ownership import is_sole
 
 _ops = torch.ops.specnorm_ext
 _impl = torch.library.Library("specnorm_ext", "IMPL")
-_legacy_vmap = torch._C._dispatch_key_parse("Batched")
+is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 _below_autograd = torch._C._after_autograd_keyset
 _below_inplace = torch._C._after_ADInplaceOrView_keyset
 
 
 def _needs_composite() -> bool:
     """True under torch.func transforms and forward-mode AD, which a fused backward cannot serve."""
-    return (
-        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    )
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _check_counts(op: str, weights: list[Tensor], u: list[Tensor], v: list[Tensor]) -> None:
@@ -200,7 +199,7 @@ class _Normalize(torch.autograd.Function):
         weights, u, v = (tensors[i * k : (i + 1) * k] for i in range(3))
         # is_grads_batched of torch.autograd.grad rests on an older vmap, which stops ops with lists before any kernel
         # of theirs is asked.
-        batched = any(x is not None and torch._C._dispatch_keys(x).has(_legacy_vmap) for x in g)
+        batched = any(x is not None and is_legacy_batched(x) for x in g)
         # Before anything here refers to one more of them. Under create_graph the graph may hold them.
         may = not batched and not torch.is_grad_enabled() and is_untraced()
         sole = [may and is_sole(ctx, g, i, weights[i]) for i in range(k)]
@@ -231,6 +230,40 @@ class _Normalize(torch.autograd.Function):
         return None, None, None, *grads
 
 
+class _NormalizeLayer(torch.autograd.Function):
+    """_Normalize of one weight on the CPU, below the dispatcher: its first dimension by all the others, end to end.
+
+    Without views of the weight and of its gradient, which would be nodes of their own. Between two convolutions nothing
+    of this is in any of the processor's caches, and what Python runs through counts many times what it costs in a loop.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, u, v, sigma):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(weight, u, v, sigma)
+        return normalize_flat(weight, u, v, sigma)
+
+    @staticmethod
+    def backward(ctx: Any, *g: Tensor | None):
+        if g[0] is None:
+            return None, None, None, None
+        weight, u, v, sigma = ctx.saved_tensors
+        batched = is_legacy_batched(g[0])  # see _Normalize
+        if not batched and not torch.is_grad_enabled() and is_untraced():
+            own = is_sole(ctx, g, 0, weight)  # before anything here refers to it once more
+            grad = g[0]
+            if not any(x.is_neg() for x in (grad, weight, u, v, sigma)):
+                dw = grad if own else torch.empty_like(weight)
+                if _C.normalize_backward((grad,), (weight,), (u,), (v,), sigma, (dw,), True):
+                    return dw.detach() if own else dw, None, None, None
+        grad, matrix = g[0], weight.flatten(1)
+        if grad.layout is not torch.strided:
+            grad = grad.to_dense()
+        run = reference.normalize_backward if batched else _ops.normalize_backward
+        (dw,) = run([grad.reshape(matrix.shape)], [matrix], [u], [v], sigma)
+        return dw.view(weight.shape), None, None, None
+
+
 def _normalize_backward(grads, weights, u, v, sigma, sole):
     """The op; without the dispatcher, and into the gradients that are ours alone, where nothing is to be recorded."""
     negated = any(
@@ -241,7 +274,7 @@ def _normalize_backward(grads, weights, u, v, sigma, sole):
             g if own else torch.empty_like(w)
             for g, w, own in zip(grads, weights, sole, strict=True)
         ]
-        if _C.normalize_backward(grads, weights, u, v, sigma, out):
+        if _C.normalize_backward(grads, weights, u, v, sigma, out, False):
             # detached: a gradient that was a view is none as dW
             return [x.detach() if own else x for x, own in zip(out, sole, strict=True)]
     return _ops.normalize_backward(grads, weights, u, v, sigma)
@@ -281,14 +314,21 @@ _impl.impl("normalize_backward", _normalize_backward_autograd, "Autograd", with_
 # ---- short cuts around the dispatcher ---------------------------------------------------------------------------
 
 
+# By names of their own: between two convolutions even torch's own dictionary is in none of the processor's caches.
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_count_dispatch_modes = torch._C._len_torch_dispatch_stack
+_are_transforms_active = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
+
+
 def is_untraced() -> bool:
     """Whether Python may look at values now: nothing traced, faked, in a torch.func transform or forward AD."""
     return (
-        not torch.compiler.is_dynamo_compiling()  # is_compiling() would be that of all threads
-        and torch.autograd.forward_ad._current_level < 0
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._get_tracing_state() is None
+        not _is_dynamo_compiling()  # is_compiling() would be that of all threads
+        and forward_ad._current_level < 0
+        and _count_dispatch_modes() == 0
+        and not _are_transforms_active()
+        and _tracing_state() is None
     )
 
 
@@ -340,7 +380,7 @@ def normalize_direct(
     if out is None:
         out = [torch.empty_like(w) for w in weights]
     try:
-        if _C.normalize(weights, u, v, sigma, out):
+        if _C.normalize(weights, u, v, sigma, out, False):
             return out
     except RuntimeError as error:
         raise_typed(error)
@@ -357,6 +397,24 @@ def normalize_recorded(
 ) -> list[Tensor]:
     """normalize with gradients on, as above."""
     return list(_Normalize.apply(None, len(weights), sigma, *weights, *u, *v))
+
+
+def is_flat(weight: Tensor) -> bool:
+    """Whether its first dimension by all the others is a matrix in place."""
+    return weight.dim() == 2 or weight.is_contiguous()
+
+
+def normalize_flat(weight: Tensor, u: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
+    """normalize of one weight that `is_flat`, as above."""
+    if torch.is_grad_enabled() and weight.requires_grad:
+        return _NormalizeLayer.apply(weight, u, v, sigma)
+    out = torch.empty_like(weight)
+    try:
+        if _C.normalize((weight,), (u,), (v,), sigma, (out,), True):
+            return out
+    except RuntimeError as error:
+        raise_typed(error)
+    return _ops.normalize([weight.flatten(1)], [u], [v], sigma)[0].view(weight.shape)
 
 
 def sigma_direct(weights: list[Tensor], u: list[Tensor], v: list[Tensor]) -> Tensor:

@@ -19,8 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _C
+
 # below, fresh memory costs next to nothing, and to count takes microseconds
 _LEAST = 64 << 10
+_monitoring = getattr(
+    sys, "monitoring", None
+)  # Python 3.12; to find that it is not there takes longer than all else
 _current_node: Callable[[], Any] = getattr(torch._C, "_current_autograd_node", lambda: None)
 
 
@@ -99,25 +104,23 @@ def _is_watched() -> bool:
     """Whether a debugger or a profiler written in Python runs: it may hold what it has seen."""
     if sys.gettrace() is not None or sys.getprofile() is not None:
         return True
-    monitoring = getattr(sys, "monitoring", None)  # Python 3.12
-    return monitoring is not None and any(monitoring.get_tool(i) for i in range(6))
+    return _monitoring is not None and any(map(_monitoring.get_tool, range(6)))
 
 
 def is_sole(node: Any, grads: tuple[Tensor | None, ...], i: int, weight: Tensor) -> bool:
     """Whether the result for `weight` may overwrite grads[i], of its layout, in the backward(node, *grads) at hand."""
     g = grads[i]
-    if type(g) is not Tensor or g.layout is not torch.strided or not g.is_cpu:
+    if type(g) is not Tensor:
         return False
-    if g.nbytes < _LEAST or g.dtype != weight.dtype or g.stride() != weight.stride():
-        return False
-    if not (g.is_contiguous() or g.mT.is_contiguous()):  # entries may share memory
+    size = _C.bytes_alike(g, weight)  # on the CPU, without entries that share memory
+    if size < _LEAST:
         return False
     if g.is_neg() or g.requires_grad or g.is_inference():  # dW would be as well
         return False
     if _is_watched() or _current_node() is not node:  # else somebody called backward, with a tensor
         return False
     storage, base = g.untyped_storage(), g._base
-    if storage.nbytes() != g.nbytes or storage.is_shared() or not storage.resizable():
+    if storage.nbytes() != size or storage.is_shared() or not storage.resizable():
         return False  # part of something larger; another process's, too; memory that torch does not own, NumPy's, say
     if base is not None and base.untyped_storage()._cdata != storage._cdata:
         return False  # a hook has given it another's memory

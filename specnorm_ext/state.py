@@ -316,7 +316,8 @@ class SpectralState(nn.Module):
         if u.dtype != state_dtype(weight.dtype) or u.device != weight.device:
             u, v = self.place(weight)
         if parts is None:
-            parts = self.matrices(weight)
+            # nothing here differentiates, and a view under gradients would be a node
+            parts = self.matrices(weight.detach() if plain and self._ndim > 2 else weight)
         if plain and (self._book.unseeded or self._book.unverified):
             self.verify(parts)
         if self.training:
@@ -486,6 +487,9 @@ class SpectralState(nn.Module):
     @left_to_python
     def normalized(self, weight: Tensor) -> Tensor:
         """W / d in W's shape, times the learned scale."""
+        whole = self.dim == 0 and self.blocks is None and self.operator is None
+        if whole and is_direct(weight) and _ops.is_flat(weight):
+            return self.scaled(_ops.normalize_flat(weight, *self.current(weight)))
         parts = self.matrices(weight)
         return self._divided(weight, parts, *self.current(weight, parts))
 
@@ -495,7 +499,7 @@ class SpectralState(nn.Module):
     ) -> Tensor:
         if self.operator is not None:
             return self.scaled(operator_norm.divided(self.operator, weight, u, v, d))
-        direct = is_plain(weight) and weight.is_cpu and not weight.is_neg()
+        direct = is_direct(weight)
         recorded = torch.is_grad_enabled() and weight.requires_grad
         if direct and not recorded and self.blocks is not None and self.dim == 0:
             # Every block to its place. With gradients blocks come as tensors of their own, and are copied there.
@@ -599,6 +603,11 @@ class SpectralState(nn.Module):
                 x.copy_(nn.functional.normalize(x, dim=0))
             columns = torch.cat([columns, fresh], -1)
         return columns[..., : own.shape[-1]]
+
+
+def is_direct(weight: Tensor) -> bool:
+    """Whether the CPU kernels may have its memory, below the dispatcher."""
+    return is_plain(weight) and weight.is_cpu and not weight.is_neg()
 
 
 def scalar_inverse(d: float) -> float | None:

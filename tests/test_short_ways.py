@@ -10,7 +10,15 @@ from helpers import F32, F64
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from specnorm_ext import SpectralLinear, functional, spectral_norm
+from specnorm_ext import (
+    SpectralConv1d,
+    SpectralConv2d,
+    SpectralConv3d,
+    SpectralConvTranspose2d,
+    SpectralLinear,
+    functional,
+    spectral_norm,
+)
 
 BF16 = torch.bfloat16
 
@@ -67,6 +75,55 @@ def test_bits_of_the_ops(kind, dtype, bias, needs_x):
     assert any("backward" in name for name in seen.names), seen.names
     for a, b in zip(short, long, strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
+
+
+CONVOLUTIONS = {
+    "1d": lambda: SpectralConv1d(4, 6, 3),
+    "2d": lambda: SpectralConv2d(4, 6, 3, groups=2),
+    "3d": lambda: SpectralConv3d(4, 6, (3, 1, 2)),
+    "2d, drop-in": lambda: spectral_norm(nn.Conv2d(4, 6, 3)),
+    "2d, four columns": lambda: SpectralConv2d(4, 6, 3, n_vectors=4),
+    "2d, bound": lambda: SpectralConv2d(4, 6, 3, bound=0.1),
+    "2d, scale": lambda: SpectralConv2d(4, 6, 3, learnable_scale=True),
+    "2d, channels last": lambda: SpectralConv2d(4, 6, 3).to(memory_format=torch.channels_last),
+    "2d transposed": lambda: SpectralConvTranspose2d(4, 6, 3),
+    "2d, 64 KiB": lambda: SpectralConv2d(64, 64, 3),  # whose gradient may become dW
+}
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("dtype", [F64, F32, BF16])
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_bits_of_the_ops_for_convolutions(kind, dtype):
+    """Their weights are matrices only to the kernels: no view of them is a node of the graph."""
+    torch.manual_seed(0)
+    layer = CONVOLUTIONS[kind]().to(dtype)
+    twin = copy.deepcopy(layer)
+    x = torch.randn(2, layer.in_channels, *[5] * len(layer.kernel_size), dtype=dtype)
+    seen = Seen()
+    for i in range(2):
+        g = torch.randn(layer(x).shape, dtype=dtype)
+        with seen:
+            twin(x)  # as often
+        short, long = _backward(layer, x, g, None), _backward(twin, x, g, seen)
+        for name, a, b in zip(["y", "x", *layer._parameters], short, long, strict=False):
+            assert (a is None and b is None) or torch.equal(a, b), (i, name)
+    assert {"normalize", "normalize_backward"} <= set(seen.names)
+    plain = kind not in ("2d, channels last", "2d transposed", "2d, scale")
+    node = layer.spectral.normalized(layer.weight).grad_fn if hasattr(layer, "spectral") else None
+    assert node is None or (type(node).__name__ == "_NormalizeLayerBackward") == plain
+
+
+def test_gradients_in_batches_of_a_convolution():
+    """is_grads_batched rests on an older vmap, whose tensors have no memory of their own."""
+    torch.manual_seed(0)
+    layer, x = SpectralConv2d(4, 6, 3).double(), torch.randn(2, 4, 5, 5, dtype=F64)
+    y = layer(x)
+    g = torch.randn(3, *y.shape, dtype=F64)
+    (got,) = torch.autograd.grad(y, layer.weight, g, is_grads_batched=True, retain_graph=True)
+    for dw, one in zip(got, g, strict=True):
+        (expected,) = torch.autograd.grad(y, layer.weight, one, retain_graph=True)
+        torch.testing.assert_close(dw, expected)
 
 
 @pytest.mark.parametrize("make", [SpectralLinear, lambda *a: spectral_norm(nn.Linear(*a))])
