@@ -342,22 +342,29 @@ def is_plain(x: Tensor) -> bool:
     return is_untraced() and is_ordinary(x)
 
 
-def _new_sigma(weights: list[Tensor]) -> Tensor:
-    # Not count_matrices(), which would ask each of hundreds: a stack among others goes through the op.
+def _new_sigma(weights: list[Tensor], count: int | None = None) -> Tensor:
     first = weights[0]
-    count = first.shape[0] if len(weights) == 1 and first.dim() == 3 else len(weights)
+    if count is None:
+        # Not count_matrices(), which would ask each of hundreds: a stack among others goes through the op.
+        count = first.shape[0] if len(weights) == 1 and first.dim() == 3 else len(weights)
     return first.new_empty(count, dtype=state_dtype(first.dtype))
 
 
 def power_iteration_direct(
-    weights: list[Tensor], u: list[Tensor], v: list[Tensor], n_iterations: int, eps: float
+    weights: list[Tensor],
+    u: list[Tensor],
+    v: list[Tensor],
+    n_iterations: int,
+    eps: float,
+    count: int | None = None,
 ) -> Tensor:
     """power_iteration_ where the first weight `is_plain`: the CPU kernel without the dispatcher, if it takes the rest.
+    `count`: of matrices, those of stacks among them, where that is known.
 
     Through torch.ops, 200 small matrices cost four times their arithmetic (csrc/borrow.h). What the op does besides
     the kernel is here: the version counters.
     """
-    sigma = _new_sigma(weights)
+    sigma = _new_sigma(weights, count)
     try:
         done = _C.power_iteration(weights, u, v, n_iterations, eps, sigma)
     except RuntimeError as error:

@@ -123,6 +123,23 @@ class Blocks:
             return tuple(x[i :: self.rows] for i in range(self.rows))
         return x.chunk(self.rows)
 
+    def stack(self, x: Tensor) -> Tensor | None:
+        """x [m, ...], m rows of all matrices, as a view [count, m / count, ...]; None where the blocks are of different
+        sizes, or lie as no view does."""
+        if not isinstance(self.rows, int) and len(set(self.rows)) > 1:
+            return None
+        per, each = self.per_matrix, x.shape[0] // self.count
+        if not self.interleaved or per == 1:
+            return x.view(self.count, each, *x.shape[1:])
+        if self.experts > 1:
+            return None
+        return x.view(each, per, *x.shape[1:]).transpose(0, 1)
+
+    def unstack(self, x: Tensor) -> Tensor:
+        """The inverse of stack(), copied where it is no view."""
+        together = x.transpose(0, 1) if self.interleaved and self.per_matrix > 1 else x
+        return together.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """The inverse of split(), copied."""
         if len(parts) == 1:

@@ -76,7 +76,7 @@ class _Call:
             self.matrices += parts
             self.us += us
             self.vs += vs
-            self.counts.append(len(parts))
+            self.counts.append(state.count)
             self.shapes += [x.u.shape, x.v.shape]
         self.sizes = [s.numel() for s in self.shapes]
         self.one_column = all(len(s) == 1 for s in self.shapes)
@@ -97,7 +97,9 @@ class _Call:
         on_cpu = self.matrices[0].is_cpu
         # of before the iteration: a weight that another thread writes to meanwhile is one that this does not hold for
         versions = [trace_of(m.values.weight) if this_version else None for m in self.members]
-        sigma = first._iterate(self.matrices, self.us, self.vs, first.n_power_iterations, on_cpu)
+        sigma = first._iterate(
+            self.matrices, self.us, self.vs, first.n_power_iterations, on_cpu, sum(self.counts)
+        )
         sigmas = sigma.split(1 if self.one_each else self.counts)
         pieces: Sequence[Any] = [x for m in self.members for x in (m.u, m.v)]
         if keep:
@@ -417,7 +419,7 @@ class SpectralNormGroup:
             weight, state = m.parameters[m.key], m.state
             if state._book.unseeded or state._book.unverified:
                 state.place(weight)
-                state.verify(state.matrices(weight.detach()))
+                state.verify(state.separate(weight.detach()))
             alone = (
                 None if state.operator is None else id(state)
             )  # it iterates through its convolution

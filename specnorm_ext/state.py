@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import _ops, _steps, operator_norm, recomputation, verification
 from ._checks import SIXTEEN_BIT, check_spectral_options, state_dtype
 from ._ops import is_ordinary, is_plain, is_untraced
+from ._parts import Parts
 from ._sharded import is_distributed, refuse_distributed, require_memory, whole_weight
 from .blocks import Blocks
 from .book import Book, Values, is_capturing, is_gradcheck, trace_of
@@ -25,14 +26,10 @@ UVSigma = tuple[Tensor, Tensor, Tensor]
 standalone_forwards = 0  # in training, of weights outside any group: why a group looks for new ones
 
 
-class SpectralState(nn.Module):
+class SpectralState(Parts):
     """u, v and the options of one weight. `owner` names the public thing in messages."""
 
-    _u: Tensor  # [m] or [m, b], the blocks' beneath each other; of an operator an output, flattened
-    _v: Tensor  # [n] or [n, b]; with blocks [blocks, n] or [blocks, n, b]; of an operator an input, flattened
     owner = "spectral_norm"
-    # v = W^T u, then u = W v, as the old torch.nn.utils.spectral_norm does (convert.py)
-    v_first = False
 
     def __init__(
         self,
@@ -77,7 +74,7 @@ class SpectralState(nn.Module):
         self._ndim = ndim
         self._book = Book()
         self.blocks = blocks
-        self.operator = operator  # the convolution whose norm it is, not the flattened kernel's
+        self.operator = operator
         dtype = state_dtype(weight.dtype)
         # A layer made under inference_mode must still train later: none of its state may be an inference tensor.
         with torch.inference_mode(False), torch.no_grad():
@@ -90,7 +87,7 @@ class SpectralState(nn.Module):
             # one sigma by which all of a matrix is divided
             self.is_simple = blocks is None and ndim == 2 and dim == 0 and not learnable_scale
             if ndim > 1:
-                parts = self.matrices(weight.detach())
+                parts = self.separate(weight.detach())
                 b = min(n_vectors, *(max(1, min(x.shape)) for x in parts))
                 columns = () if n_vectors == 1 else (b,)
                 n = parts[0].shape[1]
@@ -146,64 +143,6 @@ class SpectralState(nn.Module):
     def leave_group(self) -> None:
         self._book.given = self._book.group = None
 
-    # ---- the weight as matrices, and back -----------------------------------------------------------------------
-
-    def _matrix(self, weight: Tensor) -> Tensor:
-        """[m, n]: `dim` first, the rest flattened; a view wherever strides allow one."""
-        if self.dim != 0:
-            weight = weight.movedim(self.dim, 0)
-        return weight if weight.dim() == 2 else weight.flatten(1)
-
-    def matrices(self, weight: Tensor) -> list[Tensor]:
-        """The weight as matrices that each have a sigma of their own: one, or one for every block. That of an operator
-        stays as it is."""
-        if self.operator is not None:
-            return [weight]
-        if self.blocks is None:
-            return [weight if self.dim == 0 and self._ndim == 2 else self._matrix(weight)]
-        experts = weight.unbind(0) if self.blocks.experts else (weight,)
-        return [x for w in experts for x in self.blocks.split(self._matrix(w))]
-
-    def _us(self, u: Tensor) -> list[Tensor]:
-        if self.blocks is None:
-            return [u]
-        experts = u.chunk(self.blocks.experts) if self.blocks.experts else (u,)
-        return [x for part in experts for x in self.blocks.split(part)]
-
-    def _vs(self, v: Tensor) -> list[Tensor]:
-        return [v] if self.blocks is None else list(v.unbind(0))
-
-    def iterated(
-        self, parts: list[Tensor], u: Tensor, v: Tensor
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """The three lists that power_iteration_ takes."""
-        us, vs = self._us(u), self._vs(v)
-        # W^T has the same singular vectors, the other way round.
-        return ([x.mT for x in parts], vs, us) if self.v_first else (parts, us, vs)
-
-    def _tensor(self, matrix: Tensor, weight: Tensor) -> Tensor:
-        """The inverse of _matrix, in `weight`'s shape."""
-        if weight.dim() == 2:
-            return matrix if self.dim == 0 else matrix.mT
-        if self.dim == 0:
-            return matrix.view(weight.shape)
-        moved = matrix.view(weight.movedim(self.dim, 0).shape)
-        # torch hands out W / sigma in W's own layout, and callers may view() it
-        return moved.movedim(0, self.dim).contiguous()
-
-    def _whole(self, parts: list[Tensor], weight: Tensor) -> Tensor:
-        """The inverse of matrices(), in `weight`'s shape."""
-        if self.blocks is None:
-            return parts[0] if parts[0] is weight else self._tensor(parts[0], weight)
-        if not self.blocks.experts:
-            return self._tensor(self.blocks.join(parts), weight)
-        k = len(parts) // self.blocks.experts
-        joined = [
-            self._tensor(self.blocks.join(parts[i * k : (i + 1) * k]), w)
-            for i, w in enumerate(weight.unbind(0))
-        ]
-        return torch.stack(joined)
-
     # ---- u and v ------------------------------------------------------------------------------------------------
 
     def _iterate(
@@ -213,12 +152,14 @@ class SpectralState(nn.Module):
         vs: list[Tensor],
         n_iterations: int,
         direct: bool = False,
+        count: int | None = None,
     ) -> Tensor:
-        """power_iteration_; `direct`: straight to the CPU kernels."""
+        """power_iteration_; `direct`: straight to the CPU kernels, of so many matrices."""
         if self.operator is not None:
             return operator_norm.iterate(self.operator, parts[0], us[0], vs[0], n_iterations)
-        run = _ops.power_iteration_direct if direct else torch.ops.specnorm_ext.power_iteration_
-        return run(parts, us, vs, n_iterations, self.eps)
+        if direct:
+            return _ops.power_iteration_direct(parts, us, vs, n_iterations, self.eps, count)
+        return torch.ops.specnorm_ext.power_iteration_(parts, us, vs, n_iterations, self.eps)
 
     def _form(
         self, parts: list[Tensor], us: list[Tensor], vs: list[Tensor], direct: bool = False
@@ -247,7 +188,7 @@ class SpectralState(nn.Module):
         """After loading, while nothing depends on it yet: do u and v belong to the weight?"""
         if self._book.unverified and is_plain(weight):
             self.place(weight)
-            self.verify(self.matrices(weight.detach()))
+            self.verify(self.separate(weight.detach()))
 
     def verify(self, parts: list[Tensor]) -> None:
         """Make u and v fit this weight before they are used; warn once of what had to be mended."""
@@ -319,7 +260,7 @@ class SpectralState(nn.Module):
             # nothing here differentiates, and a view under gradients would be a node
             parts = self.matrices(weight.detach() if plain and self._ndim > 2 else weight)
         if plain and (self._book.unseeded or self._book.unverified):
-            self.verify(parts)
+            self.verify(self.separate(weight.detach()))
         if self.training:
             if plain:
                 global standalone_forwards
@@ -332,7 +273,7 @@ class SpectralState(nn.Module):
         book = self._book
         seen = self._eye(weight, u, v)
         if book.seen != seen:
-            self.verify(parts)
+            self.verify(self.separate(weight.detach()))
             book.seen = seen = self._eye_verified(seen, weight, u, v)
         recorded = torch.is_grad_enabled() and weight.requires_grad
         if not self.keeps_sigma or not self._may_keep(weight, recorded):
@@ -424,7 +365,7 @@ class SpectralState(nn.Module):
     def _bilinear(self, parts: list[Tensor], u: Tensor, v: Tensor, direct: bool) -> UVSigma:
         """sigma = u^T W v of u and v as they are, and u turned where the weight's sign was: sigma is a norm."""
         with torch.no_grad():
-            sigma = self._form(parts, self._us(u), self._vs(v), direct)
+            sigma = self._form(*self.operands(parts, u, v), direct)
             if direct and self.blocks is None:
                 return (-u, v, -sigma) if sigma.item() < 0 else (u, v, sigma)
             sign = torch.where(sigma < 0, -1.0, 1.0).to(u.dtype)
@@ -504,12 +445,14 @@ class SpectralState(nn.Module):
         if direct and not recorded and self.blocks is not None and self.dim == 0:
             # Every block to its place. With gradients blocks come as tensors of their own, and are copied there.
             whole = torch.empty(weight.shape, dtype=weight.dtype)
-            _ops.normalize_direct(parts, self._us(u), self._vs(v), d, self.matrices(whole))
+            outs = self.matrices(whole) if parts[0].dim() == 3 else self.separate(whole)
+            parts, us, vs = self.operands(parts, u, v)
+            _ops.normalize_direct(parts, us, vs, d, outs)
             return self.scaled(whole)
         run: Any = torch.ops.specnorm_ext.normalize
         if direct:
             run = _ops.normalize_recorded if recorded else _ops.normalize_direct
-        out = run(parts, self._us(u), self._vs(v), d)
+        out = run(*self.operands(parts, u, v), d)
         if parts[0] is weight:
             return self.scaled(out[0])
         return self.scaled(self._whole(out, weight))
@@ -523,7 +466,7 @@ class SpectralState(nn.Module):
         if is_plain(weight):
             seen = None if self.training else self._eye(weight, u, v)
             if book.unseeded or book.unverified or (seen is not None and book.seen != seen):
-                self.verify(parts)
+                self.verify(self.separate(weight.detach()))
                 if seen is not None:
                     book.seen = self._eye_verified(seen, weight, u, v)
         return parts, self._bilinear(parts, u, v, False)

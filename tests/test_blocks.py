@@ -579,3 +579,34 @@ def test_messages(what):
 
     with torch._subclasses.FakeTensorMode(), pytest.raises(error, match=message):
         run(**{k: fake(x) for k, x in args.items()})
+
+
+@pytest.mark.parametrize("n_vectors", [1, 3])
+@by_kind
+def test_even_blocks_are_one_operand(kind, n_vectors):
+    """A stack of views of the weight, and of u and v, in the order in which the blocks are counted."""
+    blocks = KINDS[kind]
+    layer = SpectralLinear(IN, OUT, blocks=blocks, n_vectors=n_vectors)
+    state, weight = layer.spectral, layer.weight.detach()
+    lists = state.operands(state.matrices(weight), state._u, state._v)
+    one_by_one = state.operands(state.separate(weight), state._u, state._v)
+    uneven = kind.startswith("uneven") or kind == "interleaved of experts"
+    assert [len(xs) for xs in lists] == [blocks.count if uneven else 1] * 3
+    for xs, ys, whole in zip(lists, one_by_one, (weight, state._u, state._v), strict=True):
+        xs = xs if uneven else list(xs[0].unbind(0))
+        for x, y in zip(xs, ys, strict=True):
+            assert torch.equal(x, y)
+            assert x.data_ptr() == y.data_ptr()
+        assert {x.untyped_storage().data_ptr() for x in xs} == {whole.untyped_storage().data_ptr()}
+    # by columns no stack is a view, and nothing is copied for one
+    if not blocks.experts:
+        by_columns = weight.mT.contiguous().mT
+        assert all(x.dim() == 2 for x in state.matrices(by_columns))
+    # what is divided goes back to where it was
+    with torch.no_grad():
+        parts = torch.cat([x.reshape(-1) for x in state.separate(layer.normalized_weight)])
+    sigma = layer.sigma.reshape(-1)
+    expected = torch.cat(
+        [x.reshape(-1) / s for x, s in zip(state.separate(weight), sigma, strict=True)]
+    )
+    torch.testing.assert_close(parts, expected)

@@ -54,7 +54,7 @@ def calls(monkeypatch) -> list[int]:
     original = _ops.power_iteration_direct
 
     def counted(weights, *rest):
-        seen.append(len(weights))
+        seen.append(sum(w.shape[0] if w.dim() == 3 else 1 for w in weights))
         return original(weights, *rest)
 
     monkeypatch.setattr(_ops, "power_iteration_direct", counted)

@@ -53,7 +53,7 @@ def input_of(layer: nn.Module, dtype: torch.dtype | None = None, seed: int = 0) 
 def norms(layer: nn.Module, weight: Tensor | None = None) -> list[float]:
     """True norms of what the layer applies, one for each block."""
     weight = layer.normalized_weight if weight is None else weight
-    return [norm(x) for x in layer.spectral.matrices(weight.detach())]
+    return [norm(x) for x in layer.spectral.separate(weight.detach())]
 
 
 def require_normalized(layer: nn.Module, off: float = 0.1) -> None:
@@ -344,7 +344,7 @@ def test_eval_computes_sigma_once_per_weight(make, change, recorded, monkeypatch
     with torch.no_grad():
         torch.testing.assert_close(fresh(x), changed)
     sigma = functional.sigma(
-        [w.detach() for w in layer.spectral.matrices(layer.weight)],
+        [w.detach() for w in layer.spectral.separate(layer.weight)],
         layer.spectral._us(layer.spectral._u), layer.spectral._vs(layer.spectral._v),
     )  # fmt: skip
     torch.testing.assert_close(layer.spectral._book.kept.sigma, sigma.abs())

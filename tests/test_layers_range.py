@@ -28,7 +28,7 @@ def expected(layer: SpectralLinear, x: Tensor) -> Tensor:
     state = layer.spectral
     parts = []
     columns = zip(
-        state.matrices(layer.weight.detach().to(F64)),
+        state.separate(layer.weight.detach().to(F64)),
         state._us(state._u.to(F64)),
         state._vs(state._v.to(F64)),
         strict=True,
@@ -122,7 +122,7 @@ def test_a_large_bias_does_not_drown_the_gradient(dtype, batch, blocks, bias):
     g = torch.randn_like(y)
     y.backward(g)
     columns = zip(
-        twin.matrices(w), twin._us(twin._u.to(F64)), twin._vs(twin._v.to(F64)), strict=True
+        twin.separate(w), twin._us(twin._u.to(F64)), twin._vs(twin._v.to(F64)), strict=True
     )
     normalized = torch.cat([part / (u @ part @ v) for part, u, v in columns])
     (x.to(F64) @ normalized.T).backward(g.to(F64))
