@@ -19,6 +19,7 @@ from ._checks import (
     state_dtype,
 )
 from ._ops import (
+    PLAIN_TYPES,
     _below_autograd,
     _below_inplace,
     _impl,
@@ -130,13 +131,15 @@ class _SpectralLinear(torch.autograd.Function):
             else:
                 shift = ctx.bias if y is not None else None
                 args = (g, x, weight, shift, u, v, sigma, y, want_x, want_w)
-                if torch.is_grad_enabled() or not is_untraced():
+                given = [t for t in (g, x, weight, shift, u, v, sigma, y) if t is not None]
+                # a subclass's Python is the dispatcher's to call
+                may = not torch.is_grad_enabled() and all(type(t) in PLAIN_TYPES for t in given)
+                if not may or not is_untraced():
                     dx, dw = _ops.spectral_linear_backward(*args)
                 else:  # nothing to record: below the op's Python, which a small layer feels
                     keys = torch._C._dispatch_keys(g)
-                    for t in (x, weight, shift, u, v, sigma, y):
-                        if t is not None:
-                            keys = keys | torch._C._dispatch_keys(t)
+                    for t in given[1:]:
+                        keys = keys | torch._C._dispatch_keys(t)
                     dx, dw = _ops.spectral_linear_backward.default.redispatch(
                         keys & _below_inplace, *args
                     )

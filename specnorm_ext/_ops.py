@@ -332,9 +332,12 @@ def is_untraced() -> bool:
     )
 
 
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
 def is_ordinary(x: Tensor | None) -> bool:
     """A tensor of torch's own kind with memory behind it."""
-    return x is not None and type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta
+    return x is not None and type(x) in PLAIN_TYPES and not x.is_meta
 
 
 def is_plain(x: Tensor) -> bool:

@@ -83,7 +83,7 @@ def power_iteration(
     single, (ws, us, vs) = _lists(weights, u, v)
     # DLPack, by which the direct path reads tensors, knows no lazy negation
     direct = (
-        bool(ws)
+        len(ws) > 0  # torch 2.10 compiles no bool(list)
         and _ops.is_plain(ws[0])
         and ws[0].is_cpu
         and not any(map(Tensor.is_neg, (*ws, *us, *vs)))
