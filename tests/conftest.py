@@ -12,6 +12,7 @@ import pytest
 import torch
 from cuda_on_host import host_runner
 
+pytest_plugins = ["other_device"]  # --device
 ON_HOST = "cuda_on_host"
 SPEED = pytest.StashKey[str]()  # of the emulation
 SPEED_SENT = "specnorm_ext_emulation"  # by a process of pytest-xdist's, to the first one

@@ -1,0 +1,193 @@
+"""The tests on another device than the CPU: `pytest --device cuda`, or `--device second`, which needs no GPU.
+
+With that option the tensors and modules which a test makes lie on that device, and the test is otherwise as it is.
+  - Only what test code makes gets the device. A factory that the package calls without a device makes a CPU tensor, as
+    it would for a user: a `device=` that was forgotten shows. Constructors of the package's modules, called by a test
+    without a device, are the test's own.
+  - Random numbers are drawn on the CPU, with the CPU's generators, and moved: the values are those of a run there.
+  - What a test cannot do on another device is marked: @pytest.mark.cpu_only("why"), or in CPU_ONLY for whole files.
+Marked tests are deselected; the reasons are printed at the end.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import second_device
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _device
+
+TESTS = Path(__file__).resolve().parent
+PACKAGE = TESTS.parent / "specnorm_ext"
+NO_KERNELS = "specnorm_ext: no kernels for {} tensors"
+DESELECTED = pytest.StashKey[Counter]()
+
+_OF_PROCESSES = "starts processes of its own"
+CPU_ONLY = {
+    "test_threads.py": "CPU threads",
+}
+
+_SPARSE = {f for f in _device._device_constructors() if "sparse" in f.__name__}
+_DRAWS = {torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal}
+_FACTORIES = _device._device_constructors() - _SPARSE - {torch.nested.nested_tensor} | _DRAWS
+_DRAWS_LIKE = {
+    torch.rand_like, torch.randn_like, torch.randint_like, torch.bernoulli, torch.multinomial, torch.poisson,
+    Tensor.bernoulli, Tensor.multinomial,
+}  # fmt: skip
+_DRAWS_INTO = {
+    Tensor.normal_, Tensor.uniform_, Tensor.random_, Tensor.exponential_, Tensor.bernoulli_, Tensor.cauchy_,
+    Tensor.log_normal_, Tensor.geometric_,
+}  # fmt: skip
+
+
+def _test_asks() -> bool:
+    """Whether test code called the factory that is running, itself or through torch."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        name, scope = frame.f_code.co_filename, frame.f_locals
+        if name.startswith(f"{PACKAGE}/"):
+            of_module = frame.f_code.co_name == "__init__" and isinstance(scope.get("self"), nn.Module)
+            if not of_module or scope.get("device") is not None:
+                return False
+        elif name.startswith(f"{TESTS}/") and name != __file__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+class OnDevice(TorchFunctionMode):
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = torch.device(device)
+
+    def _is_here(self, x: object) -> bool:
+        return isinstance(x, Tensor) and x.device.type == self.device.type
+
+    def _draw(self, func, args, kwargs):
+        """A tensor of random numbers: drawn on the CPU."""
+        wanted = kwargs.pop("requires_grad", False)
+        args = [x.cpu() if isinstance(x, Tensor) else x for x in args]
+        drawn = func(*args, **{**kwargs, "device": None} if "device" in kwargs else kwargs)
+        return drawn.to(self.device).requires_grad_(wanted)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func in _FACTORIES:
+            device = kwargs.get("device")
+            asked = device is None and _device.CURRENT_DEVICE is None and _test_asks()
+            here = device is not None and torch.device(device).type == self.device.type
+            if kwargs.get("out") is not None:
+                pass
+            elif func in _DRAWS and (asked or here and self._may_draw(kwargs)):
+                return self._draw(func, args, kwargs)
+            elif asked:
+                kwargs["device"] = self.device
+        elif func in _DRAWS_LIKE and self._is_here(args[0]) and self._may_draw(kwargs):
+            return self._draw(func, args, kwargs)
+        elif func in _DRAWS_INTO or getattr(func, "__module__", "") == "torch.nn.init":
+            into = args[0] if args else kwargs.get("tensor")
+            if self._is_here(into) and self._may_draw(kwargs):
+                return self._draw_into(func, into, args, kwargs)
+        elif func is torch.from_numpy and _test_asks():
+            return func(*args, **kwargs).to(self.device)
+        return func(*args, **kwargs)
+
+    def _may_draw(self, kwargs) -> bool:
+        """The package's own mistake would be a CPU generator: it must show."""
+        return kwargs.get("generator") is None or _test_asks()
+
+    def _draw_into(self, func, into, args, kwargs):
+        drawn = into.detach().cpu()
+        if args:
+            func(drawn, *args[1:], **kwargs)
+        else:
+            func(**{**kwargs, "tensor": drawn})
+        with torch.no_grad():
+            return into.copy_(drawn)
+
+
+# ---- pytest -----------------------------------------------------------------------------------------------------
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device", default="cpu", choices=["cpu", "cuda", second_device.NAME],
+        help="where the tensors of the tests lie; 'second' behaves as a GPU does about devices, and needs none",
+    )  # fmt: skip
+
+
+def _device_of(config: pytest.Config) -> str:
+    return config.getoption("--device")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    device = _device_of(config)
+    config.stash[DESELECTED] = Counter()
+    if device == "cpu":
+        return
+    if device == second_device.NAME:
+        reason = second_device.why_not()
+    else:
+        reason = None if torch.cuda.is_available() else "no GPU: torch.cuda.is_available() is False"
+        # Of torch on a device that nobody here has seen: no failures.
+        config.addinivalue_line("filterwarnings", "default")
+        config.addinivalue_line("filterwarnings", "error:specnorm_ext")
+    if reason:
+        pytest.exit(f"--device {device}: skipped: {reason}", returncode=0)
+    if device == second_device.NAME:
+        second_device.load()
+        _warned_once(device)
+
+
+def _warned_once(device: str) -> None:
+    """The one warning of a device without kernels, of which the tests then hear nothing."""
+    import specnorm_ext.functional as F
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            F.sigma(*(torch.ones(x, device=device) for x in ((2, 3), 2, 3)))
+    said = [str(w.message) for w in caught]
+    if len(said) != 1 or not said[0].startswith(NO_KERNELS.format(device)):
+        raise pytest.UsageError(f"expected one warning: {NO_KERNELS.format(device)}, got {said}")
+
+
+def _why_not(item: pytest.Item) -> str | None:
+    if isinstance(item, pytest.DoctestItem):
+        return "examples of docstrings"
+    if item.path.name in CPU_ONLY:
+        return CPU_ONLY[item.path.name]
+    mark = item.get_closest_marker("cpu_only")
+    return mark.args[0] if mark else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if _device_of(config) == "cpu":
+        return
+    reasons = [_why_not(item) for item in items]
+    away = [item for item, reason in zip(items, reasons, strict=True) if reason]
+    config.stash[DESELECTED].update(reason for reason in reasons if reason)
+    config.hook.pytest_deselected(items=away)
+    items[:] = [item for item, reason in zip(items, reasons, strict=True) if not reason]
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    config = terminalreporter.config
+    for reason, count in sorted(config.stash[DESELECTED].items()):
+        terminalreporter.write_line(f"not on {_device_of(config)}: {count} tests: {reason}")
+
+
+@pytest.fixture(autouse=True)
+def _on_other_device(pytestconfig):
+    device = _device_of(pytestconfig)
+    if device == "cpu":
+        yield
+    else:
+        with OnDevice(device):
+            yield
