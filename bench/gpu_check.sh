@@ -3,8 +3,11 @@
 # compute-sanitizer's memcheck and racecheck, and the benchmark, which writes bench/results/<GPU>.json.
 #
 #   bash bench/gpu_check.sh [--only build,test,sanitize,bench] [--seconds N]
+#   bash bench/gpu_check.sh --only device
 #
-#   --only      parts, separated by commas; a part that needs the module builds it if it is not installed
+#   --only      parts, separated by commas; a part that needs the module builds it if it is not installed. `device` is
+#               the tests of tests/ that see no GPU otherwise, on this one. It is not among the parts of a plain run:
+#               those fill its 8 minutes, and it may take as long itself
 #   --seconds   for everything together (default 475): a step gets what is left, a step without time left fails
 #   PYTHON      the Python with a CUDA build of torch (default python3)
 #   CMAKE_CUDA_ARCHITECTURES     default native, this machine's GPU
@@ -34,8 +37,8 @@ while [ $# -gt 0 ]; do
 done
 for part in ${only//,/ }; do
   case "$part" in
-    build | test | sanitize | bench) ;;
-    *) echo "gpu_check: --only: expected build, test, sanitize or bench, got $part" >&2; exit 2 ;;
+    build | test | sanitize | bench | device) ;;
+    *) echo "gpu_check: --only: expected build, test, sanitize, bench or device, got $part" >&2; exit 2 ;;
   esac
 done
 case "$total" in
@@ -150,15 +153,17 @@ fi
 
 # ---- test -------------------------------------------------------------------------------------------------------------
 
+# -v names tests, so that the log of a hang tells which were done
+tests=("$python" -m pytest -c "$repo/pyproject.toml" --rootdir "$repo" -p no:cacheprovider -v --tb=short
+  -o faulthandler_timeout=60 --durations=5)
+failures() { grep -E '^(FAILED|ERROR|E  )|Exit: ' "$logs/$1.log" | cut -c1-300 | head -n 40; }
+has_xdist() { "$python" -c 'import xdist' >/dev/null 2>&1; }
+
 if wants test; then
-  # -v names tests, so that the log of a hang tells which were done
-  tests=("$python" -m pytest -c "$repo/pyproject.toml" --rootdir "$repo" -p no:cacheprovider -v --tb=short
-    -o faulthandler_timeout=60 --durations=5)
-  failures() { grep -E '^(FAILED|ERROR|E  )|Exit: ' "$logs/$1.log" | cut -c1-300 | head -n 40; }
   # A thousand short tests of values, whose time is the CPU's, for what they are compared with: side by side where
   # pytest-xdist is installed. What is about time, memory and waiting has the GPU to itself.
   parallel=()
-  if "$python" -c 'import xdist' >/dev/null 2>&1; then parallel=(-n 4); fi
+  if has_xdist; then parallel=(-n 4); fi
   step values 150 8 "${tests[@]}" "${parallel[@]}" "$repo/tests/test_cuda.py" "$repo/tests/test_cuda_stacks.py" ||
     { echo "-- tests that failed, and how:"; failures values; }
   step runtime 120 8 "${tests[@]}" "$repo/tests/test_cuda_runtime.py" "$repo/tests/test_cuda_layers.py" ||
@@ -198,6 +203,17 @@ if wants bench; then
   budget=$((left < 190 ? left - 25 : 165))  # a case that has begun may end after it
   if [ "$budget" -lt 10 ]; then budget=10; fi
   step bench 190 90 "$python" "$repo/bench/bench_cuda.py" --out "$results" --commit "$commit" --budget "$budget"
+fi
+
+# ---- the general tests, on this device ----------------------------------------------------------------------------------
+
+if wants device; then
+  # Thousands of small tests, whose time is that of Python and of launches: as many processes as share the GPU well.
+  # It says in the end which tests it left out, and why. All the time that is left: whoever asks for this part waits.
+  parallel=()
+  if has_xdist; then parallel=(-n auto --maxprocesses 8 --dist loadgroup); fi
+  step device "$total" 40 "${tests[@]}" "${parallel[@]}" --device cuda "$repo/tests" ||
+    { echo "-- tests that failed, and how:"; failures device; }
 fi
 
 # ---- what there is to keep ----------------------------------------------------------------------------------------------

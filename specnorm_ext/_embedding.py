@@ -19,6 +19,7 @@ from ._ops import (
     _normalize_backward,
     _ops,
     is_legacy_batched,
+    plainly,
 )
 
 
@@ -64,7 +65,9 @@ class _SpectralEmbedding(torch.autograd.Function):
         if is_legacy_batched(g) or (
             torch.is_grad_enabled() and (g.requires_grad or weight.requires_grad)
         ):
-            exact = reference.spectral_embedding_backward(g, weight, indices, u, v, sigma, padding)
+            exact = plainly(
+                reference.spectral_embedding_backward, g, weight, indices, u, v, sigma, padding
+            )
             return None, exact, *rest
         if g.numel() >= weight.numel():
             dense = torch.ops.aten.embedding_dense_backward(
@@ -88,7 +91,7 @@ def _autograd(keyset, weight, indices, u, v, sigma, padding_idx=-1):
     args = (weight, indices, u, v, sigma, padding_idx)
     try:
         if _needs_composite():
-            return reference.spectral_embedding(*args)
+            return plainly(reference.spectral_embedding, *args)
         if torch.is_grad_enabled() and weight.requires_grad:
             return _SpectralEmbedding.apply(keyset, *args)
         return _ops.spectral_embedding.default.redispatch(keyset & _below_autograd, *args)

@@ -7,7 +7,7 @@ from torch.autograd.graph import increment_version
 
 from . import reference
 from ._checks import check_certified_matvec, check_krylov, raise_typed
-from ._ops import _below_autograd, _below_inplace, _impl, _needs_composite, _ops
+from ._ops import _below_autograd, _below_inplace, _impl, _needs_composite, _ops, plainly
 
 
 @torch.library.register_fake("specnorm_ext::krylov_")
@@ -38,13 +38,25 @@ _impl.impl("krylov_", _krylov_inplace, "ADInplaceOrView", with_keyset=True)
 def _certified_matvec_typed(keyset, weights, v):
     try:
         if _needs_composite():
-            return reference.certified_matvec(weights, v)
+            return plainly(reference.certified_matvec, weights, v)
         return _ops.certified_matvec.default.redispatch(keyset & _below_autograd, weights, v)
     except RuntimeError as error:
         raise_typed(error)
 
 
 _impl.impl("certified_matvec", _certified_matvec_typed, "Autograd", with_keyset=True)
+
+
 # On other devices than the CPU the twins are what there is: matrix products of the device's own library.
+def _twin(name: str):
+    function = getattr(reference, name)
+
+    def run(*args):
+        with torch.no_grad():
+            return plainly(function, *args)
+
+    return run
+
+
 for _name in ("krylov_", "certified_matvec"):
-    _impl.impl(_name, torch.no_grad()(getattr(reference, _name)), "CompositeExplicitAutograd")
+    _impl.impl(_name, _twin(_name), "CompositeExplicitAutograd")

@@ -19,6 +19,7 @@ from ._checks import (
     state_dtype,
 )
 from ._ops import (
+    AUTOCAST_KEYS,
     PLAIN_TYPES,
     _below_autograd,
     _below_inplace,
@@ -28,6 +29,8 @@ from ._ops import (
     is_legacy_batched,
     is_plain,
     is_untraced,
+    plainly,
+    without_autocast,
 )
 
 
@@ -127,7 +130,7 @@ class _SpectralLinear(torch.autograd.Function):
             if batched:
                 if x is None:  # only dW depends on it
                     x = g.new_zeros(()).expand(*g.shape[:-1], weight.shape[-1])
-                dx, dw = reference.spectral_linear_backward(g, x, weight, u, v, sigma)
+                dx, dw = plainly(reference.spectral_linear_backward, g, x, weight, u, v, sigma)
             else:
                 shift = ctx.bias if y is not None else None
                 args = (g, x, weight, shift, u, v, sigma, y, want_x, want_w)
@@ -191,7 +194,7 @@ def spectral_linear_direct(
 def _spectral_linear_autograd(keyset, x, weight, bias, u, v, sigma):
     try:
         if _needs_composite():
-            return reference.spectral_linear(x, weight, bias, u, v, sigma)
+            return plainly(reference.spectral_linear, x, weight, bias, u, v, sigma)
         if torch.is_grad_enabled() and (
             x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
         ):
@@ -206,7 +209,7 @@ def _spectral_linear_autograd(keyset, x, weight, bias, u, v, sigma):
 def _spectral_linear_backward_wanted(g, x, weight, bias, u, v, sigma, y, want_x, want_w):
     """The twin under the op's signature; differentiable, to any order."""
     check_spectral_linear_backward(g, x, weight, bias, u, v, sigma, y)
-    dx, dw = reference.spectral_linear_backward(g, x, weight, u, v, sigma)
+    dx, dw = plainly(reference.spectral_linear_backward, g, x, weight, u, v, sigma)
     return dx if want_x else x.new_empty(0), dw if want_w else weight.new_empty(0)
 
 
@@ -243,27 +246,19 @@ def autocast_factor(weight: Tensor, sigma: Tensor, dtype: torch.dtype) -> Tensor
     return torch.ldexp(torch.ones_like(sigma), -exponent)
 
 
-def _spectral_linear_autocast(device: str):
-    excluded = torch._C.DispatchKeySet(
-        torch._C.DispatchKey.AutocastCUDA if device == "cuda" else torch._C.DispatchKey.AutocastCPU
-    )
-
-    def run(x, weight, bias, u, v, sigma):
-        """As nn.Linear under autocast: floating operands in the autocast dtype, float64 left alone."""
-        dtype = torch.get_autocast_dtype(device)
-
-        with torch._C._ExcludeDispatchKeyGuard(excluded):
-            factor = autocast_factor(weight, sigma, dtype)
-            if factor is not None:
-                weight, sigma = weight * factor, sigma * factor
-            x, weight, bias = (autocast(t, dtype) for t in (x, weight, bias))
-            return _ops.spectral_linear(x, weight, bias, u, v, sigma)
-
-    return run
+def _spectral_linear_autocast(x, weight, bias, u, v, sigma):
+    """As nn.Linear under autocast: floating operands in the autocast dtype, float64 left alone."""
+    dtype = torch.get_autocast_dtype(weight.device.type)
+    with without_autocast():
+        factor = autocast_factor(weight, sigma, dtype)
+        if factor is not None:
+            weight, sigma = weight * factor, sigma * factor
+        x, weight, bias = (autocast(t, dtype) for t in (x, weight, bias))
+        return _ops.spectral_linear(x, weight, bias, u, v, sigma)
 
 
-_impl.impl("spectral_linear", _spectral_linear_autocast("cpu"), "AutocastCPU")
-_impl.impl("spectral_linear", _spectral_linear_autocast("cuda"), "AutocastCUDA")
+for _key in AUTOCAST_KEYS:
+    _impl.impl("spectral_linear", _spectral_linear_autocast, _key)
 
 
 def _per_sample(info, in_dims, args) -> list[tuple]:
@@ -310,12 +305,12 @@ def _spectral_linear_backward_in_parts(g, x, weight, bias, u, v, sigma, y, want_
     """Two products with g / sigma; the rank-one term is added to dW afterwards."""
     check_spectral_linear_backward(g, x, weight, bias, u, v, sigma, y)
     inverse = reference._inverse(sigma.reshape(()))
-    rows = (g * inverse).to(g.dtype).reshape(-1, weight.shape[0])
+    rows = reference.as_rows((g * inverse).to(g.dtype))
     dx = torch.mm(rows, weight).view(x.shape) if want_x else x.new_empty(0)
     if not want_w:
         return dx, weight.new_empty(0)
     dw = torch.empty_like(weight)
-    torch.mm(rows.mT, x.reshape(-1, weight.shape[1]), out=dw)
+    torch.mm(rows.mT, reference.as_rows(x), out=dw)
     c = _inner(dx, x) if want_x else _inner(dw, weight) if y is None else _inner(g, y, bias)
     return dx, dw.addr_((u * (-c * inverse)).to(dw.dtype), v.to(dw.dtype))
 

@@ -15,7 +15,17 @@ from torch import Tensor
 from . import reference
 from ._checks import SIXTEEN_BIT, check_spectral_linear_blocks, raise_typed
 from ._linear import autocast, autocast_factor, wanted
-from ._ops import _below_autograd, _impl, _needs_composite, _ops, is_legacy_batched, is_plain
+from ._ops import (
+    AUTOCAST_KEYS,
+    _below_autograd,
+    _impl,
+    _needs_composite,
+    _ops,
+    is_legacy_batched,
+    is_plain,
+    plainly,
+    without_autocast,
+)
 from .blocks import Blocks
 
 
@@ -115,8 +125,8 @@ class _SpectralLinearBlocks(torch.autograd.Function):
         if is_legacy_batched(g) or (
             torch.is_grad_enabled() and any(t.requires_grad for t in (g, x, weight))
         ):
-            exact = reference.spectral_linear_blocks_backward(
-                g, x, weight, u, v, sigma, *ctx.blocks
+            exact = plainly(
+                reference.spectral_linear_blocks_backward, g, x, weight, u, v, sigma, *ctx.blocks
             )
             dx, dw = (y if want else None for y, want in zip(exact, (want_x, want_w), strict=True))
             return None, dx, dw, db, *rest
@@ -162,7 +172,7 @@ def _autograd(keyset, x, weight, bias, u, v, sigma, rows, interleaved=False, exp
     args = (x, weight, bias, u, v, sigma, rows, interleaved, experts)
     try:
         if _needs_composite():
-            return reference.spectral_linear_blocks(*args)
+            return plainly(reference.spectral_linear_blocks, *args)
         if torch.is_grad_enabled() and (
             x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
         ):
@@ -175,28 +185,19 @@ def _autograd(keyset, x, weight, bias, u, v, sigma, rows, interleaved=False, exp
 _impl.impl("spectral_linear_blocks", _autograd, "Autograd", with_keyset=True)
 
 
-def _autocast(device: str):
-    excluded = torch._C.DispatchKeySet(
-        torch._C.DispatchKey.AutocastCUDA if device == "cuda" else torch._C.DispatchKey.AutocastCPU
-    )
-
-    def run(x, weight, bias, u, v, sigma, rows, interleaved=False, experts=0):
-        """As nn.Linear under autocast: floating operands in the autocast dtype, float64 left alone."""
-        dtype = torch.get_autocast_dtype(device)
-        with torch._C._ExcludeDispatchKeyGuard(excluded):
-            factor = autocast_factor(weight, sigma, dtype)
-            if factor is not None:
-                blocks = Blocks.from_sizes(rows, interleaved, experts)
-                lead = weight.shape[:-1]
-                by_row = blocks.spread(factor, math.prod(lead)).view(*lead, 1)
-                weight, sigma = weight * by_row, sigma * factor
-            x, weight, bias = (autocast(t, dtype) for t in (x, weight, bias))
-            return _ops.spectral_linear_blocks(
-                x, weight, bias, u, v, sigma, rows, interleaved, experts
-            )
-
-    return run
+def _autocast(x, weight, bias, u, v, sigma, rows, interleaved=False, experts=0):
+    """As nn.Linear under autocast: floating operands in the autocast dtype, float64 left alone."""
+    dtype = torch.get_autocast_dtype(weight.device.type)
+    with without_autocast():
+        factor = autocast_factor(weight, sigma, dtype)
+        if factor is not None:
+            blocks = Blocks.from_sizes(rows, interleaved, experts)
+            lead = weight.shape[:-1]
+            by_row = blocks.spread(factor, math.prod(lead)).view(*lead, 1)
+            weight, sigma = weight * by_row, sigma * factor
+        x, weight, bias = (autocast(t, dtype) for t in (x, weight, bias))
+        return _ops.spectral_linear_blocks(x, weight, bias, u, v, sigma, rows, interleaved, experts)
 
 
-_impl.impl("spectral_linear_blocks", _autocast("cpu"), "AutocastCPU")
-_impl.impl("spectral_linear_blocks", _autocast("cuda"), "AutocastCUDA")
+for _key in AUTOCAST_KEYS:
+    _impl.impl("spectral_linear_blocks", _autocast, _key)

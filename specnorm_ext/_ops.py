@@ -8,6 +8,8 @@ transform understands. u, v and sigma are constants to autograd (torch's convent
 
 from __future__ import annotations
 
+import functools
+import operator
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -35,6 +37,25 @@ _impl = torch.library.Library("specnorm_ext", "IMPL")
 is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 _below_autograd = torch._C._after_autograd_keyset
 _below_inplace = torch._C._after_ADInplaceOrView_keyset
+
+
+# of every device that torch.autocast knows, with kernels and without
+AUTOCAST_KEYS = ("AutocastCPU", "AutocastCUDA", "AutocastMPS", "AutocastXPU", "AutocastPrivateUse1")
+_autocast = functools.reduce(
+    operator.or_,
+    (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)) for key in AUTOCAST_KEYS),
+)
+
+
+def without_autocast():
+    """Products in their operands' dtype: in plain PyTorch, autocast would round them, and u and v with them."""
+    return torch._C._ExcludeDispatchKeyGuard(_autocast)
+
+
+def plainly(function, *args):
+    """What torch computes here, as a kernel would."""
+    with without_autocast():
+        return function(*args)
 
 
 def _needs_composite() -> bool:
@@ -95,11 +116,11 @@ def _leading(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _matvec(w: Tensor, x: Tensor) -> Tensor:
-    """W x, or of each of a stack; in their dtype, which torch.matmul would not keep under autocast."""
+    """W x, or of each of a stack; in their dtype, also under autocast, which on a GPU would round what mv takes."""
     if w.dim() == 2:
-        return torch.mv(w, x)
+        return plainly(torch.mv, w, x)
     return (
-        torch.stack([torch.mv(*one) for one in zip(w, x, strict=True)])
+        torch.stack([plainly(torch.mv, *one) for one in zip(w, x, strict=True)])
         if len(w)
         else w.new_zeros(w.shape[:-1])
     )
@@ -150,7 +171,7 @@ class _Sigma(torch.autograd.Function):
 def _sigma_autograd(keyset, weights, u, v):
     try:
         if _needs_composite():
-            return reference.sigma(weights, u, v)
+            return plainly(reference.sigma, weights, u, v)
         if torch.is_grad_enabled() and any(x.requires_grad for x in (*weights, *u, *v)):
             _check_counts("sigma", weights, u, v)
             return _Sigma.apply(keyset, len(weights), *weights, *u, *v)
@@ -222,7 +243,7 @@ class _Normalize(torch.autograd.Function):
                 sigma,
             )
             if batched:
-                found = reference.normalize_backward(*args)
+                found = plainly(reference.normalize_backward, *args)
             else:
                 found = _normalize_backward(*args, [sole[i] for i in wanted])
             for i, x in zip(wanted, found, strict=True):
@@ -283,7 +304,7 @@ def _normalize_backward(grads, weights, u, v, sigma, sole):
 def _normalize_autograd(keyset, weights, u, v, sigma):
     try:
         if _needs_composite():
-            return reference.normalize(weights, u, v, sigma)
+            return plainly(reference.normalize, weights, u, v, sigma)
         if torch.is_grad_enabled() and any(w.requires_grad for w in weights):
             _check_counts("normalize", weights, u, v)
             return list(_Normalize.apply(keyset, len(weights), sigma, *weights, *u, *v))
@@ -299,7 +320,7 @@ def _normalize_backward_autograd(keyset, grads, weights, u, v, sigma):
         if _needs_composite() or (
             torch.is_grad_enabled() and any(x.requires_grad for x in (*grads, *weights))
         ):
-            return reference.normalize_backward(grads, weights, u, v, sigma)
+            return plainly(reference.normalize_backward, grads, weights, u, v, sigma)
         return _ops.normalize_backward.default.redispatch(
             keyset & _below_autograd, grads, weights, u, v, sigma
         )
@@ -524,6 +545,8 @@ def _(info, in_dims, grads, weights, u, v, sigma):
 # ---- devices without kernels ------------------------------------------------------------------------------------
 
 _warned: set[str] = set()
+# Below these a kernel runs: of what it writes, the version is counted once, and inference tensors are no exception.
+_above_kernels = _autocast | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 
 
 def _warn_once(device: torch.device) -> None:
@@ -548,10 +571,17 @@ def _without_kernels(name: str):
     def run(first, *rest):
         if all(x.layout is torch.strided for x in first) and first:  # others are refused
             _warn_once(first[0].device)
-        with torch.no_grad():
-            return function(first, *rest)
+        with torch.no_grad(), torch._C._ExcludeDispatchKeyGuard(_above_kernels):
+            out = function(first, *rest)
+            return out if isinstance(out, Tensor) else _as_the_kernels(out, first)
 
     return run
+
+
+def _as_the_kernels(out: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    """With the strides that the fake kernels promise."""
+    wanted = [torch.empty_like(w) for w in weights]
+    return [x if x.stride() == y.stride() else y.copy_(x) for x, y in zip(out, wanted, strict=True)]
 
 
 for _name in ("power_iteration_", "sigma", "normalize", "normalize_backward"):

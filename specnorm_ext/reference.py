@@ -98,7 +98,7 @@ def _power_iteration_one(w: Tensor, u: Tensor, v: Tensor, n_iterations: int, eps
         null = torch.linalg.vector_norm(t, dim=0).amax() <= eps
         x = torch.where(null, _orthonormal(_pattern(n, x.shape[1], x)), x)
         t = w64 @ x
-        if flat:
+        if x.shape[1] == 1:  # which an SVD would leave the sign of open
             y = t / torch.linalg.vector_norm(t).clamp_min(torch.finfo(torch.float64).tiny)
             z = w64.mT @ y
             sigma = torch.linalg.vector_norm(z)
@@ -273,6 +273,11 @@ def certified_matvec(weights: Sequence[Tensor], v: Sequence[Tensor]) -> list[Ten
     ]
 
 
+def _times(w: Tensor, v: Tensor) -> Tensor:
+    """W v, in their dtype also where torch.func keeps autocast on, which on a GPU would round the operands of mv."""
+    return (w * v).sum(-1)
+
+
 def _leading(x: Tensor) -> Tensor:
     return x if x.dim() == 1 else x[:, 0]
 
@@ -289,7 +294,7 @@ def _rescaled(w: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def _bilinear(w: Tensor, u: Tensor, v: Tensor) -> Tensor:
     scaled, scale = _rescaled(w, u.dtype)
-    value = torch.dot(u, torch.mv(scaled, v))
+    value = torch.dot(u, _times(scaled, v))
     return (value.double() / scale).to(u.dtype)
 
 
@@ -320,7 +325,7 @@ def normalize(
     lists = (opened(xs, weights) for xs in (weights, u, v))
     for i, (w, a, b) in enumerate(zip(*lists, strict=True)):
         x = w.to(a.dtype)
-        tracked = torch.dot(_leading(a), torch.mv(x - x.detach(), _leading(b)))
+        tracked = torch.dot(_leading(a), _times(x - x.detach(), _leading(b)))
         out.append(_divide(x, sigma[i].detach() + tracked).to(w.dtype))
     return closed(out, weights)
 
@@ -344,7 +349,7 @@ def normalize_backward(
     for i, (g, w, a, b) in enumerate(zip(*lists, strict=True)):
         left, right = _leading(a), _leading(b)
         x, y = w.to(left.dtype), g.to(left.dtype)
-        tracked = torch.dot(left, torch.mv(x - x.detach(), right))
+        tracked = torch.dot(left, _times(x - x.detach(), right))
         s = sigma[i].detach() + tracked
         c = (y * _divide(x, s)).sum()
         out.append(_divide(y - c * torch.outer(left, right), s).to(w.dtype))
@@ -360,7 +365,7 @@ def _inverse(s: Tensor) -> Tensor:
 def _tracked(w: Tensor, u: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
     """sigma as a function of W: its value as passed, its derivative u^T dW v."""
     x = w.to(u.dtype)
-    return sigma.detach().reshape(()) + torch.dot(u, torch.mv(x - x.detach(), v))
+    return sigma.detach().reshape(()) + torch.dot(u, _times(x - x.detach(), v))
 
 
 def spectral_linear(
@@ -373,6 +378,11 @@ def spectral_linear(
     return (y if bias is None else y + bias.to(u.dtype)).to(x.dtype)
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """x [..., n] as [rows, n], of which n may be 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 def spectral_linear_backward(
     g: Tensor, x: Tensor, weight: Tensor, u: Tensor, v: Tensor, sigma: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -383,8 +393,8 @@ def spectral_linear_backward(
     s = _inverse(_tracked(weight, u, v, sigma))
     w, y = weight.to(u.dtype), g.to(u.dtype)
     dx = torch.matmul(y, w) * s
-    rows, inputs = y.reshape(-1, w.shape[0]), x.to(u.dtype).reshape(-1, w.shape[1])
-    c = (dx.reshape(-1, w.shape[1]) * inputs).sum()
+    rows, inputs = as_rows(y), as_rows(x.to(u.dtype))
+    c = (as_rows(dx) * inputs).sum()
     dw = (torch.mm(rows.mT, inputs) - c * torch.outer(u, v)) * s
     return dx.to(x.dtype), dw.to(weight.dtype)
 
@@ -511,7 +521,7 @@ def spectral_embedding_backward(
         scaled = torch.where(_padding(indices, padding_idx), torch.zeros_like(scaled), scaled)
     w, rows = weight.to(u.dtype), indices.long()
     c = (scaled * w[rows]).sum() / s
-    dw = torch.zeros_like(w).index_add(0, rows.reshape(-1), scaled.reshape(-1, w.shape[1]))
+    dw = torch.zeros_like(w).index_add(0, rows.reshape(-1), as_rows(scaled))
     return (dw - c * torch.outer(u, v)).to(weight.dtype)
 
 

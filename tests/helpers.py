@@ -134,6 +134,11 @@ def on_one_thread(function):
     return run
 
 
+def here() -> torch.device:
+    """Where a tensor lies that a test makes: the CPU, or the device of `pytest --device` (other_device.py)."""
+    return torch.empty(0).device
+
+
 # ---- matrices ---------------------------------------------------------------------------------------------------
 
 

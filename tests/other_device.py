@@ -12,8 +12,10 @@ Marked tests are deselected; the reasons are printed at the end.
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -24,13 +26,40 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _device
 
 TESTS = Path(__file__).resolve().parent
-PACKAGE = TESTS.parent / "specnorm_ext"
+PACKAGE = Path(find_spec("specnorm_ext").origin).parent  # type: ignore[union-attr, arg-type]
 NO_KERNELS = "specnorm_ext: no kernels for {} tensors"
 DESELECTED = pytest.StashKey[Counter]()
 
-_OF_PROCESSES = "starts processes of its own"
+_OWN = "has a device of its own"
+_PROGRAMS = "runs programs in processes of their own"
 CPU_ONLY = {
-    "test_threads.py": "CPU threads",
+    "test_bench.py": _PROGRAMS,
+    "test_bench_cuda.py": _PROGRAMS,
+    "test_bench_penalties.py": _PROGRAMS,
+    "test_build.py": _PROGRAMS,
+    "test_checkpoint.py": "reads files, to the CPU",
+    "test_cli.py": "the command reads checkpoints, on the CPU",
+    "test_cli_model.py": "the command reads checkpoints, on the CPU",
+    "test_cuda.py": _OWN,
+    "test_cuda_build.py": _PROGRAMS,
+    "test_cuda_layers.py": _OWN,
+    "test_cuda_linear_on_host.py": _PROGRAMS,
+    "test_cuda_on_host.py": _PROGRAMS,
+    "test_cuda_on_host_power_iteration.py": _PROGRAMS,
+    "test_cuda_on_host_power_iteration_inputs.py": _PROGRAMS,
+    "test_cuda_on_host_sigma_normalize.py": _PROGRAMS,
+    "test_cuda_runtime.py": _OWN,
+    "test_cuda_stacks.py": _OWN,
+    "test_examples.py": _PROGRAMS,
+    "test_group_parallel.py": "processes over gloo",
+    "test_other_device.py": _PROGRAMS,
+    "test_ownership.py": "who owns a gradient's memory, of which the CPU kernels make use",
+    "test_readme.py": _PROGRAMS,
+    "test_sanitizers.py": _PROGRAMS,
+    "test_sharded.py": "processes over gloo",
+    "test_short_ways.py": "short ways to the CPU kernels",
+    "test_spectral_linear_memory.py": "traces the CPU's memory",
+    "test_threads.py": "threads of the CPU kernels",
 }
 
 _SPARSE = {f for f in _device._device_constructors() if "sparse" in f.__name__}
@@ -52,13 +81,31 @@ def _test_asks() -> bool:
     while frame is not None:
         name, scope = frame.f_code.co_filename, frame.f_locals
         if name.startswith(f"{PACKAGE}/"):
-            of_module = frame.f_code.co_name == "__init__" and isinstance(scope.get("self"), nn.Module)
+            of_module = frame.f_code.co_name == "__init__" and isinstance(
+                scope.get("self"), nn.Module
+            )
             if not of_module or scope.get("device") is not None:
                 return False
         elif name.startswith(f"{TESTS}/") and name != __file__:
             return True
         frame = frame.f_back
     return False
+
+
+_Generator = torch.Generator
+
+
+class _OfTests(type(_Generator)):  # type: ignore[misc]
+    def __call__(cls, *args, **kwargs):
+        make = super().__call__ if _test_asks() else _Generator
+        return make(*args, **kwargs)
+
+    def __instancecheck__(cls, x: object) -> bool:
+        return isinstance(x, _Generator)
+
+
+class TestsGenerator(_Generator, metaclass=_OfTests):
+    """torch.Generator with --device: its type tells that a test has made it, which may hand it to the package."""
 
 
 class OnDevice(TorchFunctionMode):
@@ -84,7 +131,7 @@ class OnDevice(TorchFunctionMode):
             here = device is not None and torch.device(device).type == self.device.type
             if kwargs.get("out") is not None:
                 pass
-            elif func in _DRAWS and (asked or here and self._may_draw(kwargs)):
+            elif func in _DRAWS and (asked or (here and self._may_draw(kwargs))):
                 return self._draw(func, args, kwargs)
             elif asked:
                 kwargs["device"] = self.device
@@ -99,8 +146,8 @@ class OnDevice(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _may_draw(self, kwargs) -> bool:
-        """The package's own mistake would be a CPU generator: it must show."""
-        return kwargs.get("generator") is None or _test_asks()
+        """On the CPU, that is. A CPU generator of the package's own, for this device, is a mistake that must show."""
+        return type(kwargs.get("generator")) in (type(None), TestsGenerator)
 
     def _draw_into(self, func, into, args, kwargs):
         drawn = into.detach().cpu()
@@ -140,6 +187,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", "error:specnorm_ext")
     if reason:
         pytest.exit(f"--device {device}: skipped: {reason}", returncode=0)
+    torch.Generator = TestsGenerator  # type: ignore[misc]
     if device == second_device.NAME:
         second_device.load()
         _warned_once(device)
@@ -163,6 +211,10 @@ def _why_not(item: pytest.Item) -> str | None:
         return "examples of docstrings"
     if item.path.name in CPU_ONLY:
         return CPU_ONLY[item.path.name]
+    if "opcheck" in item.name:
+        return "torch.library.opcheck, which knows few devices; for CUDA in test_cuda.py"
+    if "inductor" in getattr(getattr(item, "callspec", None), "params", {}).values():
+        return "torch.compile's inductor, which builds kernels; for CUDA in test_cuda_runtime.py"
     mark = item.get_closest_marker("cpu_only")
     return mark.args[0] if mark else None
 
@@ -184,10 +236,17 @@ def pytest_terminal_summary(terminalreporter) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _on_other_device(pytestconfig):
+def _on_other_device(pytestconfig, monkeypatch):
     device = _device_of(pytestconfig)
     if device == "cpu":
         yield
-    else:
+        return
+    run = threading.Thread.run
+
+    def run_on_device(thread):  # modes are one thread's
         with OnDevice(device):
-            yield
+            run(thread)
+
+    monkeypatch.setattr(threading.Thread, "run", run_on_device)
+    with OnDevice(device):
+        yield

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import BF16, DTYPES, F16, F32, F64, eps_of, same_bits
+from helpers import BF16, DTYPES, F16, F32, F64, eps_of, here, same_bits
 from torch import Tensor, nn
 
 from specnorm_ext import adversarial
@@ -256,7 +256,7 @@ def test_fgm_under_autocast_and_compile() -> None:
     def attack(z: Tensor) -> Tensor:
         return fgm(lambda a: net(a).square().sum(), z, 0.1)
 
-    with torch.autocast("cpu", dtype=BF16):
+    with torch.autocast(here().type, dtype=BF16):
         y = attack(x)
     assert y.dtype == F32
     assert ((y - x).norm(dim=1) <= 0.1 * (1 + 1e-5)).all()

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from helpers import BF16, DTYPES, F32, F64, eps_of, same_bits
+from helpers import BF16, DTYPES, F32, F64, eps_of, here, same_bits
 from torch import Tensor, nn
 
 import specnorm_ext
@@ -128,7 +128,7 @@ def test_blocks_under_autocast() -> None:
         return net(x).float()
 
     g = torch.ones_like(net.weight)
-    with torch.autocast("cpu", dtype=BF16):
+    with torch.autocast(here().type, dtype=BF16):
         clean = outputs()
         for block in (
             lambda: perturbed([net.weight], lambda: net.weight.add_(1)),
@@ -137,7 +137,7 @@ def test_blocks_under_autocast() -> None:
         ):
             with block():
                 moved = outputs()
-                with torch.autocast("cpu", enabled=False):
+                with torch.autocast(here().type, enabled=False):
                     exact = outputs()
             # products of 4 numbers of 8 bits each
             bound = 4 * eps_of(BF16) * x.abs().sum(1).max() * 5

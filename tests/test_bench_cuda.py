@@ -139,7 +139,7 @@ def test_gpu_check_without_a_gpu_is_one_line():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--only", "build,tests"), "expected build, test, sanitize or bench, got tests"),
+        (("--only", "build,tests"), "expected build, test, sanitize, bench or device, got tests"),
         (("--only",), "--only: expected a value after it"),
         (("--seconds", "8m"), "--seconds: expected a whole number, got 8m"),
         (("--fast",), "got --fast"),

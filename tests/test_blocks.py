@@ -8,7 +8,20 @@ import warnings
 
 import pytest
 import torch
-from helpers import BF16, DTYPES, F16, F32, F64, LAYOUTS, entry, eps_of, norm, original, tolerance
+from helpers import (
+    BF16,
+    DTYPES,
+    F16,
+    F32,
+    F64,
+    LAYOUTS,
+    entry,
+    eps_of,
+    here,
+    norm,
+    original,
+    tolerance,
+)
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -325,14 +338,14 @@ def test_autocast(kind, dtype):
     blocks = KINDS[kind]
     args = case(blocks, F32)
     args[1].requires_grad_()
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(here().type, dtype=dtype):
         y = op(*args, blocks)
         assert y.dtype == nnf.linear(args[0], args[1][0].view(-1, IN)).dtype == dtype
     y.float().sum().backward()
     assert args[1].grad.dtype == F32
     torch.testing.assert_close(y.float(), op(*args, blocks), rtol=0.02, atol=0.05)
     wide = case(blocks, F64)
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(here().type, dtype=dtype):
         assert op(*wide, blocks).dtype == F64
 
 

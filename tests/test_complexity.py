@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from helpers import BF16, DTYPES, F32, F64, eps_of, norm
+from helpers import BF16, DTYPES, F32, F64, eps_of, here, norm
 from torch import Tensor, nn
 
 import specnorm_ext
@@ -336,7 +336,7 @@ def test_the_distribution_is_that_of_the_whole_set_in_eval() -> None:
     torch.testing.assert_close(
         default * spectral_complexity(net).value, whole * 3.0, rtol=1e-4, atol=1e-6
     )
-    with torch.autocast("cpu", dtype=BF16):
+    with torch.autocast(here().type, dtype=BF16):
         assert margin_distribution(net, iter([(x, y)]), 3.0).isfinite().all()
 
     def failing():

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import F64, entry, norm, original, tolerance
+from helpers import F64, entry, here, norm, original, tolerance
 from models import (
     NETWORKS,
     distance,
@@ -361,7 +361,7 @@ def test_meta_device() -> None:
     convert(model, plain=True)
     for m in (model, convert(raw)):
         assert type(m[0]) is SpectralLinear
-        m.to_empty(device="cpu")
+        m.to_empty(device=here())
         with torch.no_grad():
             for p in m.parameters():
                 p.normal_()

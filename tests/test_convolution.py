@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import BF16, F16, F32, F64, eps_of, on_one_thread
+from helpers import BF16, F16, F32, F64, eps_of, here, on_one_thread
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -525,7 +525,7 @@ def test_forward_mode_is_the_gradient() -> None:
 def test_autocast_grad_inference_frozen_and_compile() -> None:
     w = torch.randn(8, 8, 3, 3)
     truth = conv_norm(w, (8, 8), padding=1)
-    with torch.autocast("cpu", dtype=BF16):
+    with torch.autocast(here().type, dtype=BF16):
         assert conv_norm(w, (8, 8), padding=1) == truth
     with torch.inference_mode():
         assert conv_norm(w.clone(), (8, 8), padding=1) == truth

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers import BF16, F16, F32, F64, eps_of, same_bits
+from helpers import BF16, F16, F32, F64, eps_of, here, same_bits
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -219,7 +219,7 @@ def test_spectral_layers_are_differentiated_twice_with_u_and_v_held() -> None:
 def test_autocast() -> None:
     case = Case(F32)
     exact = hessian_norm(case.loss(), case.params).value
-    with torch.autocast("cpu", dtype=BF16):
+    with torch.autocast(here().type, dtype=BF16):
         loss = case.loss()
     # two layers in bfloat16, differentiated twice: a handful of roundings of 2^-8 each
     assert abs(hessian_norm(loss, case.params).value / exact - 1) < 16 * eps_of(BF16)
@@ -231,7 +231,7 @@ def test_products_and_lanczos_stay_out_of_autocast() -> None:
     v = split(torch.randn(sum(p.numel() for p in small.params)), small.params)
     wanted = hessian_eigenvalues(loss, small.params, 3, tol=1e-5, vectors=True)
     product = hessian_vector_product(loss, small.params, v)
-    with torch.autocast("cpu", dtype=BF16):
+    with torch.autocast(here().type, dtype=BF16):
         got = hessian_eigenvalues(loss, small.params, 3, tol=1e-5, vectors=True)
         assert all(map(torch.equal, hessian_vector_product(loss, small.params, v), product))
         # the loss itself is the caller's: it is computed as autocast has it

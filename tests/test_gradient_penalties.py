@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch._functorch.config as functorch_config
-from helpers import BF16, DTYPES, F16, F32, F64, eps_of, state_dtype, tolerance
+from helpers import BF16, DTYPES, F16, F32, F64, eps_of, here, state_dtype, tolerance
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -331,7 +331,7 @@ def test_under_autocast_norms_are_float32(dtype):
     critic = nn.Linear(2000, 1, bias=False)
     nn.init.constant_(critic.weight, 10.0)
     real, fake = torch.randn(2, 3, 2000)
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(here().type, dtype):
         assert critic(real).dtype == dtype
         value = gradient_penalty(critic, real, fake)
         r1 = r1_penalty(critic, real)
@@ -351,9 +351,9 @@ def test_autocast_of_a_spectral_critic_is_near_float32():
     critic = spectral_critic(F32).eval()
     x = torch.randn(8, 2, 4, 4)
     expected = r1_penalty(critic, x)
-    with torch.autocast("cpu", BF16):
+    with torch.autocast(here().type, BF16):
         value = r1_penalty(critic, x)
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(here().type, enabled=False):
             assert r1_penalty(critic, x) == expected
     # three layers forward and back, in each a rounding of weight, input and output, for the squared norm twice
     assert value.item() == pytest.approx(expected.item(), rel=2 * 6 * 3 * eps_of(BF16) / 2)

@@ -242,6 +242,10 @@ def test_bad_arguments(change, error, text) -> None:
         assert str(caught.value).startswith("krylov_: expected " + text)
         after = [*args[1], *args[2], args[3]]
         assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+
+
+@pytest.mark.cpu_only("the kernels look at memory, the path of reference.py at tensors")
+def test_shared_memory() -> None:
     shared = torch.randn(8, 5)
     with pytest.raises(ValueError, match="memory of their own"):
         ops.krylov_(*arguments(weights=[shared[:6]], basis=[shared]))

@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import F32, F64, norm
+from helpers import F32, F64, here, norm
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm as torch_spectral_norm
 from torch.utils.checkpoint import checkpoint
@@ -316,7 +316,9 @@ def stepping(optimizer, **options):
 
 
 CHANGES = [
-    in_place, by_data, by_loading, by_assignment, by_training,
+    in_place,
+    pytest.param(by_data, marks=pytest.mark.cpu_only("what .data changes is seen on the CPU alone")),
+    by_loading, by_assignment, by_training,
     stepping(torch.optim.Adam, foreach=True), stepping(torch.optim.Adam, fused=True),
     stepping(torch.optim.SGD, foreach=True), stepping(torch.optim.SGD, fused=True),
 ]  # fmt: skip
@@ -420,6 +422,7 @@ def test_gradcheck_of_a_large_weight_in_eval():
     assert torch.autograd.gradcheck(lambda _: layer(x), (layer.weight,), fast_mode=True)
 
 
+@pytest.mark.cpu_only("what .data changes is seen on the CPU alone")
 def test_a_fused_step_is_seen_by_any_entry_of_a_small_weight():
     torch.manual_seed(0)
     layer = SpectralLinear(32, 32).eval()
@@ -611,7 +614,7 @@ def test_autocast(make, grad, dtype):
     layer = make()
     plain = nn.Embedding(9, 7) if isinstance(layer, nn.Embedding) else None
     x = input_of(layer)
-    with torch.autocast("cpu", dtype=dtype), torch.set_grad_enabled(grad):
+    with torch.autocast(here().type, dtype=dtype), torch.set_grad_enabled(grad):
         y = layer(x)
         assert y.dtype == (dtype if plain is None else plain(x).dtype)
     assert layer.spectral._u.dtype == F32

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from helpers import F32, F64, entry, norm, original
+from helpers import F32, F64, entry, here, norm, original
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm as torch_spectral_norm
 
@@ -127,7 +127,7 @@ def test_meta_then_to_empty_and_reset(case):
     meta = case.ours(*case.args, **case.kwargs, device="meta")
     assert "sigma=" not in repr(meta)
     assert all(x.is_meta for x in meta.state_dict().values())
-    layer = meta.to_empty(device="cpu")
+    layer = meta.to_empty(device=here())
     torch.manual_seed(3)
     layer.reset_parameters()
     torch.manual_seed(3)

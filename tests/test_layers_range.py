@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from helpers import F64, norm
+from helpers import F64, here, norm
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
@@ -93,7 +93,7 @@ def test_float16_autocast_of_weights_out_of_its_range(scale, blocks):
     layer(x).backward(g)
     gradient = layer.weight.grad.clone()
     layer.weight.grad = None
-    with torch.autocast("cpu", torch.float16):
+    with torch.autocast(here().type, torch.float16):
         y = layer(x)
         with torch.no_grad():
             again = [layer(x), layer(x)]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers import here
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module_state, vmap
 
@@ -122,7 +123,7 @@ def test_autocast(dtype, training, recording):
     model = critic().train(training)
     exact = copy.deepcopy(model)(data(3))
     before = {k: x.dtype for k, x in model.state_dict().items()}
-    with torch.set_grad_enabled(recording), torch.autocast("cpu", dtype):
+    with torch.set_grad_enabled(recording), torch.autocast(here().type, dtype):
         y = model(data(3))
         assert y.dtype == nn.Linear(4, 4)(torch.randn(2, 4)).dtype == dtype
     assert {k: x.dtype for k, x in model.state_dict().items()} == before
@@ -232,7 +233,7 @@ def test_gradient_scaler():
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     for i in range(4):
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.float16):
+        with torch.autocast(here().type, torch.float16):
             loss = model(data(3)).square().sum()
         scaler.scale(loss * (torch.inf if i == 2 else 1)).backward()
         u = model[3].spectral._u.clone()

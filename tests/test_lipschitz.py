@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import BF16, F16, F32, F64, on_one_thread
+from helpers import BF16, F16, F32, F64, here, on_one_thread
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -555,7 +555,7 @@ def test_dtypes_and_modes(dtype: torch.dtype) -> None:
     assert lipschitz_bound(model, (2, 4, 4)).bound == pytest.approx(truth, rel=1e-8)
     with torch.inference_mode():
         assert lipschitz_bound(model, (2, 4, 4)).bound == pytest.approx(truth, rel=1e-8)
-    with torch.autocast("cpu", dtype=BF16):
+    with torch.autocast(here().type, dtype=BF16):
         result = lipschitz_bound(model, (2, 4, 4), data=torch.randn(2, 2, 4, 4).to(dtype))
         assert result.bound == pytest.approx(truth, rel=1e-8)
         assert 0 < result.lower <= result.bound

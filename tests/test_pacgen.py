@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import BF16, DTYPES, F32, F64, eps_of, same_bits
+from helpers import BF16, DTYPES, F32, F64, eps_of, here, same_bits
 from torch import Tensor, nn
 
 import specnorm_ext
@@ -85,7 +85,7 @@ def test_rho_under_autocast_is_that_of_the_perturbed_weights() -> None:
         )
 
     plain = rho()
-    with torch.autocast("cpu", dtype=BF16):
+    with torch.autocast(here().type, dtype=BF16):
         cast = rho()
     # Two Hessians through two layers in bfloat16, some ten roundings each; their difference is of their own size, for
     # perturbations are as large as the weights.

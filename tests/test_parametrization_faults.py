@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import entry, norm, original
+from helpers import entry, here, norm, original
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm as torch_spectral_norm
@@ -255,7 +255,7 @@ def test_meta_then_to_empty() -> None:
     torch.manual_seed(0)
     with torch.device("meta"):
         layer = spectral_norm(nn.Linear(20, 30))
-    layer = layer.to_empty(device="cpu")
+    layer = layer.to_empty(device=here())
     with torch.no_grad():
         original(layer).normal_()
         for x in (entry(layer)._u, entry(layer)._v):
@@ -267,7 +267,7 @@ def test_meta_then_load_keeps_the_loaded_state() -> None:
     source = spectral_norm(nn.Linear(20, 30))
     with torch.device("meta"):
         layer = spectral_norm(nn.Linear(20, 30))
-    layer.to_empty(device="cpu").load_state_dict(source.state_dict())
+    layer.to_empty(device=here()).load_state_dict(source.state_dict())
     assert torch.equal(entry(layer)._u, entry(source)._u)
     with torch.device("meta"):
         layer = spectral_norm(nn.Linear(20, 30))

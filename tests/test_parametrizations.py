@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import entry, norm, original
+from helpers import entry, here, norm, original
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm as torch_spectral_norm
@@ -417,7 +417,7 @@ def test_export_in_eval_and_training() -> None:
 def test_autocast(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     layer = spectral_norm(nn.Linear(33, 17))
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(here().type, dtype=dtype):
         y = layer(torch.randn(4, 33))
     assert y.dtype == dtype
     assert entry(layer)._u.dtype == torch.float32
@@ -446,6 +446,7 @@ def test_stacked_ensembles_in_training() -> None:
         torch.testing.assert_close(buffers["parametrizations.weight.0._u"][i], entry(layer)._u)
 
 
+@pytest.mark.cpu_only("sparse tensors")
 @pytest.mark.parametrize("size", [8, 200])
 def test_sparse_gradient_of_an_embedding(size: int) -> None:
     """dW is dense, as torch's is: u v^T is."""

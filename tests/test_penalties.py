@@ -14,6 +14,7 @@ from helpers import (
     F32,
     F64,
     eps_of,
+    here,
     matrix_with_spectrum,
     smallest,
     state_dtype,
@@ -421,7 +422,7 @@ def test_made_on_meta():
     with torch.device("meta"):
         model = nn.Linear(5, 4)
         penalty = SpectralNormPenalty(model, LAMBDA, n_power_iterations=60)
-    model.to_empty(device="cpu")
+    model.to_empty(device=here())
     model.reset_parameters()
     assert penalty().item() == pytest.approx(LAMBDA / 2 * true_norm(model.weight) ** 2, rel=1e-2)
     assert all(x.device.type == "cpu" for x in penalty.buffers())
@@ -543,7 +544,7 @@ def test_autocast_leaves_it_as_it_is():
     model = network()
     penalty = SpectralNormPenalty(model, LAMBDA).eval()
     expected = penalty()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(here().type, torch.bfloat16):
         assert penalty() == expected
 
 

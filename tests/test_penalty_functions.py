@@ -11,6 +11,7 @@ from helpers import (
     F32,
     F64,
     eps_of,
+    here,
     matrix_with_spectrum,
     random_weight,
     state_dtype,
@@ -148,7 +149,7 @@ def test_of_a_model():
 def test_autocast_leaves_them_as_they_are():
     w = random_weight(6, 8)
     expected = (orthogonality_penalty(w), frobenius_penalty(w), power_iteration(w))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(here().type, torch.bfloat16):
         assert (orthogonality_penalty(w), frobenius_penalty(w), power_iteration(w)) == expected
 
 

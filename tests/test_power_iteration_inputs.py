@@ -147,6 +147,7 @@ def test_more_than_2_to_the_31_elements_apart(order):
     check_step(w.clone(), v0, u, v, run(w, u, v), true_norm(w))
 
 
+@pytest.mark.cpu_only("over 2^31 elements, on the path of reference.py")
 def test_more_than_2_to_the_31_elements():
     """ones(m, n) has norm sqrt(m n); expanded, so that 2.2e9 elements fit into one row."""
     m, n = 36000, 60000

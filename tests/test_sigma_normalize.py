@@ -96,6 +96,7 @@ def test_sigma_of_a_ragged_list_has_the_bits_of_single_calls(dtype):
     assert ops.sigma([], [], []).shape == (0,)
 
 
+@pytest.mark.cpu_only("the same bits for any strides: the CPU kernels")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sigma_of_strided_u_and_v_and_expanded_w(dtype):
     w = random_weight(20, 30, dtype)

@@ -15,6 +15,7 @@ from helpers import (
     LAYOUTS,
     check_linear,
     check_linear_backward,
+    here,
     same_bits,
     tolerance,
 )
@@ -186,6 +187,7 @@ SCALES = {
 }
 
 
+@pytest.mark.cpu_only("the range of the CPU kernels")
 @pytest.mark.parametrize("dtype", SCALES, ids=str)
 def test_a_weight_of_any_scale(dtype):
     """W / sigma knows nothing of the scale, so y and dx do not: products must not leave the range on their way. dW
@@ -207,6 +209,7 @@ def test_a_weight_of_any_scale(dtype):
             check_linear_backward(dx * unit, dw, g, x, one[0], u, v, one[1], cpu=True)
 
 
+@pytest.mark.cpu_only("sums of the CPU kernels")
 @pytest.mark.parametrize("rows", [3, 1002])
 def test_c_is_summed_wide(rows):
     """In float64: terms past float32 that cancel, and small terms beside large ones."""
@@ -222,6 +225,7 @@ def test_c_is_summed_wide(rows):
         assert dw.abs() <= rows if g0 > 1 else dw == 2 - rows
 
 
+@pytest.mark.cpu_only("threads of the CPU kernels")
 def test_the_same_bits_by_any_number_of_threads():
     x, w, b, u, v, sigma = case(150, 300, (1000,), F32)
     g = torch.randn(1000, 150)
@@ -351,7 +355,7 @@ def test_compiled_forward_and_backward(backend):
 def test_autocast(dtype):
     x, w, b, u, v, sigma = case(8, 16, dtype=F32)
     w.requires_grad_()
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(here().type, dtype=dtype):
         y = op(x, w, b, u, v, sigma)
         assert y.dtype == nnf.linear(x, w, b).dtype == dtype
     y.float().sum().backward()

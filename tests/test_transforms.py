@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from helpers import BF16, F32, F64, eps_of, lead, random_weight, same_bits, start
+from helpers import BF16, F32, F64, eps_of, here, lead, random_weight, same_bits, start
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
@@ -496,7 +496,7 @@ def everything(dtype=F32):
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_autocast_changes_nothing(dtype):
     expected = [x.detach() for x in everything(dtype)]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(here().type, dtype=torch.bfloat16):
         got = everything(dtype)
     for i, (a, b) in enumerate(zip(got, expected, strict=True)):
         assert a.dtype == b.dtype, i
@@ -507,7 +507,7 @@ def test_autocast_around_a_layer():
     """F.linear runs in bfloat16, sigma and W / sigma do not."""
     layer = Layer()
     x = random_weight(6, 5, F32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(here().type, dtype=torch.bfloat16):
         y = layer(x)
     assert y.dtype == BF16
     y.float().sum().backward()

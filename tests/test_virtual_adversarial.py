@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers import BF16, F16, F32, F64, eps_of
+from helpers import BF16, F16, F32, F64, eps_of, here
 from torch import Tensor, nn
 
 from specnorm_ext.adversarial import frozen_statistics, virtual_adversarial_loss
@@ -147,7 +147,7 @@ def test_vat_in_all_dtypes_and_modes(dtype: torch.dtype) -> None:
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             assert virtual_adversarial_loss(net, x.clone()) > 0
-    with torch.autocast("cpu", dtype=BF16):
+    with torch.autocast(here().type, dtype=BF16):
         assert virtual_adversarial_loss(nn.Linear(3, 4), x.float()).isfinite()
 
 

@@ -16,6 +16,7 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/copy.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -23,6 +24,7 @@
 
 #include <cstdlib>
 #include <new>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -163,7 +165,11 @@ class Call {
     for (const auto& [mine, cpu] : tensors_) {
       if (cpu.is_same(x)) return mine;
     }
-    return over(to_ours(x.storage()), DispatchKeySet(DispatchKey::PrivateUse1), x);
+    const Storage storage = to_ours(x.storage());
+    for (const auto& [mine, cpu] : tensors_) {
+      if (mine.storage().is_alias_of(storage)) return view(mine, x);
+    }
+    return over(storage, DispatchKeySet(DispatchKey::PrivateUse1), x);
   }
 
   // What the op did to its arguments: sizes, strides, another storage, a storage that has grown.
@@ -205,9 +211,22 @@ class Call {
     impl->set_sizes_and_strides(from.sizes(), from.strides(), from.storage_offset());
   }
 
+  // A view of an ordinary tensor is one in inference mode, too: its keys are the tensor's.
+  static Tensor view(const Tensor& of, const Tensor& like) {
+    const DispatchKeySet keys =
+        of.key_set() - DispatchKeySet({DispatchKey::Conjugate, DispatchKey::Negative});
+    return described(at::detail::make_tensor<c10::TensorImpl>(
+                         c10::TensorImpl::VIEW, Storage(of.storage()), keys, like.dtype()),
+                     like);
+  }
+
   // `like`'s sizes and type over `storage`.
   static Tensor over(Storage storage, DispatchKeySet keys, const Tensor& like) {
-    Tensor x = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), keys, like.dtype());
+    return described(
+        at::detail::make_tensor<c10::TensorImpl>(std::move(storage), keys, like.dtype()), like);
+  }
+
+  static Tensor described(Tensor x, const Tensor& like) {
     x.unsafeGetTensorImpl()->set_sizes_and_strides(like.sizes(), like.strides(),
                                                    like.storage_offset());
     x._set_conj(like.is_conj());
@@ -360,6 +379,30 @@ void convolution_backward(const c10::OperatorHandle& from, Stack* stack) {
   run_on_cpu(op, *stack, begin);
 }
 
+// torch has these on a GPU alone, and asks every device but the CPU for them. The workspace is what
+// backward needs.
+std::tuple<Tensor, Tensor> gru_cell(const Tensor& input, const Tensor& hidden, const Tensor& hx,
+                                    const std::optional<Tensor>& input_bias,
+                                    const std::optional<Tensor>& hidden_bias) {
+  const auto i = (input_bias && input_bias->defined() ? input + *input_bias : input).chunk(3, 1);
+  const auto h =
+      (hidden_bias && hidden_bias->defined() ? hidden + *hidden_bias : hidden).chunk(3, 1);
+  const Tensor r = (i[0] + h[0]).sigmoid(), z = (i[1] + h[1]).sigmoid(),
+               n = (i[2] + r * h[2]).tanh();
+  return {(hx - n) * z + n, at::cat({r, z, n, hx, h[2]}, 1)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gru_cell_backward(const Tensor& g,
+                                                                     const Tensor& workspace,
+                                                                     bool has_bias) {
+  const auto w = workspace.chunk(5, 1);
+  const Tensor &r = w[0], &z = w[1], &n = w[2], &hx = w[3], &hn = w[4];
+  const Tensor gn = g * (1 - z) * (1 - n * n), gz = g * (hx - n) * z * (1 - z),
+               gr = gn * hn * r * (1 - r);
+  const Tensor gi = at::cat({gr, gz, gn}, 1), gh = at::cat({gr, gz, gn * r}, 1);
+  return {gi, gh, g * z, has_bias ? gi.sum(0) : Tensor(), has_bias ? gh.sum(0) : Tensor()};
+}
+
 C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard)
 
 const bool registered = [] {
@@ -380,6 +423,8 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_copy_from", &copy_from);
   m.impl("_copy_from_and_resize", &copy_from_and_resize);
   m.impl("_has_compatible_shallow_copy_type", &may_become);
+  m.impl("_thnn_fused_gru_cell", &gru_cell);
+  m.impl("_thnn_fused_gru_cell_backward", &gru_cell_backward);
   m.impl("convolution_overrideable", torch::CppFunction::makeFromBoxedFunction<&convolution>());
   m.impl("convolution_backward_overrideable",
          torch::CppFunction::makeFromBoxedFunction<&convolution_backward>());
