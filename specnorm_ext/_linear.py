@@ -287,11 +287,17 @@ def _(info, in_dims, *args):
     return tuple(torch.stack(x) for x in zip(*out, strict=True)), (0, 0)
 
 
+def _wide(x: Tensor) -> Tensor:
+    """float16 as float32: W x may be beyond its range where W x / sigma is not."""
+    return x.float() if x.dtype == torch.float16 else x
+
+
 def _spectral_linear_in_parts(x, weight, bias, u, v, sigma):
     """The product, then scaled and shifted in place: one pass over data of the batch's size more than the kernel."""
     check_spectral_linear(x, weight, bias, u, v, sigma)
-    y = torch.nn.functional.linear(x, weight).mul_(reference._inverse(sigma.reshape(())))
-    return y if bias is None else y.add_(bias)
+    y = torch.nn.functional.linear(_wide(x), _wide(weight))
+    y.mul_(reference._inverse(sigma.reshape(())))
+    return (y if bias is None else y.add_(bias)).to(x.dtype)
 
 
 def _inner(a: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:
@@ -305,14 +311,16 @@ def _spectral_linear_backward_in_parts(g, x, weight, bias, u, v, sigma, y, want_
     """Two products with g / sigma; the rank-one term is added to dW afterwards."""
     check_spectral_linear_backward(g, x, weight, bias, u, v, sigma, y)
     inverse = reference._inverse(sigma.reshape(()))
-    rows = reference.as_rows((g * inverse).to(g.dtype))
-    dx = torch.mm(rows, weight).view(x.shape) if want_x else x.new_empty(0)
+    wide = _wide(g)
+    rows = reference.as_rows((wide * inverse).to(wide.dtype))
+    dx = torch.mm(rows, _wide(weight)).view(x.shape) if want_x else x.new_empty(0)
     if not want_w:
-        return dx, weight.new_empty(0)
-    dw = torch.empty_like(weight)
-    torch.mm(rows.mT, reference.as_rows(x), out=dw)
+        return dx.to(x.dtype), weight.new_empty(0)
+    dw = torch.empty_like(weight, dtype=wide.dtype)
+    torch.mm(rows.mT, reference.as_rows(_wide(x)), out=dw)
     c = _inner(dx, x) if want_x else _inner(dw, weight) if y is None else _inner(g, y, bias)
-    return dx, dw.addr_((u * (-c * inverse)).to(dw.dtype), v.to(dw.dtype))
+    dw.addr_((u * (-c * inverse)).to(dw.dtype), v.to(dw.dtype))
+    return dx.to(x.dtype), dw.to(weight.dtype)
 
 
 _impl.impl("spectral_linear", _spectral_linear_in_parts, "CompositeExplicitAutograd")

@@ -294,8 +294,13 @@ def _rescaled(w: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def _bilinear(w: Tensor, u: Tensor, v: Tensor) -> Tensor:
     scaled, scale = _rescaled(w, u.dtype)
-    value = torch.dot(u, _times(scaled, v))
-    return (value.double() / scale).to(u.dtype)
+    value = (torch.dot(u, _times(scaled, v)).double() / scale).to(u.dtype)
+    return torch.where(scaled.detach().isfinite().all(), value, torch.nan)
+
+
+def _change(x: Tensor) -> Tensor:
+    """0, with the derivative of x; an entry that is not finite is no change either."""
+    return torch.nan_to_num(x - x.detach(), nan=0.0)
 
 
 def sigma(weights: Sequence[Tensor], u: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:
@@ -325,7 +330,7 @@ def normalize(
     lists = (opened(xs, weights) for xs in (weights, u, v))
     for i, (w, a, b) in enumerate(zip(*lists, strict=True)):
         x = w.to(a.dtype)
-        tracked = torch.dot(_leading(a), _times(x - x.detach(), _leading(b)))
+        tracked = torch.dot(_leading(a), _times(_change(x), _leading(b)))
         out.append(_divide(x, sigma[i].detach() + tracked).to(w.dtype))
     return closed(out, weights)
 
@@ -349,7 +354,7 @@ def normalize_backward(
     for i, (g, w, a, b) in enumerate(zip(*lists, strict=True)):
         left, right = _leading(a), _leading(b)
         x, y = w.to(left.dtype), g.to(left.dtype)
-        tracked = torch.dot(left, _times(x - x.detach(), right))
+        tracked = torch.dot(left, _times(_change(x), right))
         s = sigma[i].detach() + tracked
         c = (y * _divide(x, s)).sum()
         out.append(_divide(y - c * torch.outer(left, right), s).to(w.dtype))
@@ -365,7 +370,7 @@ def _inverse(s: Tensor) -> Tensor:
 def _tracked(w: Tensor, u: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
     """sigma as a function of W: its value as passed, its derivative u^T dW v."""
     x = w.to(u.dtype)
-    return sigma.detach().reshape(()) + torch.dot(u, _times(x - x.detach(), v))
+    return sigma.detach().reshape(()) + torch.dot(u, _times(_change(x), v))
 
 
 def spectral_linear(

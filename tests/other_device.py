@@ -235,6 +235,23 @@ def pytest_terminal_summary(terminalreporter) -> None:
         terminalreporter.write_line(f"not on {_device_of(config)}: {count} tests: {reason}")
 
 
+def _moved(x: object, device: str) -> object:
+    """A parameter of a test, or what it holds: made while the file was imported, on the CPU."""
+    if isinstance(x, Tensor):
+        return x.detach().to(device).requires_grad_(x.requires_grad)
+    if isinstance(x, dict):
+        return {k: _moved(y, device) for k, y in x.items()}
+    return type(x)(_moved(y, device) for y in x) if type(x) in (list, tuple) else x
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
+    device = _device_of(pyfuncitem.config)
+    if device != "cpu" and hasattr(pyfuncitem, "callspec"):
+        for name in pyfuncitem.callspec.params.keys() & pyfuncitem.funcargs.keys():
+            pyfuncitem.funcargs[name] = _moved(pyfuncitem.funcargs[name], device)
+
+
 @pytest.fixture(autouse=True)
 def _on_other_device(pytestconfig, monkeypatch):
     device = _device_of(pytestconfig)

@@ -416,6 +416,7 @@ def test_normalize_backward_where_products_leave_the_range(dtype, w_scale, g_sca
     assert error <= 8 * eps_of(dtype) + denormal
 
 
+@pytest.mark.cpu_only("threads of the CPU kernels")
 def test_normalize_same_bits_run_to_run_and_for_any_number_of_threads():
     for dtype in DTYPES:
         ws = [

@@ -445,9 +445,11 @@ TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) {
 
 #define LOWER(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, lower_precision_fp)
 #define WIDER(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, fp32)
+#define WIDER_UNLESS_ASKED(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, fp32_set_opt_dtype)
 TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {
   AT_FORALL_LOWER_PRECISION_FP(LOWER)
   AT_FORALL_FP32(WIDER)
+  AT_FORALL_FP32_SET_OPT_DTYPE(WIDER_UNLESS_ASKED)
 }
 
 }  // namespace
