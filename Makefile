@@ -1,4 +1,4 @@
-# make demo | test | bench | lint | other-torch | clean. Each makes what it needs: a virtual environment in .venv and
+# make demo | test | bench | lint | other-torch | other-device | clean. Each makes what it needs: a virtual environment in .venv and
 # the extension built into it.
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.t
 SOURCES := CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 TORCH ?= 2.14.1
 
-.PHONY: demo test bench bench-report examples lint format other-torch clean
+.PHONY: demo test bench bench-report examples lint format other-torch other-device clean
 
 demo: $(VENV)/.demo
 	$(PY) bench/demo.py
@@ -37,12 +37,18 @@ lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu tests/*.cpp tests/cuda_on_host/*.h tests/cuda_on_host/*.cpp tests/cuda_on_host/*.cu
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu tests/*.cpp tests/second_device/*.cpp tests/cuda_on_host/*.h tests/cuda_on_host/*.cpp tests/cuda_on_host/*.cu
 
 format: $(VENV)/.lint
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu tests/*.cpp tests/cuda_on_host/*.h tests/cuda_on_host/*.cpp tests/cuda_on_host/*.cu
+	$(VENV)/bin/clang-format -i csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu tests/*.cpp tests/second_device/*.cpp tests/cuda_on_host/*.h tests/cuda_on_host/*.cpp tests/cuda_on_host/*.cu
+
+# The tests whose tensors may lie elsewhere, on a device that needs no hardware (tests/second_device/). `make test` runs
+# a part of them.
+other-device: $(VENV)/.test
+	OMP_WAIT_POLICY=passive $(PY) -m pytest --device second -n auto --maxprocesses 8 --dist loadgroup \
+	  --no-loadscope-reorder --timeout 1200 --timeout-method thread tests
 
 # The module built here, imported and run under another torch (a download of gigabytes).
 other-torch: $(VENV)/.built
