@@ -141,8 +141,6 @@ class OnDevice(TorchFunctionMode):
             into = args[0] if args else kwargs.get("tensor")
             if self._is_here(into) and self._may_draw(kwargs):
                 return self._draw_into(func, into, args, kwargs)
-        elif func is torch.from_numpy and _test_asks():
-            return func(*args, **kwargs).to(self.device)
         return func(*args, **kwargs)
 
     def _may_draw(self, kwargs) -> bool:
@@ -236,9 +234,10 @@ def pytest_terminal_summary(terminalreporter) -> None:
 
 
 def _moved(x: object, device: str) -> object:
-    """A parameter of a test, or what it holds: made while the file was imported, on the CPU."""
+    """What was made while a file of tests was imported, on the CPU, or what that holds."""
     if isinstance(x, Tensor):
-        return x.detach().to(device).requires_grad_(x.requires_grad)
+        ours = x.is_cpu and x.layout is torch.strided
+        return x.detach().to(device).requires_grad_(x.requires_grad) if ours else x
     if isinstance(x, dict):
         return {k: _moved(y, device) for k, y in x.items()}
     return type(x)(_moved(y, device) for y in x) if type(x) in (list, tuple) else x
@@ -252,8 +251,18 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
             pyfuncitem.funcargs[name] = _moved(pyfuncitem.funcargs[name], device)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef, request):
+    """Those of a whole file are made before any test's own."""
+    device = _device_of(request.config)
+    if device == "cpu" or fixturedef.scope == "function":
+        return (yield)
+    with OnDevice(device):
+        return (yield)
+
+
 @pytest.fixture(autouse=True)
-def _on_other_device(pytestconfig, monkeypatch):
+def _on_other_device(request, pytestconfig, monkeypatch):
     device = _device_of(pytestconfig)
     if device == "cpu":
         yield
@@ -265,5 +274,8 @@ def _on_other_device(pytestconfig, monkeypatch):
             run(thread)
 
     monkeypatch.setattr(threading.Thread, "run", run_on_device)
+    for name, x in list(vars(request.module).items()):
+        if isinstance(x, Tensor):
+            monkeypatch.setattr(request.module, name, _moved(x, device))
     with OnDevice(device):
         yield

@@ -29,7 +29,7 @@ def smooth_net(inputs: int = 2, outputs: int = 1) -> nn.Module:
 
 def gaussian_mean(f, x: Tensor, std: float, nodes: int = 24) -> float:
     """E f(x + std eps) for x of two elements, by Gauss-Hermite cubature (exact to rounding for these smooth f)."""
-    t, w = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(nodes))
+    t, w = (torch.tensor(a) for a in np.polynomial.hermite_e.hermegauss(nodes))
     points = torch.cartesian_prod(t, t) * std + x
     weights = torch.cartesian_prod(w, w).prod(1) / (2 * math.pi)
     return float((weights * torch.stack([f(p) for p in points])).sum())

@@ -24,7 +24,9 @@ def embedding(dtype: torch.dtype = F32, **kwargs) -> tuple[nn.Embedding, Tensor]
     return nn.Embedding(10, 4, **kwargs).to(dtype), torch.tensor([[1, 2, 3], [4, 1, 1]])
 
 
-@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize(
+    "sparse", [False, pytest.param(True, marks=pytest.mark.cpu_only("sparse tensors"))]
+)
 @pytest.mark.parametrize("norm", [2, math.inf])
 def test_fgm_of_an_embedding_moves_it_and_restores_its_bits(norm: float, sparse: bool) -> None:
     e, ids = embedding(sparse=sparse)

@@ -329,7 +329,7 @@ def test_the_distribution_is_that_of_the_whole_set_in_eval() -> None:
     assert not got.requires_grad
     assert got.dtype == F64
     net.eval()
-    whole = normalized_margins(net(x), y, 3.0, x).detach().double().sort().values
+    whole = normalized_margins(net(x), y, 3.0, x).detach().double().cpu().sort().values
     # logits of batches of another size, in float32: sums of 8 terms in another order
     torch.testing.assert_close(got, whole, rtol=0, atol=64 * eps_of(F32) * float(whole.abs().max()))
     default = margin_distribution(net, [(x, y)])

@@ -382,6 +382,7 @@ def test_under_inference_mode() -> None:
     assert outside.weight.grad is not None
 
 
+@pytest.mark.cpu_only("DataParallel, of several GPUs")
 def test_wrapped_models() -> None:
     inner = torch_spectral_norm(nn.Linear(4, 4))
     wrapped = nn.DataParallel(nn.Sequential(inner))
@@ -399,6 +400,7 @@ def process_group(tmp_path):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.cpu_only("processes over gloo")
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_distributed_data_parallel(process_group) -> None:
     model = nn.Sequential(torch_spectral_norm(nn.Linear(4, 4)), nn.Linear(4, 2))
@@ -511,6 +513,7 @@ def test_deepcopy_pickle_and_save_of_converted_models(way: str) -> None:
 # ---- torch's modules that read a child's weight -----------------------------------------------------------------
 
 
+@pytest.mark.cpu_only("torch's fast path, which not every device has")
 @pytest.mark.parametrize("way", ["torch", "old", "plain"])
 def test_the_fast_path_of_the_encoder_layer_is_normalized(way: str, monkeypatch) -> None:
     torch.manual_seed(0)

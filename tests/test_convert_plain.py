@@ -285,6 +285,7 @@ def test_removed_models_give_the_same(name: str, way: str) -> None:
     remove(model)  # nothing left to do
 
 
+@pytest.mark.cpu_only("exports, and loads in another process")
 def test_removed_models_load_and_export_without_the_package(tmp_path: Path) -> None:
     for name, model in (("gan", Discriminator()), ("transformer", Transformer())):
         convert(model)
@@ -366,6 +367,7 @@ def test_remove_beside_other_parametrizations() -> None:
     assert type(both) is nn.Linear
 
 
+@pytest.mark.cpu_only("an LSTM, for which a device must have kernels of its own")
 def test_remove_of_blocks_vectors_and_recurrent_layers() -> None:
     fused = SpectralLinear(4, 6, blocks=Blocks(3))
     want = fused.normalized_weight

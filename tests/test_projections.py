@@ -340,7 +340,7 @@ def test_nothing_is_written_where_one_is_refused(function):
         (w * 2, ValueError, "to be a parameter or a view of one, got a result of autograd"),
         (torch.ones(3, 3, dtype=torch.int32), TypeError, "got torch.int32"),
         (None, TypeError, "to be a tensor, got NoneType"),
-        (torch.eye(3).to_sparse(), TypeError, "to be dense, got torch.sparse_coo"),
+        (torch.eye(3, device="cpu").to_sparse(), TypeError, "to be dense, got torch.sparse_coo"),
     ):
         with pytest.raises(error, match=rf"^{name}: expected weights\[1\] {message}|{message}"):
             function([good, bad], 0.1)

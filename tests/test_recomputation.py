@@ -411,6 +411,9 @@ def nested(inner: Call, outer: Call, model: nn.Module) -> Call:
     return functools.partial(outer, f)
 
 
+@pytest.mark.cpu_only(
+    "backward has a thread of its own there, in which a checkpoint inside a checkpoint raises"
+)
 @pytest.mark.parametrize("outer", ["reentrant", "hooks", "own"])
 @pytest.mark.parametrize("inner", ["reentrant", "hooks", "own"])
 @pytest.mark.parametrize("count", [1, 2])
@@ -541,6 +544,7 @@ def compiled_around(kind: str, model: nn.Module) -> Call:
     return torch.compile(lambda x: KINDS[kind](model, x), backend="aot_eager")
 
 
+@pytest.mark.cpu_only("dynamo looks into the function mode of --device")
 @pytest.mark.parametrize("kind", ["reentrant", "hooks"])
 @pytest.mark.parametrize("how", [compiled_inside, compiled_around])
 def test_compiled(how, kind) -> None:
