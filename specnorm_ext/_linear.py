@@ -288,15 +288,24 @@ def _(info, in_dims, *args):
 
 
 def _wide(x: Tensor) -> Tensor:
-    """float16 as float32: W x may be beyond its range where W x / sigma is not."""
+    """float16 as float32, whose products may be beyond its range."""
     return x.float() if x.dtype == torch.float16 else x
+
+
+def _balanced(weight: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """W and sigma times a power of two near 1 / sigma, and that: W x, 1 / sigma may be out of range, W x / sigma not."""
+    most = 1022 if sigma.dtype == torch.float64 else 126
+    exponent = torch.frexp(sigma.reshape(())).exponent.clamp(-most, most)
+    power = torch.ldexp(torch.ones_like(sigma.reshape(())), -exponent)
+    w = _wide(weight)
+    return w * power.to(w.dtype), sigma.reshape(()) * power, power
 
 
 def _spectral_linear_in_parts(x, weight, bias, u, v, sigma):
     """The product, then scaled and shifted in place: one pass over data of the batch's size more than the kernel."""
     check_spectral_linear(x, weight, bias, u, v, sigma)
-    y = torch.nn.functional.linear(_wide(x), _wide(weight))
-    y.mul_(reference._inverse(sigma.reshape(())))
+    weight, sigma, _ = _balanced(weight, sigma)
+    y = torch.nn.functional.linear(_wide(x), weight).mul_(reference._inverse(sigma))
     return (y if bias is None else y.add_(bias)).to(x.dtype)
 
 
@@ -310,16 +319,16 @@ def _inner(a: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:
 def _spectral_linear_backward_in_parts(g, x, weight, bias, u, v, sigma, y, want_x, want_w):
     """Two products with g / sigma; the rank-one term is added to dW afterwards."""
     check_spectral_linear_backward(g, x, weight, bias, u, v, sigma, y)
-    inverse = reference._inverse(sigma.reshape(()))
-    wide = _wide(g)
+    w, s, power = _balanced(weight, sigma)
+    inverse, wide = reference._inverse(s), _wide(g)
     rows = reference.as_rows((wide * inverse).to(wide.dtype))
-    dx = torch.mm(rows, _wide(weight)).view(x.shape) if want_x else x.new_empty(0)
+    dx = torch.mm(rows, w).view(x.shape) if want_x else x.new_empty(0)
     if not want_w:
         return dx.to(x.dtype), weight.new_empty(0)
     dw = torch.empty_like(weight, dtype=wide.dtype)
     torch.mm(rows.mT, reference.as_rows(_wide(x)), out=dw)
-    c = _inner(dx, x) if want_x else _inner(dw, weight) if y is None else _inner(g, y, bias)
-    dw.addr_((u * (-c * inverse)).to(dw.dtype), v.to(dw.dtype))
+    c = _inner(dx, x) if want_x else _inner(dw, w) if y is None else _inner(g, y, bias)
+    dw.addr_((u * (-c * inverse)).to(dw.dtype), v.to(dw.dtype)).mul_(power.to(dw.dtype))
     return dx.to(x.dtype), dw.to(weight.dtype)
 
 

@@ -152,9 +152,9 @@ class Blocks:
     def spread(self, x: Tensor, m: int) -> Tensor:
         """x [count], one value for each block, to [m], one for each row of all matrices."""
         if isinstance(self.rows, int):
-            if not self.interleaved:
-                return x.repeat_interleave(m // self.count)
             each = m // self.count
+            if not self.interleaved:  # repeat_interleave, which torch.jit.trace gives a CPU tensor
+                return x.unsqueeze(1).expand(x.shape[0], each).reshape(-1)
             by_expert = x.view(-1, 1, self.rows)
             return by_expert.expand(by_expert.shape[0], each, self.rows).reshape(-1)
         by_expert = x.view(-1, len(self.rows))

@@ -29,6 +29,7 @@ TESTS = Path(__file__).resolve().parent
 PACKAGE = Path(find_spec("specnorm_ext").origin).parent  # type: ignore[union-attr, arg-type]
 NO_KERNELS = "specnorm_ext: no kernels for {} tensors"
 DESELECTED = pytest.StashKey[Counter]()
+SENT = "specnorm_ext_other_device"  # by a process of pytest-xdist's, to the first one
 
 _OWN = "has a device of its own"
 _PROGRAMS = "runs programs in processes of their own"
@@ -121,7 +122,8 @@ class OnDevice(TorchFunctionMode):
         wanted = kwargs.pop("requires_grad", False)
         args = [x.cpu() if isinstance(x, Tensor) else x for x in args]
         drawn = func(*args, **{**kwargs, "device": None} if "device" in kwargs else kwargs)
-        return drawn.to(self.device).requires_grad_(wanted)
+        drawn = drawn.to(self.device)
+        return drawn.requires_grad_() if wanted else drawn
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -227,6 +229,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item, reason in zip(items, reasons, strict=True) if not reason]
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput[SENT] = dict(session.config.stash[DESELECTED])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error) -> None:
+    """A process of pytest-xdist's has ended, all of which have left out the same."""
+    node.config.stash[DESELECTED] = Counter(getattr(node, "workeroutput", {}).get(SENT))
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     config = terminalreporter.config
     for reason, count in sorted(config.stash[DESELECTED].items()):
@@ -238,6 +251,8 @@ def _moved(x: object, device: str) -> object:
     if isinstance(x, Tensor):
         ours = x.is_cpu and x.layout is torch.strided
         return x.detach().to(device).requires_grad_(x.requires_grad) if ours else x
+    if isinstance(x, nn.Module):
+        return x.to(device)
     if isinstance(x, dict):
         return {k: _moved(y, device) for k, y in x.items()}
     return type(x)(_moved(y, device) for y in x) if type(x) in (list, tuple) else x
@@ -275,7 +290,7 @@ def _on_other_device(request, pytestconfig, monkeypatch):
 
     monkeypatch.setattr(threading.Thread, "run", run_on_device)
     for name, x in list(vars(request.module).items()):
-        if isinstance(x, Tensor):
+        if name.isupper():
             monkeypatch.setattr(request.module, name, _moved(x, device))
     with OnDevice(device):
         yield

@@ -104,6 +104,9 @@ def test_exported_in_training():
     torch.testing.assert_close(program.module()(data(3)), model(data(3)))
 
 
+@pytest.mark.cpu_only(
+    "torch.compile's inductor, which builds kernels; for CUDA in test_cuda_runtime.py"
+)
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of torch's own making
 def test_ahead_of_time_by_inductor(tmp_path):
     model = critic().eval()

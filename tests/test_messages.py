@@ -387,6 +387,7 @@ def test_a_failed_call_leaves_the_next_one_right():
 FREED = ["torch.ops", "functional", "no_grad", "requires grad"]
 
 
+@pytest.mark.cpu_only("the kernels look at memory, the path of reference.py at tensors")
 @pytest.mark.parametrize("view", [False, True])
 @pytest.mark.parametrize("path", FREED)
 @pytest.mark.parametrize("op", ["power_iteration_", "sigma", "normalize", "normalize_backward"])

@@ -84,6 +84,7 @@ def test_beside_matrices():
     assert functional.power_iteration(w[:0], u[:0], v[:0]).shape == (0,)
 
 
+@pytest.mark.cpu_only("short ways to the CPU kernels")
 def test_directly():
     """A stack alone is borrowed as it is; its direct path makes one sigma for each matrix."""
     w, u, v = problem()
@@ -281,6 +282,7 @@ def test_refused(name, change, message):
             run([w], [u], [v], *extra)
 
 
+@pytest.mark.cpu_only("the kernels look at memory, the path of reference.py at tensors")
 @pytest.mark.parametrize(("change", "message"), WRITTEN.values(), ids=WRITTEN)
 def test_refused_before_anything_is_written(change, message):
     w, u, v = change(*problem())
@@ -340,6 +342,7 @@ def test_vmap_of_nothing():
         assert torch.vmap(functional.normalize)(w, u, v, sigma).shape == shape
 
 
+@pytest.mark.cpu_only("sparse tensors")
 def test_sparse_weights_are_refused_before_anything_is_written():
     w, u, v = problem()
     before = u.clone()

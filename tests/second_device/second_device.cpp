@@ -155,6 +155,8 @@ class Call {
     for (const auto& [mine, cpu] : tensors_) {
       if (mine.is_same(x)) return cpu;
     }
+    TORCH_CHECK(!x.numel() || x.storage().data() || op_.find("resize_") != std::string::npos, op_,
+                ": the memory of an argument is gone");
     Tensor cpu = over(to_cpu(x.storage()), DispatchKeySet(DispatchKey::CPU), x);
     tensors_.emplace_back(x, cpu);
     return cpu;
