@@ -293,7 +293,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _balanced(weight: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """W and sigma times a power of two near 1 / sigma, and that: W x, 1 / sigma may be out of range, W x / sigma not."""
+    """W and sigma times a power of two near 1 / sigma, and that: W x may be out of range where W x / sigma is not."""
     most = 1022 if sigma.dtype == torch.float64 else 126
     exponent = torch.frexp(sigma.reshape(())).exponent.clamp(-most, most)
     power = torch.ldexp(torch.ones_like(sigma.reshape(())), -exponent)

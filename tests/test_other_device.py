@@ -18,8 +18,8 @@ TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 GROUPS = {
     "the device": ["second_device/cases.py"],
-    "ops": ["test_sigma_normalize_autograd.py", "test_transforms.py", "test_losses.py"],
-    "layers": ["test_group.py", "test_parametrization_faults.py"],
+    "ops": ["test_sigma_normalize_autograd.py", "test_losses.py", "test_pacgen.py"],
+    "layers": ["test_group.py", "test_parametrization_faults.py", "test_lipschitz_graph.py"],
 }
 
 
