@@ -280,8 +280,12 @@ class _NormalizeLayer(torch.autograd.Function):
         grad, matrix = g[0], weight.flatten(1)
         if grad.layout is not torch.strided:
             grad = grad.to_dense()
-        run = reference.normalize_backward if batched else _ops.normalize_backward
-        (dw,) = run([grad.reshape(matrix.shape)], [matrix], [u], [v], sigma)
+        args = ([grad.reshape(matrix.shape)], [matrix], [u], [v], sigma)
+        (dw,) = (
+            plainly(reference.normalize_backward, *args)
+            if batched
+            else _ops.normalize_backward(*args)
+        )
         return dw.view(weight.shape), None, None, None
 
 

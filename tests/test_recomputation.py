@@ -575,5 +575,5 @@ def test_a_full_graph_is_refused(kind) -> None:
     with pytest.raises(torch._dynamo.exc.Unsupported, match="expected no fullgraph=True"):
         KINDS[kind](f, x)
     f = torch.compile(lambda z: KINDS[kind](model, z), backend="aot_eager", fullgraph=True)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="side effect|SideEffects"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"side effect|SideEffects"):
         f(x)
