@@ -101,6 +101,10 @@ namespace device {
 constexpr int kDevices = 64;  // whose attributes are kept
 struct DeviceInfo {
   int device, multiprocessors, shared_per_block, major, cooperative;
+  int shared_per_multiprocessor, shared_reserved;  // the latter by the system, of each block's
+
+  // Dynamic shared memory of a block, two of which are to share a multiprocessor.
+  int64_t shared_of_two() const { return shared_per_multiprocessor / 2 - shared_reserved; }
 };
 
 // Makes `device` current, if it is not: torch's guard speaks to a CUDA runtime of its own.
@@ -117,7 +121,8 @@ inline cudaError_t device_info(int device, DeviceInfo* out) {
     *out = known[device];
     return cudaSuccess;
   }
-  DeviceInfo info{device, 0, 0, 0, 0};
+  DeviceInfo info{};
+  info.device = device;
   error = cudaDeviceGetAttribute(&info.multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&info.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin,
@@ -126,6 +131,12 @@ inline cudaError_t device_info(int device, DeviceInfo* out) {
     error = cudaDeviceGetAttribute(&info.major, cudaDevAttrComputeCapabilityMajor, device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&info.cooperative, cudaDevAttrCooperativeLaunch, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&info.shared_per_multiprocessor,
+                                   cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&info.shared_reserved, cudaDevAttrReservedSharedMemoryPerBlock,
+                                   device);
   if (error != cudaSuccess) return error;
   if (device < kDevices) {
     known[device] = info;  // two threads write the same values
@@ -141,6 +152,9 @@ struct LaunchConfig {
   cudaStream_t stream;
   unsigned cluster;  // blocks a cluster; 1: none
   bool cooperative;  // all blocks live at once
+  // Shared memory is wanted for more than one block a multiprocessor, L1 is not: how the driver
+  // divides the two is its own affair otherwise.
+  bool most_shared = false;
 };
 
 // kernel<<<...>>>(arguments...), with clusters and cooperation. Raises the kernel's limit of
@@ -157,6 +171,11 @@ cudaError_t launch(const LaunchConfig& c, void (*kernel)(P...), A&&... arguments
     if (error == cudaSuccess)
       error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    info.shared_per_block);
+    if (error != cudaSuccess) return error;
+  }
+  if (c.most_shared) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
     if (error != cudaSuccess) return error;
   }
   cudaLaunchAttribute attributes[2];

@@ -409,7 +409,8 @@ struct Plan {
         ++i;
       }
     }
-    cut_stream<S>(&stream, device);
+    error = cut_stream<S>(&stream, device);
+    if (error != cudaSuccess) return status_of(error, "cluster query");
     const int64_t barriers = int64_t(resident.items.size()) * kBarrierBytes;
     int64_t bytes = lay_out(resident, barriers, 0);
     bytes = lay_out(block, bytes, 1);

@@ -17,7 +17,7 @@ struct List {
 // Sets item.blocks, into how many tiles of stored rows each matrix is cut, and which dimension
 // those rows are.
 template <class S>
-void cut_stream(List* list, const device::DeviceInfo& info);
+cudaError_t cut_stream(List* list, const device::DeviceInfo& info);
 
 // All iterations of a list that was cut, and laid out in the workspace with one record a tile.
 template <class S>

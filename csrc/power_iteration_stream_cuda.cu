@@ -15,7 +15,7 @@
 // of its elements: max |W| would take a read of W more. Where that does not do (the sample misses
 // what matters, NaN, zero) the matrix is marked, and done again by one block in its last conclude.
 #include "power_iteration_launch.cuh"
-#include "power_iteration_stream_pass.cuh"
+#include "power_iteration_stream_cuts.cuh"
 
 namespace specnorm {
 namespace cuda {
@@ -178,99 +178,21 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- launches ----------------------------------------------------------------------------------
 
+// Asked once per device: a cluster must find room with two blocks on each multiprocessor.
 template <class S>
-struct Cuts;  // in order of the row length they can take
-struct WideCuts {
-  using A = Cut<256, 2, 4, false, 2, 2>;
-  using B = Cut<256, 4, 2, false, 2, 2>;
-  using C = Cut<512, 4, 2, false, 2, 1>;
-  using D = Cut<512, 8, 1, false, 2, 1>;
-  using E = Cut<512, 16, 1, true, 1, 1>;
-};
-template <>
-struct Cuts<float> : WideCuts {};
-template <>
-struct Cuts<double> : WideCuts {};
-struct NarrowCuts {  // 16-bit types: z takes twice the room of the row
-  using A = Cut<256, 1, 8, false, 2, 2>;
-  using B = Cut<256, 2, 3, false, 2, 2>;
-  using C = Cut<256, 4, 1, false, 2, 2>;
-  using D = Cut<512, 4, 2, false, 2, 1>;
-  using E = Cut<512, 8, 1, true, 2, 1>;
-};
-template <>
-struct Cuts<device::bf16> : NarrowCuts {};
-template <>
-struct Cuts<device::f16> : NarrowCuts {};
-
-template <class S>
-int64_t longest_row(int cut) {
-  using X = Cuts<S>;
-  constexpr int64_t capacity[] = {X::A::threads * X::A::packs, X::B::threads * X::B::packs,
-                                  X::C::threads * X::C::packs, X::D::threads * X::D::packs,
-                                  X::E::threads * X::E::packs};
-  return capacity[cut] * Packed<S>::count;
-}
-
-constexpr int kCuts = 5;
-
-// Shared memory of a cut: the warps' sums, and a or z for rows of any length that it takes.
-template <class S, class T>
-constexpr int64_t cut_bytes_of() {
-  return (2 * T::rows * (T::threads / 32) + T::threads * T::packs * Packed<S>::count) *
-         int64_t(sizeof(typename Elem<S>::C));
-}
-template <class S>
-int64_t cut_bytes(int cut) {
-  using X = Cuts<S>;
-  constexpr int64_t bytes[] = {cut_bytes_of<S, typename X::A>(), cut_bytes_of<S, typename X::B>(),
-                               cut_bytes_of<S, typename X::C>(), cut_bytes_of<S, typename X::D>(),
-                               cut_bytes_of<S, typename X::E>()};
-  return bytes[cut];
-}
-template <class S>
-int blocks_live(int cut) {  // on one multiprocessor
-  using X = Cuts<S>;
-  constexpr int blocks[] = {X::A::blocks,    X::B::blocks,   X::C::blocks,
-                            X::D::blocks,    X::E::blocks,   1,
-                            kShortBlocks<S>, kShortBlocks<S>};
-  return blocks[cut];
-}
-
-constexpr int kShortCut = kCuts + 1, kShortColumnsCut = kCuts + 2;
-
-// The cut that takes a matrix; kShortCut and, with several columns, kShortColumnsCut: the pass for
-// short rows; kCuts: the one for anything.
-template <class S>
-int cut_of(const DeviceItem& item, const DeviceInfo& info) {
-  const Rows<S> x = stored_rows<S>(item);
-  if (item.columns == 1 && x.length <= kShort) return kShortCut;
-  if (item.columns > 1 && x.length <= kShortColumns) return kShortColumnsCut;
-  if (item.columns > 1 || !x.aligned || x.length % Packed<S>::count != 0) return kCuts;
-  for (int cut = 0; cut < kCuts; ++cut)
-    if (x.length <= longest_row<S>(cut))
-      return cut_bytes<S>(cut) <= info.shared_per_block ? cut : kCuts;
-  return kCuts;
-}
-
-// Few long rows that no cut keeps in registers: in the pass for anything each would be the work of
-// one warp. So they are read across, the other dimension of W as its stored rows: a thread for
-// each, neighbours in memory beside each other in a warp, and all blocks share them. A dot is then
-// whole within a thread, so that an iteration still reads W once; a wide W, then stored by columns,
-// costs a call one read more. (As a row it would cost that in every iteration: z = W^T t is W times
-// a number that is known only after the whole dot, and W is not on chip.)
-template <class S>
-bool read_across(const DeviceItem& item, const DeviceInfo& info) {
-  DeviceItem across = item;
-  across.by_columns = !item.by_columns;
-  return cut_of<S>(item, info) == kCuts && cut_of<S>(across, info) > kCuts;
+cudaError_t stream_device(const DeviceInfo& info, StreamDevice* on) {
+  using D = typename Cuts<S>::D;
+  static int known[kDevices];
+  on->info = info;
+  return largest_cluster(info, &stream_pass_rows<S, D>, D::threads, info.shared_of_two(), known,
+                         &on->widest);
 }
 
 template <class S>
 struct Streamer {
   using C = typename Elem<S>::C;
   const CudaCall& call;
-  const DeviceInfo& info;
+  const StreamDevice& on;
   cudaError_t error = cudaSuccess;
   const char* name = "";
 
@@ -291,101 +213,111 @@ struct Streamer {
     name = kernel_name;
   }
 
-  template <class T>
-  void pass_rows(StreamParams& p, int64_t grid) {
-    go("stream pass", config(grid, T::threads, cut_bytes_of<S, T>()), &stream_pass_rows<S, T>, p);
+  void pass_rows(StreamParams& p, int way, int64_t grid, int64_t length) {
+    by_cut<S>(way, [&](auto cut, int cluster) {
+      using T = typename decltype(cut)::type;
+      const Fit fit = fit_of<S, T>(length, cluster, on.info);
+      p.cluster = cluster;
+      p.near = fit.near;
+      LaunchConfig c = config(grid, T::threads, fit.shared);
+      c.cluster = unsigned(cluster);
+      c.most_shared = true;
+      go("stream pass", c, &stream_pass_rows<S, T>, p);
+    });
   }
 
   template <int B>
-  void batch(StreamParams& p, int cut) {
-    int64_t tiles = 0, slices = 0, longest = 0;
+  void batch(StreamParams& p, int way) {
+    int64_t blocks = 0, slices = 0, longest = 0, length = 0;
     bool by_columns = false;
     for (int i = 0; i < p.count; ++i) {
       DeviceItem& item = p.items[i];
-      item.first_block = int32_t(tiles);
-      tiles += item.blocks;
       const Rows<S> x = stored_rows<S>(item);
+      int cluster;
+      blocks_live<S>(way, x.length, on, &cluster);
+      item.first_block = int32_t(blocks);
+      blocks += int64_t(item.blocks) * cluster;
+      length = x.length > length ? x.length : length;
       by_columns = by_columns || item.by_columns;
       const int64_t vector = item.columns * padded(x.length);
       slices += reduce_blocks(vector, sizeof(C));
       longest = vector > longest ? vector : longest;
     }
     const int64_t fixed = int64_t(sizeof(Fixed<C>)) + group_bytes<S>(kThreads);
-    p.defer_t = cut == kShortCut;
-    const LaunchConfig short_rows = config(tiles, kShortThreads, 32 * sizeof(double));
+    p.defer_t = way == kShortRows;
+    const LaunchConfig short_rows = config(blocks, kShortThreads, 32 * sizeof(double));
     if (p.defer_t && by_columns) go("stream measure", short_rows, &stream_measure<S>, p);
     go("stream prepare", config(p.count, kThreads, fixed), &stream_prepare<S, B>, p);
     const int passes = p.n_iterations + (by_columns ? 1 : 0);
     for (p.pass = 0; p.pass < passes; ++p.pass) {
-      switch (cut) {
-        case 0:
-          pass_rows<typename Cuts<S>::A>(p, tiles);
-          break;
-        case 1:
-          pass_rows<typename Cuts<S>::B>(p, tiles);
-          break;
-        case 2:
-          pass_rows<typename Cuts<S>::C>(p, tiles);
-          break;
-        case 3:
-          pass_rows<typename Cuts<S>::D>(p, tiles);
-          break;
-        case 4:
-          pass_rows<typename Cuts<S>::E>(p, tiles);
-          break;
-        case kShortCut:
-          go("stream pass", short_rows, &stream_pass_short<S, 1>, p);
-          break;
-        case kShortColumnsCut:
-          go("stream pass", short_rows, &stream_pass_short<S, kShortColumns>, p);
-          break;
-        default: {
-          const int64_t vector = longest * int64_t(sizeof(C));
-          p.a_shared = fixed + vector <= info.shared_per_block ? vector : 0;
-          go("stream pass", config(tiles, kThreads, fixed + p.a_shared), &stream_pass_any<S, B>, p);
-        }
+      if (way < kAny) {
+        pass_rows(p, way, blocks, length);
+      } else if (way == kShortRows) {
+        go("stream pass", short_rows, &stream_pass_short<S, 1>, p);
+      } else if (way == kShortRowsColumns) {
+        go("stream pass", short_rows, &stream_pass_short<S, kShortColumns>, p);
+      } else {
+        const int64_t vector = longest * int64_t(sizeof(C));
+        p.a_shared = fixed + vector <= on.info.shared_per_block ? vector : 0;
+        go("stream pass", config(blocks, kThreads, fixed + p.a_shared), &stream_pass_any<S, B>, p);
       }
       go("stream reduce", config(slices, kReduceThreads, kReduceThreads * 16), &stream_reduce<S>,
          p);
       go("stream conclude", config(p.count, kThreads, fixed), &stream_conclude<S, B>, p);
     }
-    if (p.defer_t) go("stream hand-out", config(tiles, kShortThreads, 0), &stream_hand_out<S>, p);
+    if (p.defer_t) go("stream hand-out", config(blocks, kShortThreads, 0), &stream_hand_out<S>, p);
   }
 };
 
 }  // namespace
 
-// As many tiles as blocks live at once, while that makes tiles of 64 KB to 2 MB: each costs a
-// partial z of one row's length, and several waves of small tiles balance better than one of large.
+// As many tiles as blocks (clusters of them) live at once, while that makes tiles of 64 KB to 2 MB
+// a block: each costs a partial z of one row's length, and several waves of small tiles balance
+// better than one of large.
 template <class S>
-void cut_stream(List* list, const DeviceInfo& info) {
+cudaError_t cut_stream(List* list, const DeviceInfo& info) {
+  if (list->items.empty()) return cudaSuccess;
+  StreamDevice on;
+  const cudaError_t error = stream_device<S>(info, &on);
+  if (error != cudaSuccess) return error;
   int64_t total = 0;
   int live = 1;
+  std::vector<int> clusters;
   for (DeviceItem& item : list->items) {
-    if (read_across<S>(item, info)) item.by_columns = !item.by_columns;
+    if (read_across<S>(item, on)) item.by_columns = !item.by_columns;
     total += item.weight.m * item.weight.n * int64_t(sizeof(S));
-    const int blocks = blocks_live<S>(cut_of<S>(item, info));
+    int cluster;
+    const int64_t length = stored_rows<S>(item).length;
+    const int blocks = blocks_live<S>(way_of<S>(item, on), length, on, &cluster);
     live = blocks > live ? blocks : live;
+    clusters.push_back(cluster);
   }
   int64_t tile = total / (live * info.multiprocessors) + 1;
   tile = tile < (64 << 10) ? (64 << 10) : tile;
   if (list->items.size() > 1 && tile > (2 << 20)) tile = 2 << 20;
-  for (DeviceItem& item : list->items) {
+  for (size_t i = 0; i < list->items.size(); ++i) {
+    DeviceItem& item = list->items[i];
     const Rows<S> x = stored_rows<S>(item);
     const int64_t row = x.length * int64_t(sizeof(S));
-    int64_t per = (tile + row - 1) / row;  // rounded up: no tail of a second wave
+    // rounded up: no tail of a second wave
+    int64_t per = (tile * clusters[i] + row - 1) / row;
     per = per < 1 ? 1 : per;
     const int64_t blocks = (x.rows + per - 1) / per;
     item.blocks = int32_t(blocks < 1 ? 1 : blocks);
   }
+  return cudaSuccess;
 }
 
 template <class S>
 CudaStatus run_stream(const PowerIterationParams& p, const CudaCall& call, const DeviceInfo& info,
                       const List& list, char* workspace) {
-  Streamer<S> streamer{call, info};
-  // A launch serves matrices of one cut.
-  for (int cut = 0; cut <= kShortColumnsCut; ++cut) {
+  if (list.items.empty()) return status_of(cudaSuccess, "");
+  StreamDevice on;
+  const cudaError_t error = stream_device<S>(info, &on);
+  if (error != cudaSuccess) return status_of(error, "cluster query");
+  Streamer<S> streamer{call, on};
+  // A launch serves matrices of one way.
+  for (int way = 0; way < kWays; ++way) {
     StreamParams params{};
     params.n_iterations = int(p.n_iterations);
     params.eps = p.eps;
@@ -395,15 +327,15 @@ CudaStatus run_stream(const PowerIterationParams& p, const CudaCall& call, const
     const auto flush = [&] {
       if (params.count > 0) {
         if (several)
-          streamer.template batch<kMaxColumns>(params, cut);
+          streamer.template batch<kMaxColumns>(params, way);
         else
-          streamer.template batch<1>(params, cut);
+          streamer.template batch<1>(params, way);
       }
       params.count = 0;
       several = false;
     };
     for (const DeviceItem& item : list.items) {
-      if (cut_of<S>(item, info) != cut) continue;
+      if (way_of<S>(item, on) != way) continue;
       params.items[params.count++] = item;
       several = several || item.columns > 1;
       if (params.count == kItems) flush();
@@ -413,10 +345,10 @@ CudaStatus run_stream(const PowerIterationParams& p, const CudaCall& call, const
   return status_of(streamer.error, streamer.name);
 }
 
-template void cut_stream<float>(List*, const DeviceInfo&);
-template void cut_stream<double>(List*, const DeviceInfo&);
-template void cut_stream<device::bf16>(List*, const DeviceInfo&);
-template void cut_stream<device::f16>(List*, const DeviceInfo&);
+template cudaError_t cut_stream<float>(List*, const DeviceInfo&);
+template cudaError_t cut_stream<double>(List*, const DeviceInfo&);
+template cudaError_t cut_stream<device::bf16>(List*, const DeviceInfo&);
+template cudaError_t cut_stream<device::f16>(List*, const DeviceInfo&);
 template CudaStatus run_stream<float>(const PowerIterationParams&, const CudaCall&,
                                       const DeviceInfo&, const List&, char*);
 template CudaStatus run_stream<double>(const PowerIterationParams&, const CudaCall&,

@@ -1,10 +1,7 @@
 // The passes of the streaming kernels: tiles of stored rows, t = W a and a partial z = W^T t of the
-// same rows, for W in memory. power_iteration_stream_cuda.cu has what happens between two passes.
-//
-// The fast pass keeps a group of rows in registers between dot and axpy while the next group is on
-// its way: on an H200 about 33 KB must be in flight on each multiprocessor to use the memory's
-// bandwidth, and two blocks of 256 threads with 2 x 64 bytes of loads outstanding a thread have 64
-// KB.
+// same rows, for W in memory: for rows of any kind, and for rows of a few elements.
+// power_iteration_stream_rows.cuh has the fast one, power_iteration_stream_cuda.cu what happens
+// between two passes.
 #pragma once
 
 #include "power_iteration_team.cuh"
@@ -19,9 +16,10 @@ constexpr int kThreads = 512;
 
 struct StreamParams {
   int count, n_iterations, pass;
-  int defer_t;       // stream_hand_out comes last
-  int64_t a_shared;  // pass for anything: bytes of shared memory for a; 0: it is read from the
-                     // workspace
+  int defer_t;        // stream_hand_out comes last
+  int cluster, near;  // fast pass: blocks that share a row, packs of a in shared memory
+  int64_t a_shared;   // pass for anything: bytes of shared memory for a; 0: it is read from the
+                      // workspace
   double eps;
   void* sigma;
   char* workspace;
@@ -97,8 +95,8 @@ struct Tile {
   RecordHead* record;
 
   __device__ Tile(const StreamParams& p, const DeviceItem& item)
-      : Tile(p, item, item.by_columns != 0) {}
-  __device__ Tile(const StreamParams& p, const DeviceItem& item, bool columns_stored)
+      : Tile(p, item, item.by_columns != 0, int64_t(blockIdx.x) - item.first_block) {}
+  __device__ Tile(const StreamParams& p, const DeviceItem& item, bool columns_stored, int64_t tile)
       : by_columns(columns_stored) {
     x = stored_rows<S>(item.weight, by_columns);
     const Layout layout = layout_of(x.rows, x.length, B == 1 ? 1 : item.columns, 0, sizeof(C));
@@ -106,7 +104,6 @@ struct Tile {
     header = reinterpret_cast<const Header*>(base);
     active = set_phase(by_columns, p.pass, p.n_iterations, &phase, &left) && !header->failed;
     scale = C(header->axpy_unit);
-    const int64_t tile = int64_t(blockIdx.x) - item.first_block;
     const int64_t per = (x.rows + item.blocks - 1) / item.blocks;
     r0 = tile * per < x.rows ? tile * per : x.rows;
     r1 = r0 + per < x.rows ? r0 + per : x.rows;
@@ -248,148 +245,6 @@ __global__ void __launch_bounds__(kShortThreads)
   if (threadIdx.x != 0) return;
   own.record->top = largest;
   own.record->zz = squares;
-}
-
-// How the fast pass is cut for rows of up to threads x packs x 16 bytes: packs a thread and row,
-// rows a group, where z lives, groups in flight, blocks a multiprocessor that registers must allow.
-template <int Threads, int Packs, int RowsAhead, bool ZShared, int Buffers, int Blocks>
-struct Cut {
-  static constexpr int threads = Threads, packs = Packs, rows = RowsAhead, buffers = Buffers,
-                       blocks = Blocks;
-  static constexpr bool z_shared = ZShared;
-};
-
-// One column, rows dense and aligned to 16 bytes, their length a whole number of packs.
-template <class S, class T>
-__global__ void __launch_bounds__(T::threads, T::blocks)
-    stream_pass_rows(const __grid_constant__ StreamParams p) {
-  using C = typename Elem<S>::C;
-  constexpr int kPack = Packed<S>::count, kWarps = T::threads / 32;
-  const DeviceItem& item = p.items[item_of_block(p.items, p.count)];
-  // From the strides, which say it of all rows that this pass takes: as a number of the parameters,
-  // read again wherever it is needed, it costs registers that the widest cuts do not have.
-  const Tile<S> own(p, item, stored_by_columns(item.weight));
-  if (!own.active) return;
-  const Rows<S>& x = own.x;
-  const bool dot = own.phase != kStart, axpy = own.phase != kLast;
-  const int64_t r0 = own.r0, r1 = own.r1;
-  const C scale = own.scale;
-  C *t = own.t, *part = own.part;
-  const C* a = own.a;
-  const int length = int(x.length);
-
-  // Shared memory: sums of the warps for two groups, then a (or z where T says so), element e of a
-  // thread's k-th pack at (k kPack + e) threads + thread: no bank conflicts, and no barrier, since
-  // a thread reads only what it wrote.
-  C* sums = reinterpret_cast<C*>(dynamic_shared());
-  C* near = sums + 2 * T::rows * kWarps;
-  const auto place = [](int k, int e) { return (k * kPack + e) * T::threads + int(threadIdx.x); };
-  constexpr int kNear = T::z_shared ? 1 : T::packs * kPack;
-  C z[kNear];
-#pragma unroll
-  for (int i = 0; i < kNear; ++i) z[i] = 0;
-  Packed<S> rows[T::buffers][T::rows][T::packs];
-
-  const auto load = [&](Packed<S>(&to)[T::rows][T::packs], int64_t r) {
-#pragma unroll
-    for (int i = 0; i < T::rows; ++i)
-#pragma unroll
-      for (int k = 0; k < T::packs; ++k) {
-        const int j = (k * T::threads + int(threadIdx.x)) * kPack;
-        to[i][k].raw = uint4{0, 0, 0, 0};
-        if (r + i < r1 && j < length)
-          to[i][k].raw = load_once(reinterpret_cast<const uint4*>(x.w + (r + i) * x.ld + j));
-      }
-  };
-  load(rows[0], r0);  // on their way while a is copied
-#pragma unroll
-  for (int k = 0; k < T::packs; ++k) {
-    const int j = (k * T::threads + int(threadIdx.x)) * kPack;
-#pragma unroll
-    for (int e = 0; e < kPack; ++e)
-      near[place(k, e)] = T::z_shared ? C(0) : j < length ? a[j + e] : C(0);
-  }
-  double tt = 0;
-  const auto use = [&](const Packed<S>(&w)[T::rows][T::packs], int64_t r, C* slot) {
-    C total[T::rows];
-    if (dot) {
-#pragma unroll
-      for (int i = 0; i < T::rows; ++i) total[i] = 0;
-#pragma unroll
-      for (int k = 0; k < T::packs; ++k) {
-        const int j = (k * T::threads + int(threadIdx.x)) * kPack;
-        if (j < length) {
-#pragma unroll
-          for (int e = 0; e < kPack; ++e) {
-            const C v = T::z_shared ? a[j + e] : near[place(k, e)];
-#pragma unroll
-            for (int i = 0; i < T::rows; ++i) total[i] += w[i][k].get(e) * v;
-          }
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < T::rows; ++i) {
-        const C sum = warp_sum(total[i]);
-        if (threadIdx.x % 32 == 0) slot[i * kWarps + int(threadIdx.x / 32)] = sum;
-      }
-      __syncthreads();
-#pragma unroll
-      for (int i = 0; i < T::rows; ++i) {
-        total[i] = 0;
-#pragma unroll
-        for (int k = 0; k < kWarps; ++k) total[i] += slot[i * kWarps + k];
-        if (threadIdx.x == 0 && r + i < r1) {
-          t[r + i] = total[i];
-          tt += double(total[i]) * double(total[i]);
-        }
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < T::rows; ++i) total[i] = r + i < r1 ? t[r + i] : C(0);
-    }
-    if (!axpy) return;
-#pragma unroll
-    for (int i = 0; i < T::rows; ++i) total[i] *= scale;
-#pragma unroll
-    for (int k = 0; k < T::packs; ++k) {
-#pragma unroll
-      for (int e = 0; e < kPack; ++e) {
-        C& to = T::z_shared ? near[place(k, e)] : z[T::z_shared ? 0 : k * kPack + e];
-        C sum = to;
-#pragma unroll
-        for (int i = 0; i < T::rows; ++i) sum += total[i] * w[i][k].get(e);
-        to = sum;
-      }
-    }
-  };
-
-  // A thread is never two groups ahead of another (each use has a barrier), so two slots are
-  // enough.
-  C* slots[2] = {sums, sums + T::rows * kWarps};
-  if (T::buffers == 2) {
-    for (int64_t r = r0; r < r1; r += 2 * T::rows) {
-      load(rows[T::buffers - 1], r + T::rows);
-      use(rows[0], r, slots[0]);
-      load(rows[0], r + 2 * T::rows);
-      if (r + T::rows < r1) use(rows[T::buffers - 1], r + T::rows, slots[1]);
-    }
-  } else {
-    int turn = 0;
-    for (int64_t r = r0; r < r1; r += T::rows, turn ^= 1) {
-      if (r > r0) load(rows[0], r);
-      use(rows[0], r, turn ? slots[1] : slots[0]);
-    }
-  }
-  if (dot && threadIdx.x == 0) own.record->gram[0] = tt;
-  if (!axpy) return;
-#pragma unroll
-  for (int k = 0; k < T::packs; ++k) {
-    const int j = (k * T::threads + int(threadIdx.x)) * kPack;
-    if (j >= length) continue;
-#pragma unroll
-    for (int e = 0; e < kPack; ++e)
-      part[j + e] = T::z_shared ? near[place(k, e)] : z[T::z_shared ? 0 : k * kPack + e];
-  }
 }
 
 // u (stored by columns: v) from t, by as many blocks as have made t: where rows are short it is as

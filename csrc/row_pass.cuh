@@ -6,7 +6,7 @@
 // so that W^T W v costs one read of W from memory. Stored by rows: a = v, t = W v, z = W^T t;
 // stored by columns (a transposed view) the stored rows are W's columns, and the roles of u and v
 // change places. This is the general form, for any stride and b columns at once;
-// power_iteration_stream_cuda.cu has the one that keeps rows in registers.
+// power_iteration_stream_rows.cuh has the one that keeps rows in registers.
 #pragma once
 
 #include "device.cuh"

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from cuda_on_host import host_runner
 
 import specnorm_ext
 
@@ -116,7 +117,7 @@ def test_no_hot_kernel_spills(reports, arch, record_property):
     kernels = reports[arch]
     lines = [
         f"{arch}: registers, stack, spill stores, spill loads (bytes); shared memory is dynamic in all:",
-        "  needs_of() in power_iteration_cuda.cu and cut_bytes_of() in ..._stream_cuda.cu say how much",
+        "  needs_of() in power_iteration_cuda.cu and fit_of() in ..._stream_cuts.cuh say how much",
         *(
             f"  {k.registers:4} {k.stack:5} {k.spill_stores:5} {k.spill_loads:5}  {'hot' if k.hot else '   '}  {k.name}"
             for k in kernels
@@ -127,6 +128,123 @@ def test_no_hot_kernel_spills(reports, arch, record_property):
         assert any(re.match(pattern, k.name) for k in kernels), f"no kernel is named like {pattern}"
     spilled = [k for k in kernels if k.hot and k.spill_stores + k.spill_loads > 0]
     assert not spilled, f"{arch}: registers of hot kernels spill to memory: {spilled}"
+
+
+class Chip(NamedTuple):
+    """What an architecture's devices have, and up to which length of a row, in float32, float64 and elements of 16
+    bits, a streaming pass of one column has two blocks a multiprocessor (power_iteration_stream_cuts.cuh says why)."""
+
+    major: int
+    shared_per_block: int
+    shared_per_multiprocessor: int
+    threads: int
+    widest: int  # cluster
+    two: tuple[int, int, int]
+
+
+CHIPS = {
+    "sm_75": Chip(7, 64 << 10, 64 << 10, 1024, 1, (11264, 5632, 14336)),
+    "sm_80": Chip(8, 163 << 10, 164 << 10, 2048, 1, (14336, 7168, 16384)),
+    "sm_86": Chip(8, 99 << 10, 100 << 10, 1536, 1, (14336, 7168, 16384)),
+    "sm_89": Chip(8, 99 << 10, 100 << 10, 1536, 1, (14336, 7168, 16384)),
+    "sm_90": Chip(9, 227 << 10, 228 << 10, 2048, 8, (114688, 57344, 131072)),
+}
+LENGTHS = (
+    1024, 2048, 2056, 3072, 4096, 4104, 5120, 5632, 5640, 7168, 7176, 8192, 8200, 11008, 11264, 11272, 14336, 14344,
+    16384, 16392, 18944, 28672, 28680, 32768, 32776, 49152, 53248, 57344, 57352, 65536, 65544, 114688, 131072,
+)  # fmt: skip
+# Bytes that one multiprocessor must have asked for to use the bandwidth of an H200's memory: 4.3 TB/s over 132
+# multiprocessors, times a microsecond.
+IN_FLIGHT = 33_000
+
+
+class Fit(NamedTuple):
+    """A launch of the streaming pass, as stream_fits.cpp tells of it."""
+
+    cut: str
+    threads: int
+    rows: int
+    buffers: int
+    cluster: int
+    shared: int
+    near: int
+    live: int
+
+
+@pytest.fixture(scope="module")
+def fits(tmp_path_factory) -> dict[tuple[str, str, int], Fit | None]:
+    """Of each dtype, architecture and length; None where the row takes another pass."""
+    reason = host_runner.why_not()
+    if reason:
+        pytest.skip(reason)
+    program = tmp_path_factory.mktemp("fits") / "fits"
+    source = host_runner.HERE / "stream_fits.cpp"
+    flags = [
+        "-std=c++17",
+        "-DSPECNORM_CUDA_ON_HOST",
+        f"-I{host_runner.CSRC}",
+        f"-I{host_runner.HERE}",
+    ]
+    built = host_runner.call([host_runner.CXX, *flags, source, "-o", program])
+    assert built.returncode == 0, built.stderr[-4000:]
+    questions = "".join(
+        f"{arch} {x.major} {x.shared_per_block} {x.shared_per_multiprocessor}"
+        f" {x.shared_per_multiprocessor - x.shared_per_block} {x.widest} {length}\n"
+        for arch, x in CHIPS.items()
+        for length in LENGTHS
+    )
+    out = subprocess.run([program], input=questions, capture_output=True, text=True, check=True)
+    result: dict[tuple[str, str, int], Fit | None] = {}
+    for line in out.stdout.splitlines():
+        dtype, arch, length, cut, *numbers = re.findall(r"Cut<[^>]*>|\S+", line)
+        result[dtype, arch, int(length)] = Fit(cut, *map(int, numbers)) if numbers else None
+    return result
+
+
+def blocks_resident(fit: Fit, chip: Chip, registers: int) -> int:
+    """As CUDA's occupancy calculator has it: registers go to warps in units of 256, warps to four schedulers."""
+    warps = fit.threads // 32
+    by_registers = 65536 // (-(-registers * 32 // 256) * 256) // 4 * 4 // warps
+    reserved = chip.shared_per_multiprocessor - chip.shared_per_block
+    held = -(-(fit.shared + reserved) // 128) * 128
+    by_shared = chip.shared_per_multiprocessor // held
+    return min(by_registers, by_shared, chip.threads // fit.threads)
+
+
+@pytest.mark.parametrize("arch", CHIPS)
+def test_two_blocks_a_multiprocessor_when_streaming(reports, fits, arch, record_property):
+    """Registers of the architecture's own report, else of another's: launch bounds hold them for all."""
+    chip = CHIPS[arch]
+    kernels = reports.get(arch) or next(iter(reports.values()))
+    lines = [
+        f"{arch}: a row's length, cut, cluster, blocks a multiprocessor, KB in flight (float):"
+    ]
+    for dtype in ("float", "double", "bf16", "f16"):
+        two = chip.two[("float", "double").index(dtype) if dtype in ("float", "double") else 2]
+        element = {"float": 4, "double": 8}.get(dtype, 2)
+        for length in LENGTHS:
+            fit = fits[dtype, arch, length]
+            if fit is None:
+                assert length > two
+                continue
+            name = f"stream_pass_rows<{dtype}, {fit.cut}"
+            found = [k for k in kernels if k.name.replace(" >", ">").startswith(name)]
+            assert len(found) == 1, f"expected one kernel {name}, got {found}"
+            blocks = blocks_resident(fit, chip, found[0].registers)
+            assert blocks >= fit.live, f"the launcher counts on more blocks: {length} {fit}"
+            if length <= two:
+                assert blocks >= 2, f"{dtype}, rows of {length}: {blocks} blocks, {fit}, {found}"
+            # (one buffer: what is asked for while the axpy lets go of it)
+            flight = min(blocks, 2) * fit.rows * length * element // fit.cluster
+            if dtype == "float":
+                lines.append(
+                    f"  {length:7} {fit.cut:34} {fit.cluster} {blocks} {flight >> 10:4}, packs of a near: {fit.near}"
+                )
+            # past the first cut: there blocks may have less to ask for
+            if length * element > 8192:
+                assert flight > 0.7 * IN_FLIGHT, f"{dtype}, rows of {length}: {flight} bytes"
+    if arch in ("sm_80", "sm_90"):
+        record_property("printed", "\n".join(lines))
 
 
 def test_the_module_with_cuda_kernels_runs_its_cpu_ops_on_a_torch_without_cuda():

@@ -178,25 +178,67 @@ def test_automatic_choice_on_a_weight_larger_than_the_chip(runner):
         check_one(runner, w, device=replace(SMALL, multiprocessors=2))
 
 
-# Both edges of each cut of the streaming pass (power_iteration_stream_cuda.cu, WideCuts and NarrowCuts), the rows of
-# DESIGN 7, and one length past them all, which takes the pass for anything.
+# Both edges of each cut of the streaming pass (power_iteration_stream_cuts.cuh), the rows of DESIGN 7, and one length
+# past them all, which is read across.
 ROW_LENGTHS = {
-    F32: (2048, 2052, 4096, 4100, 8192, 8196, 14336, 16384, 16388, 28672, 32768, 32772),
-    F64: (1024, 1026, 2048, 2050, 4096, 4098, 8192, 8194, 16384, 16386),
-    BF16: (2048, 2056, 4096, 4104, 8192, 8200, 16384, 16392, 28672, 32768, 32776),
-}
+    F32: (
+        2048, 2052, 4096, 4100, 8192, 8196, 14336, 14340, 16384, 28672, 28676, 32768, 32772, 57344, 57348, 114688,
+        114692,
+    ),
+    F64: (
+        1024, 1026, 2048, 2050, 4096, 4098, 7168, 7170, 14336, 14338, 16384, 16386, 28672, 28674, 57344, 57346,
+    ),
+    BF16: (
+        2048, 2056, 4096, 4104, 8192, 8200, 16384, 16392, 28672, 32768, 32776, 65536, 65544, 131072, 131080,
+    ),
+}  # fmt: skip
 ROW_LENGTHS[F16] = ROW_LENGTHS[BF16]
+AMPERE = replace(H200, shared_per_block=163 << 10, shared_per_multiprocessor=164 << 10, major=8)
+ADA = replace(H200, shared_per_block=99 << 10, shared_per_multiprocessor=100 << 10, major=8)
 
 
 @needs("power_iteration")
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 @each_dtype
 def test_every_cut_of_the_streaming_pass(runner, dtype, layout):
-    devices = (H200, SMALL, replace(H200, multiprocessors=1, shared_per_block=166912))
+    """Each length on a device with clusters, and on one of those that have none."""
+    without = (AMPERE, ADA, TURING, replace(AMPERE, multiprocessors=1))
     for i, length in enumerate(ROW_LENGTHS[dtype]):
-        w = random_weight((3, 9, 1, 17, 2)[i % 5], length, dtype)
-        w = w if layout == "contiguous" else w.mT
-        check_one(runner, w, strategy="stream", device=devices[i % 3])
+        for device in (H200, rotate(without, i + hashed(dtype))):
+            w = random_weight((3, 9, 1, 17, 2)[i % 5], length, dtype)
+            w = w if layout == "contiguous" else w.mT
+            check_one(runner, w, strategy="stream", device=device)
+
+
+@needs("power_iteration")
+@pytest.mark.parametrize("columns_stored", [False, True])
+def test_a_row_divided_among_the_blocks_of_a_cluster(runner, columns_stored):
+    """The same bits in every order; several iterations; in one launch with rows of other lengths, zero, NaN and an
+    infinity in one slice among them, scales that leave the plain range, and a device of no room for clusters."""
+    shapes = ((3, 14340), (9, 20004), (2, 28672), (5, 16384), (4, 15000), (3, 28660), (2, 20000))
+    ws = [random_weight(m, n, seed=m) for m, n in shapes]
+    if columns_stored:
+        ws = [w.mT for w in ws]
+    ws[1] *= 1e-30
+    ws[3].zero_()
+    (ws[4].mT if columns_stored else ws[4])[3, 14999] = torch.nan
+    (ws[5].mT if columns_stored else ws[5])[0, 1] = torch.inf
+    for device in (H200, replace(H200, multiprocessors=1)):
+        us, vs = states(ws)
+        before = [(u.clone(), v.clone()) for u, v in zip(us, vs, strict=True)]
+        options = {"strategy": "stream", "device": device, "orders": ALL_ORDERS}
+        sigma = runner.power_iteration_(ws, us, vs, **options)
+        for i in (0, 1, 2, 6):
+            check_step(ws[i], before[i][1], us[i], vs[i], sigma[i], true_norm(ws[i]))
+        assert sigma[3] == 0
+        for i in (4, 5):
+            assert sigma[i].isnan()
+        for i in (3, 4, 5):
+            assert same_bits(us[i], before[i][0])
+            assert same_bits(vs[i], before[i][1])
+    u, v = start(ws[0])
+    sigma = runner.power_iteration_([ws[0]], [u], [v], 4, strategy="stream", orders=ALL_ORDERS)
+    check_pair(ws[0], u, v, sigma[0], true_norm(ws[0]))
 
 
 @needs("power_iteration")
@@ -267,7 +309,7 @@ def test_rows_longer_than_any_cut_are_read_across_unasked(runner):
     NaN ones among them, and starts that cannot be used."""
     check_one(runner, random_weight(1, 1_000_003, F32))
     assert runner.stats.launches == ACROSS["columns", 1]
-    check_one(runner, random_weight(3, 65536, BF16), device=SMALL)
+    check_one(runner, random_weight(3, 65536, BF16), device=TURING)
     assert runner.stats.launches == ACROSS["columns", 1]
     ws = [random_weight(m, 40001, F64, seed=m) for m in (1, 2, 3, 2, 2, 2, 1)]
     ws += [random_weight(97, 130, F64), random_weight(20000, 3, F64).mT]

@@ -176,6 +176,7 @@ enum cudaFuncAttribute {
   cudaFuncAttributePreferredSharedMemoryCarveout,
   cudaFuncAttributeNonPortableClusterSizeAllowed
 };
+enum cudaSharedCarveout { cudaSharedmemCarveoutMaxShared = 100 };
 
 namespace specnorm {
 namespace emulation {
