@@ -122,6 +122,23 @@ __device__ __noinline__ void block_gram(const C* x, int64_t stride, int64_t n, i
   __syncthreads();
 }
 
+// The sum of `count` [b, b] matrices, from(k) the k-th: eight threads to an element, each adding
+// every eighth, since to wait for one after the other would take longer than most passes.
+template <class F>
+__device__ __forceinline__ void add_up(Small* to, int b, int count, F from) {
+  constexpr int kSides = 8;
+  const int side = int(threadIdx.x) % kSides, groups = int(blockDim.x) / kSides;
+  for (int e0 = 0; e0 < b * b; e0 += groups) {
+    const int e = e0 + int(threadIdx.x) / kSides;
+    double sum = 0;
+#pragma unroll 4
+    for (int k = side; k < count && e < b * b; k += kSides) sum += from(k)[e];
+    for (int step = kSides / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+    if (e < b * b && side == 0) to->a[e / b][e % b] = sum;
+  }
+  __syncthreads();
+}
+
 template <class C>
 __device__ __noinline__ void block_scale(C* x, int64_t n, double factor) {
   for_elements(x, n, [&](int64_t k, C value) { x[k] = C(double(value) * factor); });
@@ -332,6 +349,45 @@ __device__ __noinline__ int warp_invert(const double* sigma, int b, double* inve
     inverse[lane] = sigma[lane] > 16 * Range<C>::epsilon * sigma[0] ? 1 / sigma[lane] : 0;
   __syncwarp();
   return rank;
+}
+
+// Upper triangular out, such that x out has orthonormal columns where g = x^T x: Gram-Schmidt in
+// coefficients. Returns the least squared sine of an angle between a column and those before it; 0:
+// there is no such triangle.
+template <class C>
+__device__ __noinline__ double warp_triangle(const Small* g, int b, DenseShared* d, Small* out) {
+  const int lane = int(threadIdx.x);
+  Small& l = d->half;  // of the unit columns: Cholesky, lower
+  if (lane < b) d->inverse[lane] = g->a[lane][lane] > 0 ? 1 / sqrt(g->a[lane][lane]) : 0;
+  __syncwarp();
+  for (int e = lane; e < b * b; e += 32)
+    l.a[e / b][e % b] = g->a[e / b][e % b] * d->inverse[e / b] * d->inverse[e % b];
+  __syncwarp();
+  double least = 1;
+  for (int k = 0; k < b; ++k) {
+    const double pivot = l.a[k][k];
+    if (!(pivot > 0)) return 0;
+    least = pivot < least ? pivot : least;
+    const double root = sqrt(pivot);
+    __syncwarp();
+    if (lane >= k && lane < b) l.a[lane][k] = lane == k ? root : l.a[lane][k] / root;
+    __syncwarp();
+    if (lane > k && lane < b)
+      for (int j = k + 1; j <= lane; ++j) l.a[lane][j] -= l.a[lane][k] * l.a[j][k];
+    __syncwarp();
+  }
+  // column `lane` of the inverse of l^T, from the diagonal up
+  if (lane < b)
+    for (int i = b - 1; i >= 0; --i) {
+      double sum = i == lane;
+      for (int k = i + 1; k <= lane; ++k) sum -= l.a[k][i] * out->a[k][lane];
+      out->a[i][lane] = i > lane ? 0 : sum / l.a[i][i];
+    }
+  __syncwarp();
+  if (lane < b)
+    for (int i = 0; i <= lane; ++i) out->a[i][lane] *= d->inverse[i];
+  __syncwarp();
+  return least;
 }
 
 }  // namespace device

@@ -6,6 +6,7 @@
 //     pass                      tiles of stored rows: t = W a, partial z = W^T t of the same rows
 //     reduce                    z = sum of the partial z, in the order of the tiles
 //     conclude                  u, v, sigma or the next a               one block a matrix
+//                               (several columns: power_iteration_stream_columns.cuh)
 //   hand out                    u from t, where W has rows of a few elements
 //
 // Kernels follow each other on the stream, which costs what a grid barrier costs, needs no blocks
@@ -15,6 +16,7 @@
 // of its elements: max |W| would take a read of W more. Where that does not do (the sample misses
 // what matters, NaN, zero) the matrix is marked, and done again by one block in its last conclude.
 #include "power_iteration_launch.cuh"
+#include "power_iteration_stream_columns.cuh"
 #include "power_iteration_stream_cuts.cuh"
 
 namespace specnorm {
@@ -68,7 +70,13 @@ __global__ void __launch_bounds__(kThreads) stream_prepare(const __grid_constant
     most = block_max(most, s.d->sums);
     v_factor = s.start_factor(most, block_sum(squares, s.d->sums));
   }
-  if (v_factor == 0) s.start();
+  bool planned = false;  // stream_begin_columns makes the start
+  if constexpr (B > 1) {
+    ColumnsHead* head = columns_of(s);
+    planned = plan_start(&s, chunks_of_columns(s), &head->combine[s.by_columns]);
+    if (threadIdx.x == 0) head->begin = planned;
+  }
+  if (v_factor == 0 && !planned) s.start();
   double largest = 0;
 #pragma unroll
   for (int i = 0; i < kSample; ++i) {
@@ -80,7 +88,7 @@ __global__ void __launch_bounds__(kThreads) stream_prepare(const __grid_constant
     s.set_units(largest);
     s.sampled = true;
     // (stored by columns the start is t, and the axpy of kStart scales)
-    for (int i = 0; i < s.b && !s.by_columns; ++i)
+    for (int i = 0; i < s.b && !s.by_columns && !planned; ++i)
       block_scale(s.a + i * s.stride(), s.length(), s.dot_unit);
   }
   if (threadIdx.x == 0) {
@@ -165,15 +173,33 @@ __global__ void __launch_bounds__(kThreads)
     adopt_units(&s);
     s.defer_t = p.defer_t;
     s.parts = item.blocks;
-    const double tt = s.phase == kStart ? 0 : s.add_grams();
-    const double zz = B == 1 && s.phase != kLast ? block_inner(s.z, s.z, s.length(), s.d->sums) : 0;
-    failed = s.conclude(tt, zz) == kRecover;
+    if constexpr (B == 1) {
+      const double tt = s.phase == kStart ? 0 : s.add_grams();
+      const double zz = s.phase == kLast ? 0 : block_inner(s.z, s.z, s.length(), s.d->sums);
+      failed = s.conclude(tt, zz) == kRecover;
+    } else {
+      failed = plan_columns(&s, chunks_of_columns(s), columns_of(s)) != kNext;
+    }
     if (failed && threadIdx.x == 0) s.header->failed = 1;
   }
   if (!failed || !last) return;
   __syncthreads();
   set_up(&s, p, item, reinterpret_cast<Fixed<C>*>(dynamic_shared()));
   s.solve_apart();
+}
+
+template <class S, int B>
+__global__ void __launch_bounds__(kThreads)
+    stream_polish_columns(const __grid_constant__ StreamParams p) {
+  using C = typename Elem<S>::C;
+  const DeviceItem& item = p.items[blockIdx.x];
+  Solver<S, B> s;
+  set_up(&s, p, item, reinterpret_cast<Fixed<C>*>(dynamic_shared()));
+  if (!set_phase(s.by_columns, p.pass, p.n_iterations, &s.phase, &s.left) || s.header->failed)
+    return;
+  adopt_units(&s);
+  polish_columns(&s, chunks_of_columns(s), s.by_columns ? s.phase == kLast : s.left == 1,
+                 columns_of(s));
 }
 
 // ---- launches ----------------------------------------------------------------------------------
@@ -228,7 +254,7 @@ struct Streamer {
 
   template <int B>
   void batch(StreamParams& p, int way) {
-    int64_t blocks = 0, slices = 0, longest = 0, length = 0;
+    int64_t blocks = 0, slices = 0, chunks = 0, longest = 0, length = 0;
     bool by_columns = false;
     for (int i = 0; i < p.count; ++i) {
       DeviceItem& item = p.items[i];
@@ -241,13 +267,18 @@ struct Streamer {
       by_columns = by_columns || item.by_columns;
       const int64_t vector = item.columns * padded(x.length);
       slices += reduce_blocks(vector, sizeof(C));
+      chunks += column_blocks(item);
       longest = vector > longest ? vector : longest;
     }
     const int64_t fixed = int64_t(sizeof(Fixed<C>)) + group_bytes<S>(kThreads);
     p.defer_t = way == kShortRows;
     const LaunchConfig short_rows = config(blocks, kShortThreads, 32 * sizeof(double));
     if (p.defer_t && by_columns) go("stream measure", short_rows, &stream_measure<S>, p);
+    const LaunchConfig columns =
+        config(chunks, kColumnThreads, int64_t(sizeof(Small)) + kGramBytes);
+    if (B > 1) go("stream measure", columns, &stream_measure_columns<S>, p);
     go("stream prepare", config(p.count, kThreads, fixed), &stream_prepare<S, B>, p);
+    if (B > 1) go("stream begin", columns, &stream_begin_columns<S>, p);
     const int passes = p.n_iterations + (by_columns ? 1 : 0);
     for (p.pass = 0; p.pass < passes; ++p.pass) {
       if (way < kAny) {
@@ -261,9 +292,18 @@ struct Streamer {
         p.a_shared = fixed + vector <= on.info.shared_per_block ? vector : 0;
         go("stream pass", config(blocks, kThreads, fixed + p.a_shared), &stream_pass_any<S, B>, p);
       }
-      go("stream reduce", config(slices, kReduceThreads, kReduceThreads * 16), &stream_reduce<S>,
-         p);
+      // The pass after n_iterations is the last of those stored by columns: T = W^T U, and no z.
+      if (p.pass < p.n_iterations) {
+        const LaunchConfig reduce = config(slices, kReduceThreads, kReduceThreads * 16);
+        go("stream reduce", reduce, &stream_reduce<S>, p);
+        if (B > 1) go("stream gram", columns, &stream_gram<S>, p);
+      }
       go("stream conclude", config(p.count, kThreads, fixed), &stream_conclude<S, B>, p);
+      if constexpr (B > 1) {
+        go("stream combine", columns, &stream_combine<S>, p);
+        go("stream polish", config(p.count, kThreads, fixed), &stream_polish_columns<S, B>, p);
+        go("stream finish", columns, &stream_finish_columns<S>, p);
+      }
     }
     if (p.defer_t) go("stream hand-out", config(blocks, kShortThreads, 0), &stream_hand_out<S>, p);
   }
@@ -323,21 +363,18 @@ CudaStatus run_stream(const PowerIterationParams& p, const CudaCall& call, const
     params.eps = p.eps;
     params.sigma = p.sigma;
     params.workspace = workspace;
-    bool several = false;
     const auto flush = [&] {
       if (params.count > 0) {
-        if (several)
+        if (way == kAnyColumns || way == kShortRowsColumns)
           streamer.template batch<kMaxColumns>(params, way);
         else
           streamer.template batch<1>(params, way);
       }
       params.count = 0;
-      several = false;
     };
     for (const DeviceItem& item : list.items) {
       if (way_of<S>(item, on) != way) continue;
       params.items[params.count++] = item;
-      several = several || item.columns > 1;
       if (params.count == kItems) flush();
     }
     flush();

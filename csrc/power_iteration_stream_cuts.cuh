@@ -51,7 +51,21 @@ template <>
 struct Cuts<device::f16> : NarrowCuts {};
 
 // The passes, in the order in which they are tried and launched.
-enum Way : int { kA, kB, kC, kD, kD2, kD4, kD8, kE, kAny, kShortRows, kShortRowsColumns, kWays };
+enum Way : int {
+  kA,
+  kB,
+  kC,
+  kD,
+  kD2,
+  kD4,
+  kD8,
+  kE,
+  kAny,
+  kAnyColumns,
+  kShortRows,
+  kShortRowsColumns,
+  kWays
+};
 
 template <class T>
 struct CutType {
@@ -119,7 +133,8 @@ int way_of(const DeviceItem& item, const StreamDevice& on) {
   const Rows<S> x = stored_rows<S>(item);
   if (item.columns == 1 && x.length <= kShort) return kShortRows;
   if (item.columns > 1 && x.length <= kShortColumns) return kShortRowsColumns;
-  if (item.columns > 1 || !x.aligned || x.length % Packed<S>::count != 0) return kAny;
+  if (item.columns > 1) return kAnyColumns;
+  if (!x.aligned || x.length % Packed<S>::count != 0) return kAny;
   for (int least = 2; least >= 1; --least)  // rather a cluster than one block alone
     for (int way = 0; way < kAny; ++way)
       if (fit_of<S>(way, x.length, on).live >= least) return way;
@@ -130,8 +145,8 @@ int way_of(const DeviceItem& item, const StreamDevice& on) {
 template <class S>
 int blocks_live(int way, int64_t length, const StreamDevice& on, int* cluster) {
   *cluster = 1;
-  if (way == kAny) return 1;
-  if (way > kAny) return kShortBlocks<S>;
+  if (way == kAny || way == kAnyColumns) return 1;
+  if (way > kAnyColumns) return kShortBlocks<S>;
   by_cut<S>(way, [&](auto, int blocks) { *cluster = blocks; });
   return fit_of<S>(way, length, on).live;
 }
@@ -146,7 +161,8 @@ template <class S>
 bool read_across(const DeviceItem& item, const StreamDevice& on) {
   DeviceItem across = item;
   across.by_columns = !item.by_columns;
-  return way_of<S>(item, on) == kAny && way_of<S>(across, on) > kAny;
+  const int way = way_of<S>(item, on);
+  return (way == kAny || way == kAnyColumns) && way_of<S>(across, on) > kAnyColumns;
 }
 
 }  // namespace cuda

@@ -53,6 +53,16 @@ __device__ void adopt_units(Solver<S, B>* s) {
   s->sampled = s->header->sampled;
 }
 
+template <class S, int B>
+__device__ ColumnsHead* columns_of(const Solver<S, B>& s) {
+  const Layout x = layout_of(s.whole.rows, s.length(), s.b, 0, sizeof(typename Elem<S>::C));
+  return reinterpret_cast<ColumnsHead*>(reinterpret_cast<char*>(s.header) + x.columns);
+}
+template <class S, int B>
+__device__ ChunkSums* chunks_of_columns(const Solver<S, B>& s) {
+  return reinterpret_cast<ChunkSums*>(columns_of(s) + 1);
+}
+
 // Any strides, any number of columns.
 template <class S, int B>
 __global__ void __launch_bounds__(kThreads, 1)

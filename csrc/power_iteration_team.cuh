@@ -230,12 +230,7 @@ struct Solver {
       for (int r = int(threadIdx.x); r < parts; r += int(blockDim.x)) sum += head_of(r)->gram[0];
       return block_sum(sum, d->sums);
     } else {
-      for (int e = int(threadIdx.x); e < b * b; e += int(blockDim.x)) {
-        double sum = 0;
-        for (int r = 0; r < parts; ++r) sum += head_of(r)->gram[e];
-        d->gt.a[e / b][e % b] = sum;
-      }
-      __syncthreads();
+      add_up(&d->gt, b, parts, [&](int r) { return head_of(r)->gram; });
       return 0;
     }
   }
@@ -354,27 +349,30 @@ struct Solver {
     return kNext;
   }
 
-  // Several columns, the first block: on kNext z holds the next orthonormal columns.
-  __device__ __noinline__ Action orthonormal_z() {
-    block_gram(z, stride(), length(), b, &d->gz, d->sums);
+  // Several columns. What follows of the sums alone: each leaves in d what the vectors are to be
+  // multiplied by.
+
+  static __device__ double longest_of(const Small& g, int b) {  // squared; NaN if any is
     double longest = 0;
-    for (int i = 0; i < b; ++i) {
-      const double g = d->gz.a[i][i];
-      longest = g > longest || g != g ? g : longest;
-    }
-    if (!acceptable(sqrt(longest), axpy_unit)) return kRecover;
+    for (int i = 0; i < b; ++i)
+      longest = g.a[i][i] > longest || g.a[i][i] != g.a[i][i] ? g.a[i][i] : longest;
+    return longest;
+  }
+
+  // From gz: z whiten has orthonormal columns, as many as rank.
+  __device__ __noinline__ Action whiten_z() {
+    if (!acceptable(sqrt(longest_of(d->gz, b)), axpy_unit)) return kRecover;
     if (threadIdx.x < 32) {
       const int rank_of = warp_whitening<C>(&d->gz, b, d);
       if (threadIdx.x == 0) d->rank = rank_of;
     }
     __syncthreads();
-    block_combine(z, stride(), length(), b, &d->whiten, d->rank);
-    block_orthonormalize(z, stride(), length(), b, d->sums);
     return kNext;
   }
 
-  __device__ __noinline__ Action conclude_by_columns() {
-    if (phase == kStart) return orthonormal_z();
+  // From gt (destroyed), t = W^T U for the orthonormal U in a: t to_v are the right singular
+  // vectors, as many as kept, U x the left ones.
+  __device__ __noinline__ Action ritz_by_columns() {
     for (int i = 0; i < b; ++i)
       if (!finite(d->gt.a[i][i])) return not_finite();
     __syncthreads();  // all have read gt before the first warp takes it apart
@@ -386,33 +384,13 @@ struct Solver {
       if (threadIdx.x == 0) d->kept = kept;
     }
     __syncthreads();
-    if (!(d->sigma[0] > 0)) return kRecover;
-    if (phase == kLast) {
-      const double value = d->sigma[0];
-      block_combine(t, t_stride(), n, b, &d->to_v, d->kept);
-      const double size_v = block_polish(t, t_stride(), n, b, d->sums);
-      for (int i = 0; i < b; ++i) block_scale(a + i * stride(), m, 1 / dot_unit);
-      block_combine(a, stride(), m, b, &d->x, b);
-      block_polish(a, stride(), m, b, d->sums);
-      for (int i = 0; i < b; ++i) {
-        hand_out(item->u, i, a + i * stride(), m, 1, 0, 1);
-        hand_out(item->v, i, t + i * t_stride(), n, 1, 0, 1);
-      }
-      write_sigma(value * size_v / dot_unit);
-      return kDone;
-    }
-    block_combine(z, stride(), length(), b, &d->to_v, d->kept);  // T' = W V for the Ritz vectors V
-    return orthonormal_z();
+    return d->sigma[0] > 0 ? kNext : kRecover;
   }
 
-  __device__ __noinline__ Action conclude_by_rows() {
-    double longest = 0;
-    for (int i = 0; i < b; ++i) {
-      const double g = d->gt.a[i][i];
-      longest = g > longest || g != g ? g : longest;
-    }
-    if (!acceptable(sqrt(longest), dot_unit)) return kRecover;
-    block_gram(z, stride(), n, b, &d->gz, d->sums);
+  // From gt and gz: t rotate are the left singular vectors, as many as rank, z to_v the right ones,
+  // as many as kept.
+  __device__ __noinline__ Action ritz_by_rows() {
+    if (!acceptable(sqrt(longest_of(d->gt, b)), dot_unit)) return kRecover;
     for (int i = 0; i < b; ++i)
       if (!finite(d->gz.a[i][i])) return not_finite();
     // T whitened has unit columns whatever its scale; Z = axpy_unit W^T T. So the Ritz values of
@@ -433,7 +411,44 @@ struct Solver {
       }
     }
     __syncthreads();
-    if (d->rank == 0 || !(d->sigma[0] > 0)) return kRecover;
+    return d->rank > 0 && d->sigma[0] > 0 ? kNext : kRecover;
+  }
+
+  // The first block: on kNext z holds the next orthonormal columns.
+  __device__ __noinline__ Action orthonormal_z() {
+    block_gram(z, stride(), length(), b, &d->gz, d->sums);
+    if (whiten_z() != kNext) return kRecover;
+    block_combine(z, stride(), length(), b, &d->whiten, d->rank);
+    block_orthonormalize(z, stride(), length(), b, d->sums);
+    return kNext;
+  }
+
+  __device__ __noinline__ Action conclude_by_columns() {
+    if (phase == kStart) return orthonormal_z();
+    const Action action = ritz_by_columns();
+    if (action != kNext) return action;
+    if (phase == kLast) {
+      const double value = d->sigma[0];
+      block_combine(t, t_stride(), n, b, &d->to_v, d->kept);
+      const double size_v = block_polish(t, t_stride(), n, b, d->sums);
+      for (int i = 0; i < b; ++i) block_scale(a + i * stride(), m, 1 / dot_unit);
+      block_combine(a, stride(), m, b, &d->x, b);
+      block_polish(a, stride(), m, b, d->sums);
+      for (int i = 0; i < b; ++i) {
+        hand_out(item->u, i, a + i * stride(), m, 1, 0, 1);
+        hand_out(item->v, i, t + i * t_stride(), n, 1, 0, 1);
+      }
+      write_sigma(value * size_v / dot_unit);
+      return kDone;
+    }
+    block_combine(z, stride(), length(), b, &d->to_v, d->kept);  // T' = W V for the Ritz vectors V
+    return orthonormal_z();
+  }
+
+  __device__ __noinline__ Action conclude_by_rows() {
+    block_gram(z, stride(), n, b, &d->gz, d->sums);
+    const Action action = ritz_by_rows();
+    if (action != kNext) return action;
     const double value = d->sigma[0];
     block_combine(z, stride(), n, b, &d->to_v, d->kept);
     const double size_v = block_polish(z, stride(), n, b, d->sums);

@@ -45,10 +45,32 @@ struct Header {
 };
 static_assert(sizeof(Header) == 256, "what follows is aligned to as much");
 
+// Streaming with several columns (power_iteration_stream_columns.cuh): what a block says of a chunk
+// of a vector, and what the one block makes of that.
+struct ChunkSums {
+  double gram[kMaxColumns * kMaxColumns];
+  double top[kMaxColumns];  // of the given v
+};
+struct alignas(16) ColumnsHead {
+  Small combine[2], polish[2];  // of the vector as long as a stored row, and of t
+  double value;                 // the leading singular value, in the units of the pass
+  int kept[2];                  // columns of combine; the others have been found dependent
+  int begin;                    // v is to be multiplied by combine; 0: the start is made
+};
+// Chunks of a vector: a few rounds of a block's loads each, and no more than one block adds up
+// quickly.
+__host__ __device__ inline int64_t chunk_of(int64_t n) {
+  const int64_t least = 1024, most = 128, chunk = (n + most - 1) / most;
+  return chunk < least ? least : chunk;
+}
+__host__ __device__ inline int64_t chunks_of(int64_t n) {
+  return (n + chunk_of(n) - 1) / chunk_of(n);
+}
+
 // The part of the workspace that belongs to one matrix. Host and device agree through this
 // function.
 struct Layout {
-  int64_t t, z, a, records, record_bytes, bytes;
+  int64_t t, z, a, columns, chunks, records, record_bytes, bytes;
 };
 __host__ __device__ inline Layout layout_of(int64_t rows, int64_t length, int64_t columns,
                                             int64_t records, int64_t element) {
@@ -57,7 +79,11 @@ __host__ __device__ inline Layout layout_of(int64_t rows, int64_t length, int64_
   x.t = sizeof(Header);
   x.z = x.t + columns * padded(rows) * element;
   x.a = x.z + vector;
-  x.records = x.a + vector;
+  x.columns = x.a + vector;
+  x.chunks = x.columns + (columns > 1 ? int64_t(sizeof(ColumnsHead)) : 0);
+  x.records =
+      x.chunks +
+      (columns > 1 ? (chunks_of(rows) + chunks_of(length)) * int64_t(sizeof(ChunkSums)) : 0);
   x.record_bytes = int64_t(sizeof(RecordHead)) + vector;
   x.bytes = (x.records + records * x.record_bytes + 255) / 256 * 256;
   return x;

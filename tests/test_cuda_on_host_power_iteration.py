@@ -275,9 +275,32 @@ def test_tall_and_narrow_when_streaming(runner, dtype):
         assert same_bits(v, v0)
 
 
-# Launches of a call with one iteration on rows that are read across: stored by columns two passes, a reduction and a
-# conclusion after each, by rows one; prepare; with one column measure (by columns) and hand-out.
-ACROSS = {("columns", 1): 9, ("rows", 1): 5, ("columns", 2): 7, ("rows", 2): 4}
+@needs("power_iteration")
+@pytest.mark.parametrize("b", range(2, 9))
+def test_several_columns_are_spread_over_blocks(runner, b):
+    """Vectors at the edge of one chunk, and of several chunks; orders, iterations; starts from which the columns must
+    be drawn anew, and a W that leaves fewer directions than columns."""
+    for i, (m, n) in enumerate(((9, 1024), (1025, 8), (2500, 12))):
+        dtype = rotate(DTYPES, i + b)
+        w = random_weight(m, n, dtype, seed=i)
+        w = w.mT if (i + b) % 2 else w
+        if i == 0:
+            check_one(runner, w, b, strategy="stream", orders=ALL_ORDERS)
+        u, v = start(w, b)
+        sigma = runner.power_iteration_([w], [u], [v], 2, strategy="stream")
+        check_pair(w, u, v, sigma[0], true_norm(w))
+    w = random_weight(30, 1, F32) @ random_weight(1, 1100, F32)  # of rank one
+    x = w if b % 2 else w.mT
+    u, v = start(x, b)
+    v[:, 1] = v[:, 0]  # and a start that is of less
+    sigma = runner.power_iteration_([x], [u], [v], 2, strategy="stream")
+    check_pair(x, u, v, sigma[0], true_norm(x))
+
+
+# Launches of a call with one iteration on rows that are read across. Prepare; stored by columns two passes, else one; a
+# reduction after all but the last of two, and a conclusion. With one column measure (by columns) and hand-out; with
+# several measure and begin, and a pass is followed by Gram matrices, where it is reduced, combine, polish and finish.
+ACROSS = {("columns", 1): 8, ("rows", 1): 5, ("columns", 2): 15, ("rows", 2): 10}
 
 
 @needs("power_iteration")
