@@ -271,8 +271,10 @@ struct Streamer {
       longest = vector > longest ? vector : longest;
     }
     const int64_t fixed = int64_t(sizeof(Fixed<C>)) + group_bytes<S>(kThreads);
-    p.defer_t = way == kShortRows;
-    const LaunchConfig short_rows = config(blocks, kShortThreads, 32 * sizeof(double));
+    p.defer_t = way == kShortRows || way == kMiddleRows;
+    const LaunchConfig short_rows =
+        config(blocks, kShortThreads,
+               32 * int64_t(sizeof(double)) + kShortColumns * kShortColumns * int64_t(sizeof(C)));
     if (p.defer_t && by_columns) go("stream measure", short_rows, &stream_measure<S>, p);
     const LaunchConfig columns =
         config(chunks, kColumnThreads, int64_t(sizeof(Small)) + kGramBytes);
@@ -284,9 +286,13 @@ struct Streamer {
       if (way < kAny) {
         pass_rows(p, way, blocks, length);
       } else if (way == kShortRows) {
-        go("stream pass", short_rows, &stream_pass_short<S, 1>, p);
+        go("stream pass", short_rows, &stream_pass_short<S, 8, 1>, p);
+      } else if (way == kMiddleRows) {
+        go("stream pass", short_rows, &stream_pass_short<S, kShort, 1>, p);
       } else if (way == kShortRowsColumns) {
-        go("stream pass", short_rows, &stream_pass_short<S, kShortColumns>, p);
+        go("stream pass", short_rows, &stream_pass_short<S, 4, 4>, p);
+      } else if (way == kMiddleRowsColumns) {
+        go("stream pass", short_rows, &stream_pass_short<S, kShortColumns, kShortMost<S>>, p);
       } else {
         const int64_t vector = longest * int64_t(sizeof(C));
         p.a_shared = fixed + vector <= on.info.shared_per_block ? vector : 0;
@@ -365,7 +371,7 @@ CudaStatus run_stream(const PowerIterationParams& p, const CudaCall& call, const
     params.workspace = workspace;
     const auto flush = [&] {
       if (params.count > 0) {
-        if (way == kAnyColumns || way == kShortRowsColumns)
+        if (way == kAnyColumns || way >= kShortRowsColumns)
           streamer.template batch<kMaxColumns>(params, way);
         else
           streamer.template batch<1>(params, way);

@@ -62,8 +62,10 @@ enum Way : int {
   kE,
   kAny,
   kAnyColumns,
-  kShortRows,
-  kShortRowsColumns,
+  kShortRows,          // up to 8 elements
+  kMiddleRows,         // up to kShort
+  kShortRowsColumns,   // up to 4, of several columns
+  kMiddleRowsColumns,  // up to 8
   kWays
 };
 
@@ -131,8 +133,10 @@ Fit fit_of(int way, int64_t length, const StreamDevice& on) {
 template <class S>
 int way_of(const DeviceItem& item, const StreamDevice& on) {
   const Rows<S> x = stored_rows<S>(item);
-  if (item.columns == 1 && x.length <= kShort) return kShortRows;
-  if (item.columns > 1 && x.length <= kShortColumns) return kShortRowsColumns;
+  if (item.columns == 1 && x.length <= kShort) return x.length <= 8 ? kShortRows : kMiddleRows;
+  if (item.columns > 1 && x.length <= 4) return kShortRowsColumns;
+  if (item.columns > 1 && x.length <= kShortColumns && item.columns <= kShortMost<S>)
+    return kMiddleRowsColumns;
   if (item.columns > 1) return kAnyColumns;
   if (!x.aligned || x.length % Packed<S>::count != 0) return kAny;
   for (int least = 2; least >= 1; --least)  // rather a cluster than one block alone
@@ -146,7 +150,7 @@ template <class S>
 int blocks_live(int way, int64_t length, const StreamDevice& on, int* cluster) {
   *cluster = 1;
   if (way == kAny || way == kAnyColumns) return 1;
-  if (way > kAnyColumns) return kShortBlocks<S>;
+  if (way > kAnyColumns) return way == kMiddleRowsColumns ? kShortBlocks<S, 8> : kShortBlocks<S, 1>;
   by_cut<S>(way, [&](auto, int blocks) { *cluster = blocks; });
   return fit_of<S>(way, length, on).live;
 }

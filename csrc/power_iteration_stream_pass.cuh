@@ -126,18 +126,22 @@ struct Tile {
 };
 
 // Rows of a few elements, millions of them: a thread a row, any strides. What short_rows keeps in
-// registers grows with columns times length: several columns (no more than the rows are long) for
-// kShortColumns elements alone.
-constexpr int kShort = 8, kShortColumns = 4, kShortThreads = 256;
+// registers grows with the length and, of several columns, their products with each other: up to
+// kShort elements of one column, kShortColumns of several (more columns than elements there are
+// not; of float64 up to four, in whose place eight would spill).
+constexpr int kShort = 24, kShortColumns = 8, kShortThreads = 256;
 template <class S>
-constexpr int kShortBlocks = sizeof(S) == 8 ? 1 : 2;  // a multiprocessor, as registers allow
+constexpr int kShortMost = sizeof(S) == 8 ? 4 : 8;  // columns
+template <class S, int B>
+constexpr int kShortBlocks = sizeof(S) == 8 || B > 4 ? 1 : 2;  // a multiprocessor, as they allow
 
 // L, B: most elements of a row, most columns.
 template <class S, int L, int B, int Most>
 __device__ __forceinline__ void short_rows(const Tile<S, Most>& own, const DeviceItem& item) {
   using C = typename Elem<S>::C;
   // rows a thread has in flight, as its registers allow
-  constexpr int kAhead = B > 1 ? 8 / L : L == 1 ? 16 : 32 / L;
+  constexpr int kAhead = B > 4 ? 2 : B > 1 ? 8 / L : L == 1 ? 16 : 32 / L;
+  constexpr bool kNear = L > 8 || B * L > 16;  // a in shared memory, after the sums
   const Rows<S>& x = own.x;
   const int b = B == 1 ? 1 : item.columns;
   const bool dot = own.phase != kStart, axpy = own.phase != kLast;
@@ -146,13 +150,21 @@ __device__ __forceinline__ void short_rows(const Tile<S, Most>& own, const Devic
   const double v_factor = B == 1 && !dot ? own.header->v_factor : 0;
   const C* const v = static_cast<const C*>(item.v.data);
   const C jitter = jitter_of<C>(x.rows);
-  C a[B][L], z[B][L];
+  C far[kNear ? 1 : B][kNear ? 1 : L], z[B][L];
   double gram[B][B];
+  double* const sums = reinterpret_cast<double*>(dynamic_shared());
+  C* const near = reinterpret_cast<C*>(sums + 32);
+  if (kNear) {
+    for (int e = int(threadIdx.x); e < B * L; e += kShortThreads)
+      near[e] = e / L < b && e % L < x.length ? own.a[e / L * stride + e % L] : C(0);
+    __syncthreads();
+  }
 #pragma unroll
   for (int i = 0; i < B; ++i) {
 #pragma unroll
     for (int j = 0; j < L; ++j) {
-      a[i][j] = i < b && j < x.length ? own.a[i * stride + j] : C(0);
+      if (!kNear)
+        far[kNear ? 0 : i][kNear ? 0 : j] = i < b && j < x.length ? own.a[i * stride + j] : C(0);
       z[i][j] = 0;
     }
 #pragma unroll
@@ -187,7 +199,9 @@ __device__ __forceinline__ void short_rows(const Tile<S, Most>& own, const Devic
         C& t = total[k][i];
         if (dot) {
 #pragma unroll
-          for (int j = 0; j < L; ++j) t += Elem<S>::get(w[k][j]) * a[i][j];
+          for (int j = 0; j < L; ++j)
+            t += Elem<S>::get(w[k][j]) *
+                 (kNear ? near[i * L + j] : far[kNear ? 0 : i][kNear ? 0 : j]);
           own.t[i * t_stride + row] = t;
 #pragma unroll
           for (int j = 0; j <= i; ++j) gram[i][j] += double(t) * double(total[k][j]);
@@ -199,7 +213,6 @@ __device__ __forceinline__ void short_rows(const Tile<S, Most>& own, const Devic
       }
     }
   }
-  double* sums = reinterpret_cast<double*>(dynamic_shared());
 #pragma unroll
   for (int i = 0; i < B; ++i) {
     if (i >= b) break;
@@ -216,20 +229,30 @@ __device__ __forceinline__ void short_rows(const Tile<S, Most>& own, const Devic
   }
 }
 
-template <class S, int B>
-__global__ void __launch_bounds__(kShortThreads, kShortBlocks<S>)
+// Rows of up to Most elements.
+template <class S, int Most, int B>
+__global__ void __launch_bounds__(kShortThreads, kShortBlocks<S, B>)
     stream_pass_short(const __grid_constant__ StreamParams p) {
   const DeviceItem& item = p.items[item_of_block(p.items, p.count)];
   const Tile<S, B> own(p, item);
   if (!own.active) return;
-  if (B == 1 && own.x.length == 1)
-    short_rows<S, 1, 1>(own, item);
-  else if (own.x.length <= 2)
-    short_rows<S, 2, (B < 2 ? B : 2)>(own, item);
-  else if (own.x.length <= 4)
-    short_rows<S, 4, B>(own, item);
-  else if constexpr (B == 1)
-    short_rows<S, kShort, 1>(own, item);
+  if constexpr (Most == kShort) {
+    if (own.x.length <= 16)
+      short_rows<S, 16, B>(own, item);
+    else
+      short_rows<S, kShort, B>(own, item);
+  } else if constexpr (B > 1 && Most == 8) {
+    short_rows<S, 8, B>(own, item);
+  } else {
+    if (B == 1 && own.x.length == 1)
+      short_rows<S, 1, 1>(own, item);
+    else if (own.x.length <= 2)
+      short_rows<S, 2, (B < 2 ? B : 2)>(own, item);
+    else if (own.x.length <= 4)
+      short_rows<S, 4, B>(own, item);
+    else if constexpr (B == 1)
+      short_rows<S, 8, 1>(own, item);
+  }
 }
 
 // Largest element and sum of squares of v, by as many blocks as are about to read it: where W's

@@ -30,7 +30,8 @@ ARCHITECTURES = tuple(os.environ.get("SPECNORM_EXT_ARCHITECTURES", "sm_80,sm_90"
 HOT = (
     r"power_iteration_team<\S+, 1,", r"stream_pass_rows<", r"stream_pass_any<\S+, 1>", r"stream_pass_short<",
     r"stream_reduce<", r"stream_hand_out<", r"stream_measure<", r"stream_measure_columns<", r"stream_begin_columns<",
-    r"stream_gram<", r"stream_combine<", r"stream_finish_columns<", r"sigma_tiles<", r"sigma_finish<", r"normalize_divide<",
+    r"stream_gram<", r"stream_combine<", r"stream_finish_columns<",
+    r"sigma_tiles<", r"sigma_finish<", r"normalize_divide<",
     r"normalize_inner<", r"normalize_update<", r"normalize_gradient<",
     r"linear_inner<", r"linear_rank_one<", r"linear_finish<",
 )  # fmt: skip
