@@ -4,7 +4,7 @@
 // memory, a in shared memory.
 //
 // Two blocks share a multiprocessor, so that one loads while the other waits at its barrier: each
-// has 32768 registers and half of shared memory. That holds rows of 64 KB (16-bit types: 32 KB,
+// has 32768 registers and half of shared memory. That holds rows of 56 KB (16-bit types: 32 KB,
 // whose z is twice as long as the row); longer ones are divided among the blocks of a cluster, each
 // of which keeps a slice of every row of the tile, a and z. They exchange the partial dots of a row
 // through distributed shared memory: one cluster barrier a row. Devices without clusters take one
