@@ -1,5 +1,5 @@
-# make demo | test | bench | lint | other-torch | other-device | clean. Each makes what it needs: a virtual environment in .venv and
-# the extension built into it.
+# make demo | test | bench | lint | other-torch | other-device | clean. Each makes what it needs: a virtual environment in
+# .venv and the extension built into it.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
