@@ -335,6 +335,7 @@ def test_empty_matrices_have_norm_0_and_leave_u_and_v(dtype, shape):
     assert same_bits(v, before[1])
 
 
+@pytest.mark.cpu_only("threads of the CPU kernels")
 @pytest.mark.parametrize("b", [None, 4])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "2nd_row_3rd_column"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
