@@ -6,8 +6,8 @@
 #   bash bench/gpu_check.sh --only device
 #
 #   --only      parts, separated by commas; a part that needs the module builds it if it is not installed. `device` is
-#               the tests of tests/ that see no GPU otherwise, on this one. It is not among the parts of a plain run:
-#               those fill its 8 minutes, and it may take as long itself
+#               all tests of tests/ that see no GPU otherwise, on this one. A plain run has those that see most of the
+#               package: all take as long as everything else together
 #   --seconds   for everything together (default 475): a step gets what is left, a step without time left fails
 #   PYTHON      the Python with a CUDA build of torch (default python3)
 #   CMAKE_CUDA_ARCHITECTURES     default native, this machine's GPU
@@ -168,6 +168,14 @@ if wants test; then
     { echo "-- tests that failed, and how:"; failures values; }
   step runtime 120 8 "${tests[@]}" "$repo/tests/test_cuda_runtime.py" "$repo/tests/test_cuda_layers.py" ||
     { echo "-- tests that failed, and how:"; failures runtime; }
+  # Of the tests that know nothing of a GPU those that see most of the package, as on the second device in each CI run.
+  parallel=()
+  if has_xdist; then parallel=(-n auto --maxprocesses 8 --dist loadgroup); fi
+  general=(sigma_normalize_autograd layers group parametrization_faults lipschitz_graph losses pacgen)
+  files=()
+  for name in "${general[@]}"; do files+=("$repo/tests/test_$name.py"); done
+  step general 90 8 "${tests[@]}" "${parallel[@]}" --device cuda "${files[@]}" ||
+    { echo "-- tests that failed, and how:"; failures general; }
 fi
 
 # ---- compute-sanitizer --------------------------------------------------------------------------------------------------
