@@ -52,7 +52,15 @@ CPU_ONLY = {
     "test_cuda_runtime.py": _OWN,
     "test_cuda_stacks.py": _OWN,
     "test_examples.py": _PROGRAMS,
-    "test_fused.py": "forwards that give way to a torch function mode, which --device is",
+    **dict.fromkeys(
+        (
+            "test_fused.py",
+            "test_fused_embeddings.py",
+            "test_fused_in_place.py",
+            "test_fused_watched.py",
+        ),
+        "forwards that give way to a torch function mode, which --device is",
+    ),
     "test_group_parallel.py": "processes over gloo",
     "test_other_device.py": _PROGRAMS,
     "test_ownership.py": "who owns a gradient's memory, of which the CPU kernels make use",
