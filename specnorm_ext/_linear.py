@@ -5,10 +5,12 @@ As in _ops.py, autograd sits on the `Autograd` key by hand, and transforms of to
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from . import _C, reference
 from ._checks import (
@@ -336,3 +338,21 @@ _impl.impl("spectral_linear", _spectral_linear_in_parts, "CompositeExplicitAutog
 _impl.impl(
     "spectral_linear_backward", _spectral_linear_backward_in_parts, "CompositeExplicitAutograd"
 )
+
+
+# ---- what FlopCounterMode counts ----------------------------------------------------------------------------------
+
+
+def product_flops(x_shape, weight_shape, *rest, **kwargs) -> int:
+    """As of nn.Linear: two for each entry of W, or of an expert's, and each row that it is multiplied with."""
+    return 2 * math.prod(x_shape[:-1]) * weight_shape[-2] * weight_shape[-1]
+
+
+def _backward_flops(
+    g_shape, x_shape, weight_shape, bias, u, v, sigma, y, want_x, want_w, **kwargs
+) -> int:
+    return (want_x + want_w) * product_flops(x_shape, weight_shape)
+
+
+register_flop_formula(_ops.spectral_linear)(product_flops)
+register_flop_formula(_ops.spectral_linear_backward)(_backward_flops)

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from ._checks import SIXTEEN_BIT, check_spectral_linear_blocks, raise_typed
-from ._linear import autocast, autocast_factor, wanted
+from ._linear import autocast, autocast_factor, product_flops, wanted
 from ._ops import (
     AUTOCAST_KEYS,
     _below_autograd,
@@ -146,15 +147,15 @@ class _SpectralLinearBlocks(torch.autograd.Function):
                 c = _column_products(flat, reference._flat(ctx.y, experts), ctx.bias)
             else:
                 c = _column_products(scaled, _product(inputs, weight.mT), None)
-            factor = blocks.spread(blocks.sums(c) / safe, u.shape[0]).neg_().mul_(u)
+            factor = (u * blocks.spread(blocks.sums(c) / safe, u.shape[0])).neg_()
             dw = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
             whole = dw.view(u.shape[0], weight.shape[-1])
             for a, b, tile in blocks.tiles(factor.to(dw.dtype), v.to(dw.dtype), whole):
                 torch.mul(a, b, out=tile)
-            if experts:
-                dw.baddbmm_(scaled.mT, inputs)
-            else:
-                dw.addmm_(scaled.mT, inputs)
+            add = (
+                torch.baddbmm if experts else torch.addmm
+            )  # in place, under names that are counted
+            add(dw, scaled.mT, inputs, out=dw)
         return None, dx, dw, db, *rest
 
 
@@ -201,3 +202,6 @@ def _autocast(x, weight, bias, u, v, sigma, rows, interleaved=False, experts=0):
 
 for _key in AUTOCAST_KEYS:
     _impl.impl("spectral_linear_blocks", _autocast, _key)
+
+
+register_flop_formula(_ops.spectral_linear_blocks)(product_flops)

@@ -11,9 +11,10 @@ import torch
 from helpers import F32, F64, entry, here, norm, original
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm as torch_spectral_norm
+from torch.utils.flop_counter import FlopCounterMode
 
 import specnorm_ext
-from specnorm_ext import SpectralConv2d, SpectralLinear, spectral_norm
+from specnorm_ext import Blocks, SpectralConv2d, SpectralLinear, spectral_norm
 from specnorm_ext.state import SpectralState
 
 
@@ -472,3 +473,32 @@ def test_bad_inputs(blocks, grad, training):
             with pytest.raises(error, match=rf"^{op}: expected {text}"):
                 layer(x)
     layer(torch.ones(2, 4))
+
+
+# ---- what is counted --------------------------------------------------------------------------------------------
+
+
+def flops(module: nn.Module, x: Tensor) -> tuple[int, int]:
+    """Of a forward, and with its backward."""
+    with FlopCounterMode(display=False) as counter:
+        y = module(x)
+        forward = counter.get_total_flops()
+        y.sum().backward()
+    return forward, counter.get_total_flops()
+
+
+@pytest.mark.parametrize("needs_x", [False, True])
+@pytest.mark.parametrize("lead", [(), (5,), (2, 3)])
+def test_flops_are_those_of_the_plain_layer(lead, needs_x):
+    x = torch.randn(*lead, 8, requires_grad=needs_x)
+    expected = flops(nn.Linear(8, 12), x)
+    assert expected[1] == (2 + needs_x) * expected[0] > 0
+    assert flops(SpectralLinear(8, 12), x) == expected
+    assert flops(spectral_norm(nn.Linear(8, 12)), x) == expected
+    assert flops(SpectralLinear(8, 12, blocks=3), x) == expected
+
+
+def test_flops_of_experts():
+    forward, both = flops(SpectralLinear(8, 12, blocks=Blocks(experts=2)), torch.randn(2, 5, 8))
+    assert forward == 2 * 2 * 5 * 8 * 12
+    assert both == 2 * forward
