@@ -150,7 +150,7 @@ class Blocks:
         return torch.cat(tuple(parts))
 
     def spread(self, x: Tensor, m: int) -> Tensor:
-        """x [count], one value for each block, to [m], one for each row of all matrices; perhaps expanded, not copied."""
+        """x [count], one value for each block, to [m], one for each row of all matrices; perhaps a view."""
         if isinstance(self.rows, int):
             each = m // self.count
             if not self.interleaved:  # repeat_interleave, which torch.jit.trace gives a CPU tensor
