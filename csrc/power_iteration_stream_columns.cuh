@@ -1,8 +1,7 @@
 // Several columns, while streaming: what lies between two passes over W, by as many blocks as the
 // vectors have chunks. One block would go through the columns of Z in the Gram matrix, b (b + 1)
 // vectors, and in Gram-Schmidt, 5 + 10 i for the i-th: of 4 columns of 14336 float32 6 MB, of 8 of
-// 28672 45 MB, at what one multiprocessor reads from L2 (some 150 GB/s) about as long as one read
-// of a W of 4096 x 14336, or 8192 x 28672, takes the whole device (4 TB/s).
+// 28672 45 MB, all of them by one multiprocessor, while the others of the device wait.
 //
 //   chunks      partial Gram matrices of the given V, of Z
 //   one block   b x b problems in float64: what V, Z and T are to be multiplied by
@@ -252,7 +251,6 @@ __global__ void __launch_bounds__(kColumnThreads, 1)
 }
 
 // ---- one block
-// -----------------------------------------------------------------------------------
 
 // The Gram matrix of vector `which` from its chunks; all threads.
 template <class S, int B>
@@ -283,7 +281,7 @@ __device__ __noinline__ bool plan_start(Solver<S, B>* s, const ChunkSums* sums, 
     top = block_max(top, d->sums);
     usable = usable && s->start_factor(top, d->gz.a[i][i]) != 0;
     for (int j = 0; j < i; ++j)
-      skew = skew || !(fabs(d->gz.a[i][j]) <= 1e-3 * sqrt(d->gz.a[i][i] * d->gz.a[j][j]));
+      skew = skew || !(fabs(d->gz.a[i][j]) <= 1e-3 * sqrt(d->gz.a[i][i]) * sqrt(d->gz.a[j][j]));
   }
   __syncthreads();
   if (!usable) return false;
@@ -342,7 +340,17 @@ __device__ __noinline__ Action plan_columns(Solver<S, B>* s, const ChunkSums* su
     __syncthreads();
     action = s->whiten_z();
     if (action != kNext) return action;
+    __syncthreads();
     if (threadIdx.x < 32) {
+      // By a triangle where the columns allow one: it keeps the order of the Ritz vectors, so that
+      // the next gz, taken before Z is combined, is graded as they are. Eigenvectors mix them, and
+      // of the directions below 1e-4 of the largest rounding would leave nothing.
+      if (warp_triangle<C>(&d->gz, b, d, &d->x) > 1e-6) {
+        for (int e = int(threadIdx.x); e < b * b; e += 32)
+          d->whiten.a[e / b][e % b] = d->x.a[e / b][e % b];
+        if (threadIdx.x == 0) d->rank = b;
+        __syncwarp();
+      }
       warp_multiply(&d->to_v, false, &d->whiten, b, b, b, &d->rotate);
       if (threadIdx.x == 0) head->kept[0] = d->rank;
     }

@@ -7,13 +7,13 @@
 // has 32768 registers and half of shared memory. That holds rows of 56 KB (16-bit types: 32 KB,
 // whose z is twice as long as the row); longer ones are divided among the blocks of a cluster, each
 // of which keeps a slice of every row of the tile, a and z. They exchange the partial dots of a row
-// through distributed shared memory: one cluster barrier a row. Devices without clusters take one
-// block of twice the threads for rows of twice the length: two would need more than all registers
-// and shared memory of a multiprocessor.
+// through distributed shared memory: one cluster barrier a group of rows (below). Devices without
+// clusters take one block of twice the threads for rows of twice the length: two would need more
+// than all registers and shared memory of a multiprocessor.
 //
-// In flight: an H200 needs about 33 KB on each multiprocessor. Cuts with two buffers have 2 x 32 KB
-// beside what is being used; those with one ask for the next row pack by pack, as the axpy lets go
-// of the one before: rows of over 32 KB, two blocks.
+// In flight: an H200 needs about 33 KB on each multiprocessor. Cuts with two buffers have a group
+// of rows in each of two blocks, 24 or 32 KB, beside what is being used; those with one ask for the
+// next group pack by pack, as the axpy lets go of the one before.
 #pragma once
 
 #include "power_iteration_stream_pass.cuh"

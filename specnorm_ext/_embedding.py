@@ -83,7 +83,7 @@ class _SpectralEmbedding(torch.autograd.Function):
         dw = torch.ops.aten.embedding_dense_backward(
             scaled.to(weight.dtype), indices, weight.shape[0], padding, False
         )
-        dw.addr_((u * (-c / divisor)).to(dw.dtype), v.to(dw.dtype))
+        plainly(dw.addr_, (u * (-c / divisor)).to(dw.dtype), v.to(dw.dtype))
         return None, dw, *rest
 
 

@@ -28,6 +28,7 @@ from ._ops import (
     _impl,
     _needs_composite,
     _ops,
+    as_a_kernel,
     is_legacy_batched,
     is_plain,
     is_untraced,
@@ -334,10 +335,11 @@ def _spectral_linear_backward_in_parts(g, x, weight, bias, u, v, sigma, y, want_
     return dx.to(x.dtype), dw.to(weight.dtype)
 
 
-_impl.impl("spectral_linear", _spectral_linear_in_parts, "CompositeExplicitAutograd")
-_impl.impl(
-    "spectral_linear_backward", _spectral_linear_backward_in_parts, "CompositeExplicitAutograd"
-)
+for _name, _function in (
+    ("spectral_linear", _spectral_linear_in_parts),
+    ("spectral_linear_backward", _spectral_linear_backward_in_parts),
+):
+    _impl.impl(_name, as_a_kernel(_function), "CompositeExplicitAutograd")
 
 
 # ---- what FlopCounterMode counts ----------------------------------------------------------------------------------

@@ -58,6 +58,11 @@ def plainly(function, *args):
         return function(*args)
 
 
+def as_a_kernel(function):
+    """Of an op that is written in torch's operations."""
+    return functools.wraps(function)(functools.partial(plainly, function))
+
+
 def _needs_composite() -> bool:
     """True under torch.func transforms and forward-mode AD, which a fused backward cannot serve."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -577,7 +582,9 @@ def _without_kernels(name: str):
             _warn_once(first[0].device)
         with torch.no_grad(), torch._C._ExcludeDispatchKeyGuard(_above_kernels):
             out = function(first, *rest)
-            return out if isinstance(out, Tensor) else _as_the_kernels(out, first)
+            if isinstance(out, Tensor):
+                return out
+            return _as_the_kernels(out, rest[0] if name == "normalize_backward" else first)
 
     return run
 

@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
+from ._sharded import is_distributed
 from .blocks import Blocks
 from .convolution_operator import ConvOperator
 
@@ -43,11 +46,23 @@ class Parts(nn.Module):
     def matrices(self, weight: Tensor) -> list[Tensor]:
         """The same as the ops take it: one stack of them where the blocks lie evenly, of which an op is called once and
         asks once."""
-        if self.blocks is not None and self.dim == 0 and weight.is_contiguous():
-            stack = self.blocks.stack(weight.view(self._u.shape[0], self._v.shape[1]))
+        blocks = self.blocks
+        if blocks is not None and self.dim == 0 and self._fits(weight, blocks):
+            stack = blocks.stack(weight.view(self._u.shape[0], self._v.shape[1]))
             if stack is not None:
                 return [stack]
         return self.separate(weight)
+
+    def _fits(self, weight: Tensor, blocks: Blocks) -> bool:
+        """Whether it is one run of memory, of the shape that u and v are for; what is not is the op's to refuse."""
+        if is_distributed(weight) or not weight.is_contiguous():
+            return False
+        rows, lead = self._u.shape[0], 2 if blocks.experts else 1
+        return (
+            math.prod(weight.shape[:lead]) == rows
+            and weight.numel() == rows * self._v.shape[1]
+            and (not blocks.experts or weight.shape[0] == blocks.experts)
+        )
 
     def operands(
         self, parts: list[Tensor], u: Tensor, v: Tensor

@@ -31,6 +31,7 @@ class _Member:
     values: Any = None  # of the last update; its weight, pointer, u and v are what was seen
     u: Tensor | None = None
     v: Tensor | None = None
+    strides: tuple[int, ...] = ()
 
     def is_given(self) -> bool:
         """Whether what the layer has been given holds for the weight as it is."""
@@ -47,6 +48,7 @@ class _Member:
         return (
             weight is values.weight
             and weight.data_ptr() == values.pointer
+            and weight.stride() == self.strides  # w.data = w.data.t()
             and buffers["_u"] is self.u
             and buffers["_v"] is self.v
             and not book.unverified
@@ -69,6 +71,7 @@ class _Call:
             weight, state = x.parameters[x.key], x.state
             x.u, x.v = state.place(weight)
             x.values = Values(weight, weight.data_ptr(), x.u, x.v, x.u)
+            x.strides = weight.stride()
             parts, us, vs = state.iterated(state.matrices(weight.detach()), x.u, x.v)
             memory = weight.untyped_storage().data_ptr()
             if any(p.untyped_storage().data_ptr() != memory for p in parts):

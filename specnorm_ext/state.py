@@ -258,7 +258,8 @@ class SpectralState(Parts):
             u, v = self.place(weight)
         if parts is None:
             # nothing here differentiates, and a view under gradients would be a node
-            parts = self.matrices(weight.detach() if plain and self._ndim > 2 else weight)
+            viewed = self._ndim > 2 or self.blocks is not None
+            parts = self.matrices(weight.detach() if plain and viewed else weight)
         if plain and (self._book.unseeded or self._book.unverified):
             self.verify(self.separate(weight.detach()))
         if self.training:

@@ -195,7 +195,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", "default")
         config.addinivalue_line("filterwarnings", "error:specnorm_ext")
     if reason:
-        pytest.exit(f"--device {device}: skipped: {reason}", returncode=0)
+        pytest.exit(f"--device {device}: nothing was run: {reason}", returncode=1)
     torch.Generator = TestsGenerator  # type: ignore[misc]
     if device == second_device.NAME:
         second_device.load()

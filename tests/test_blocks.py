@@ -31,6 +31,7 @@ from specnorm_ext import (
     Blocks,
     SpectralConv1d,
     SpectralLinear,
+    SpectralNormGroup,
     functional,
     reference,
     spectral_norm,
@@ -623,3 +624,23 @@ def test_even_blocks_are_one_operand(kind, n_vectors):
         [x.reshape(-1) / s for x, s in zip(state.separate(weight), sigma, strict=True)]
     )
     torch.testing.assert_close(parts, expected)
+
+
+@pytest.mark.parametrize(
+    "shape", [(IN, OUT), (OUT - 3, IN), (2 * OUT, IN), (OUT, IN - 1), (1, OUT * IN)]
+)
+@pytest.mark.parametrize("grouped", [False, True])
+def test_weights_of_another_shape_are_refused(shape, grouped):
+    """Also one with as many entries, which a view would cut into other blocks."""
+    layer = spectral_norm(nn.Linear(IN, OUT), blocks=3)
+    group = SpectralNormGroup(layer, "manual") if grouped else None
+    layer.parametrizations.weight.original = nn.Parameter(torch.randn(shape))
+    with pytest.raises(ValueError, match="power_iteration_: expected"):
+        layer.weight if group is None else group.update()
+
+
+@pytest.mark.parametrize("shape", [(36, 7), (12, 3, 7), (3, 7, 12), (2, 18, 7), (6, 6, 7)])
+def test_experts_of_another_shape_are_refused(shape):
+    state = SpectralLinear(7, 12, blocks=Blocks(2, experts=3)).spectral
+    with pytest.raises((ValueError, IndexError)):
+        state.normalized(torch.randn(shape))

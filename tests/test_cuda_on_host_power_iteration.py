@@ -297,6 +297,43 @@ def test_several_columns_are_spread_over_blocks(runner, b):
     check_pair(x, u, v, sigma[0], true_norm(x))
 
 
+def steep(m: int, n: int, dtype, step: float) -> torch.Tensor:
+    """Singular values 1, 10^-step, 10^-2 step, ..., 12 of them."""
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(k, 12, generator=generator, dtype=F64))[0] for k in (m, n))
+    return ((u * 10.0 ** (-step * torch.arange(12, dtype=F64))) @ v.mT).to(dtype)
+
+
+@needs("power_iteration")
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("shape", [(30, 1300), (1300, 30)], ids=str)
+@pytest.mark.parametrize(("dtype", "step"), [(F64, 1.0), (F64, 1.5), (F32, 0.6)])
+def test_columns_over_steep_spectra(runner, dtype, step, shape, layout):
+    """Orthonormal to rounding, which one multiplication by what b x b problems say does not make them."""
+    w = steep(*shape, dtype, step)
+    w = w.mT.contiguous().mT if layout == "columns" else w
+    u, v = start(w, 8)
+    sigma = runner.power_iteration_([w], [u], [v], 2, strategy="stream")
+    check_pair(w, u, v, sigma[0], 1.0)
+
+
+@needs("power_iteration")
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("shape", [(30, 1300), (1300, 30)], ids=str)
+def test_small_columns_are_not_lost(runner, shape, layout):
+    """Of eight columns over a spectrum of 10^-k all but the last two (which the gap to the rest leaves open) are there
+    after a few iterations in one call."""
+    w = steep(*shape, F64, 1.0)
+    w = w.mT.contiguous().mT if layout == "columns" else w
+    for n_iterations in (4, 9):
+        u, v = start(w, 8)
+        runner.power_iteration_([w], [u], [v], n_iterations, strategy="stream")
+        lengths = torch.linalg.vector_norm(w.mT @ u, dim=0)
+        torch.testing.assert_close(
+            lengths[:6], 10.0 ** -torch.arange(6.0, dtype=F64), rtol=1e-3, atol=0
+        )
+
+
 # Launches of a call with one iteration on rows that are read across. Prepare; stored by columns two passes, else one; a
 # reduction after all but the last of two, and a conclusion. With one column measure (by columns) and hand-out; with
 # several measure and begin, and a pass is followed by Gram matrices, where it is reduced, combine, polish and finish.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 from torch.utils.checkpoint import checkpoint
 
-from specnorm_ext import SpectralLinear
+from specnorm_ext import SpectralEmbedding, SpectralLinear
 
 
 def numbers(*shape: int, dtype: torch.dtype = F64) -> Tensor:
@@ -247,3 +247,33 @@ def test_modules_of_the_package_are_made_where_the_test_asks() -> None:
     tensors = [*layer.parameters(), *layer.buffers()]
     assert all(x.device == here() for x in tensors)
     assert all(x.is_cpu for x in SpectralLinear(3, 4, device="cpu").parameters())
+
+
+# ---- ops without kernels, as the kernels have them -----------------------------------------------------------------
+
+
+def test_the_gradient_has_the_strides_of_the_weight() -> None:
+    """Which the fake kernels promise to a compiler, whatever the gradient's own."""
+    u, v, sigma = torch.ones(6), torch.ones(4), torch.ones(1)
+    for w, g in (
+        (torch.ones(4, 6).t(), torch.ones(6, 4)),
+        (torch.ones(6, 4), torch.ones(4, 6).t()),
+    ):
+        (dw,) = torch.ops.specnorm_ext.normalize_backward([g], [w], [u], [v], sigma)
+        assert dw.stride() == w.stride()
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: SpectralLinear(64, 32), lambda: SpectralEmbedding(64, 32)]
+)
+def test_autocast_rounds_no_backward(make) -> None:
+    """The forward was outside of it."""
+    layer = make()
+    x = torch.randn(5, 64) if isinstance(layer, nn.Linear) else torch.randint(64, (5,))
+    found = []
+    for inside in (False, True):
+        twin = copy.deepcopy(layer)
+        y = twin(x)
+        with torch.autocast(here().type, torch.bfloat16, enabled=inside):
+            found.append(torch.autograd.grad(y.square().sum(), twin.weight)[0])
+    assert torch.equal(*found)

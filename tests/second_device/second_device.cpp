@@ -7,10 +7,9 @@
 //
 // Each op comes to `on_cpu`, whatever its schema. Its tensors become CPU tensors over the same
 // memory, one CPU storage for each of the device's; the op runs; what it returns, and what it did
-// to its arguments, is carried back:
-//   an argument                    -> the tensor that it stands for, with the sizes and the storage
-//   it has now a view of an argument's memory -> a tensor over that storage fresh memory -> a
-//   storage of the device, which keeps the CPU's alive
+// to its arguments, is carried back. An argument becomes the tensor that it stands for, with the
+// sizes and the storage that it has now; a view of an argument's memory a tensor over that storage;
+// fresh memory a storage of the device, which keeps the CPU's alive.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/autocast_mode.h>
@@ -47,7 +46,6 @@ bool ours(const Tensor& x) {
 }
 
 // ---- memory, the current device, random numbers
-// -----------------------------------------------------------------
 
 struct Allocator final : c10::Allocator {
   at::DataPtr allocate(size_t n) override {
@@ -125,7 +123,6 @@ struct Hooks final : at::PrivateUse1HooksInterface {
 };
 
 // ---- an op, on the CPU
-// ------------------------------------------------------------------------------------------
 
 // Memory of `keep`, under another device's name.
 at::DataPtr borrow(Storage keep, Device device) {
@@ -323,7 +320,6 @@ void on_cpu(const c10::OperatorHandle& op, Stack* stack) {
 }
 
 // ---- what cannot come that way
-// ----------------------------------------------------------------------------------
 
 Tensor empty(c10::IntArrayRef size, std::optional<c10::ScalarType> dtype,
              std::optional<c10::Layout>, std::optional<Device>, std::optional<bool>,
