@@ -190,3 +190,15 @@ def test_a_copied_group_is_in_no_use(duplicate):
     assert not torch.equal(twin[0].spectral._u, u)
     model(torch.eye(N))
     assert list(model.group.sigmas()) == ["0.weight"]
+
+
+def test_a_weight_transposed_in_place():
+    """The same memory, other strides: the views that a group holds are of another matrix."""
+    model = model_of()
+    SpectralNormGroup(model, "forward")
+    model(torch.eye(N))
+    weight = model[0].weight
+    weight.data = weight.data.t()
+    for _ in range(60):
+        model(torch.eye(N))
+    assert norm(model[0].normalized_weight) == pytest.approx(1, abs=1e-3)
