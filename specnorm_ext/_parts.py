@@ -55,7 +55,9 @@ class Parts(nn.Module):
 
     def _fits(self, weight: Tensor, blocks: Blocks) -> bool:
         """Whether it is one run of memory, of the shape that u and v are for; what is not is the op's to refuse."""
-        if is_distributed(weight) or not weight.is_contiguous():
+        if is_distributed(weight) or torch.jit.is_tracing():  # whose sizes are no numbers
+            return False
+        if not weight.is_contiguous():
             return False
         rows, lead = self._u.shape[0], 2 if blocks.experts else 1
         return (
