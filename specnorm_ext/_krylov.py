@@ -7,7 +7,15 @@ from torch.autograd.graph import increment_version
 
 from . import reference
 from ._checks import check_certified_matvec, check_krylov, raise_typed
-from ._ops import _below_autograd, _below_inplace, _impl, _needs_composite, _ops, plainly
+from ._ops import (
+    _below_autograd,
+    _below_inplace,
+    _impl,
+    _needs_composite,
+    _ops,
+    as_a_kernel,
+    plainly,
+)
 
 
 @torch.library.register_fake("specnorm_ext::krylov_")
@@ -48,15 +56,6 @@ _impl.impl("certified_matvec", _certified_matvec_typed, "Autograd", with_keyset=
 
 
 # On other devices than the CPU the twins are what there is: matrix products of the device's own library.
-def _twin(name: str):
-    function = getattr(reference, name)
-
-    def run(*args):
-        with torch.no_grad():
-            return plainly(function, *args)
-
-    return run
-
-
 for _name in ("krylov_", "certified_matvec"):
-    _impl.impl(_name, _twin(_name), "CompositeExplicitAutograd")
+    _twin = torch.no_grad()(as_a_kernel(getattr(reference, _name)))
+    _impl.impl(_name, _twin, "CompositeExplicitAutograd")
