@@ -96,6 +96,23 @@ bool normalize_backward(const Borrower& from, py::handle grads, py::handle weigh
   return true;
 }
 
+bool start_weight_gradient(const Borrower& from, py::handle dx, py::handle x, py::handle u,
+                           py::handle v, double inverse, py::handle dw) {
+  Operand a, b, us, vs, out;
+  if (!from.borrow(dx.ptr(), a) || !from.borrow(x.ptr(), b) || !from.borrow(u.ptr(), us) ||
+      !from.borrow(v.ptr(), vs) || !from.borrow(dw.ptr(), out))
+    return false;
+  if (a.dim != 2 || b.dim != 2 || out.dim != 2 || us.dim != 1 || vs.dim != 1) return false;
+  const bool fit = a.sizes[0] == b.sizes[0] && a.sizes[1] == b.sizes[1] &&
+                   out.sizes[0] == us.sizes[0] && out.sizes[1] == vs.sizes[0] &&
+                   a.dtype == out.dtype && b.dtype == out.dtype &&
+                   us.dtype == specnorm::state_dtype(out.dtype) && vs.dtype == us.dtype;
+  if (!fit) return false;
+  const py::gil_scoped_release unlocked;
+  specnorm::start_weight_gradient_cpu(a, b, us, vs, inverse, out);
+  return true;
+}
+
 #if defined(SPECNORM_HAVE_CUDA_KERNELS)
 // torch.backends.cuda.matmul.fp32_precision == "tf32", however it was set. Looked up when the
 // module is imported, and never freed: at exit the interpreter may be gone.
@@ -133,6 +150,10 @@ PYBIND11_MODULE(_C, m) {
                                  py::handle values, py::handle out, bool flat) {
     return normalize_backward(from, grads, weights, u, v, values, out, flat);
   });
+  m.def("start_weight_gradient",
+        [](py::handle dx, py::handle x, py::handle u, py::handle v, double inverse, py::handle dw) {
+          return start_weight_gradient(from, dx, x, u, v, inverse, dw);
+        });
   // 0 unless the two lie alike, densely
   m.def("bytes_alike", [](py::handle a, py::handle b) -> int64_t {
     Operand x, y;

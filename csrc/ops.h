@@ -46,6 +46,10 @@ void run_normalize_cpu(const Operands& weights, const Operands& out, const void*
 void run_normalize_backward_cpu(const Operands& grads, const Operands& weights, const Operands& u,
                                 const Operands& v, const Operands& out, const void* sigma);
 
+// dW of spectral_linear_backward but for its product: -inverse <dx, x> u v^T.
+void start_weight_gradient_cpu(const Operand& dx, const Operand& x, const Operand& u,
+                               const Operand& v, double inverse, const Operand& dw);
+
 // The same on a CUDA device; defined where this build has CUDA kernels.
 Tensor power_iteration_cuda_op(const std::vector<Tensor>& weights, const std::vector<Tensor>& u,
                                const std::vector<Tensor>& v, int64_t n_iterations, double eps);

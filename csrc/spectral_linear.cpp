@@ -107,8 +107,7 @@ Tensor divided_product(const Tensor& a, const Tensor& b, int64_t rows, int64_t c
   return Tensor(shifted);
 }
 
-double inner_cpu_of(const Tensor& a, const Tensor& b, const Operand* shift) {
-  const Operand x(a), y(b);
+double inner_cpu_of(const Operand& x, const Operand& y, const Operand* shift) {
   double sum = 0;
   const InnerParams params{*kernel_dtype(x.dtype), x.matrix(), y.matrix(),
                            shift == nullptr ? VectorRef{} : shift->vector(), &sum};
@@ -116,9 +115,8 @@ double inner_cpu_of(const Tensor& a, const Tensor& b, const Operand* shift) {
   return sum;
 }
 
-void rank_one_cpu_to(const Tensor& out, const Operand& u, const Operand& v, double factor,
+void rank_one_cpu_to(const Operand& x, const Operand& u, const Operand& v, double factor,
                      bool add) {
-  const Operand x(out);
   const RankOneParams params{
       *kernel_dtype(x.dtype), x.data,     x.sizes[0], x.sizes[1], x.strides[0],
       x.strides[1],           u.vector(), v.vector(), factor,     add};
@@ -126,6 +124,12 @@ void rank_one_cpu_to(const Tensor& out, const Operand& u, const Operand& v, doub
 }
 
 }  // namespace
+
+void start_weight_gradient_cpu(const Operand& dx, const Operand& x, const Operand& u,
+                               const Operand& v, double inverse, const Operand& dw) {
+  prefer_huge_pages(dw.data, dw.sizes[0] * dw.sizes[1] * dw.element_size());
+  rank_one_cpu_to(dw, u, v, -inner_cpu_of(dx, x, nullptr) * inverse, false);
+}
 
 Tensor spectral_linear_cpu_op(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
                               const Tensor& u, const Tensor& v, const Tensor& sigma) {
@@ -157,13 +161,15 @@ std::tuple<Tensor, Tensor> spectral_linear_backward_cpu_op(
     const Tensor g2t = torch::stable::transpose(g2, 0, 1);
     // c from data of the batch's size, or by a pass over dW and W where those are smaller.
     if ((want_x && batch <= 2 * w.sizes[0]) || (!want_x && y)) {
-      const double c = want_x ? inner_cpu_of(dx, x2, nullptr)
-                              : inner_cpu_of(g2, flattened(*y, *ys, batch), b ? &*b : nullptr);
-      rank_one_cpu_to(dw, us, vs, -c * inverse.exact, false);
+      const double c =
+          want_x ? inner_cpu_of(Operand(dx), Operand(x2), nullptr)
+                 : inner_cpu_of(Operand(g2), Operand(flattened(*y, *ys, batch)), b ? &*b : nullptr);
+      rank_one_cpu_to(Operand(dw), us, vs, -c * inverse.exact, false);
       product(dw, dw, 1, g2t, x2, inverse.exact);
     } else {
       product(dw, dw, 0, g2t, x2, inverse.exact);
-      rank_one_cpu_to(dw, us, vs, -inner_cpu_of(dw, weight, nullptr) * inverse.exact, true);
+      const Operand dws(dw);
+      rank_one_cpu_to(dws, us, vs, -inner_cpu_of(dws, w, nullptr) * inverse.exact, true);
     }
   }
   return {want_x ? shaped_like(dx, xs, in) : dx, dw};

@@ -34,6 +34,9 @@ def normalize_backward(
     out: Sequence[Tensor],
     flat: bool,
 ) -> bool: ...
+def start_weight_gradient(
+    dx: Tensor, x: Tensor, u: Tensor, v: Tensor, inverse: float, dw: Tensor
+) -> bool: ...
 
 # The bytes of two plain tensors of one dtype that lie alike, entry for entry and without gaps; else 0.
 def bytes_alike(a: Tensor, b: Tensor) -> int: ...

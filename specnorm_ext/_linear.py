@@ -36,6 +36,9 @@ from ._ops import (
     without_autocast,
 )
 
+# as in _ops.py: a name of torch's is looked up in tables that are in no cache between two products
+_will_execute = torch._C._will_engine_execute_node
+
 
 @torch.library.register_fake("specnorm_ext::spectral_linear")
 def _(x, weight, bias, u, v, sigma):
@@ -55,18 +58,23 @@ def is_wanted(ctx: Any, i: int) -> bool:
 
     needs_input_grad says what any pass may want: torch.autograd.grad(y, x) has no use for dW.
     """
+    return _leads_on(ctx.next_functions[i][0])
+
+
+def _leads_on(node: Any) -> bool:
     try:
-        return torch._C._will_engine_execute_node(ctx.next_functions[i][0])
+        return _will_execute(node)
     except RuntimeError:  # of a leaf that is asked for itself; or backward was called by hand
         return True
 
 
 def wanted(ctx: Any) -> tuple[bool, bool, bool]:
     """The same of x, weight and bias, which come first."""
-    want_x, want_w, want_b = ctx.needs_input_grad[1:4]
-    want_w, want_b = want_w and is_wanted(ctx, 1), want_b and is_wanted(ctx, 2)
+    _, want_x, want_w, want_b, *_ = ctx.needs_input_grad
+    (of_x, _), (of_w, _), (of_b, _), *_ = ctx.next_functions  # made anew each time it is asked for
+    want_w, want_b = want_w and _leads_on(of_w), want_b and _leads_on(of_b)
     # where nothing else is, this pass is for x; and x may be a leaf, about which the question is slow
-    return want_x and (not (want_w or want_b) or is_wanted(ctx, 0)), want_w, want_b
+    return want_x and (not (want_w or want_b) or _leads_on(of_x)), want_w, want_b
 
 
 class _SpectralLinear(torch.autograd.Function):
@@ -90,9 +98,9 @@ class _SpectralLinear(torch.autograd.Function):
             y = _ops.spectral_linear.default.redispatch(
                 how & _below_autograd, x, weight, bias, u, v, sigma
             )
-        # of the product of its rows: autograd would not let a view be changed in place
-        if y._is_view():
-            y = torch.ops.aten._unsafe_view(y, y.shape)
+            # of the product of its rows: autograd would not let a view be changed in place
+            if y._is_view():
+                y = torch.ops.aten._unsafe_view(y, y.shape)
         needs = ctx.needs_input_grad
         ctx.y = None
         if needs[1] or needs[2]:  # a frozen weight keeps nothing of the input, as in a plain layer
@@ -120,6 +128,11 @@ class _SpectralLinear(torch.autograd.Function):
             x, weight, u, v, sigma = ctx.saved_tensors
         dx = dw = None
         batched = is_legacy_batched(g)
+        quiet = not batched and not torch.is_grad_enabled() and is_untraced()  # nothing to record
+        if quiet and want_x and want_w and ctx.alpha is not None:
+            found = _gradients_direct(ctx.alpha, g, x, weight, u, v)
+            if found is not None:
+                return None, *found, g.sum(0) if want_b else None, None, None, None
         if want_x and not want_w and not batched:
             # g W / sigma is a layer of W^T, and has v W^T u for its sigma
             mirrored = (g, weight.mT, None, v, u, sigma)
@@ -139,10 +152,9 @@ class _SpectralLinear(torch.autograd.Function):
                 args = (g, x, weight, shift, u, v, sigma, y, want_x, want_w)
                 given = [t for t in (g, x, weight, shift, u, v, sigma, y) if t is not None]
                 # a subclass's Python is the dispatcher's to call
-                may = not torch.is_grad_enabled() and all(type(t) in PLAIN_TYPES for t in given)
-                if not may or not is_untraced():
+                if not quiet or not all(type(t) in PLAIN_TYPES for t in given):
                     dx, dw = _ops.spectral_linear_backward(*args)
-                else:  # nothing to record: below the op's Python, which a small layer feels
+                else:  # below the op's Python, which a small layer feels
                     keys = torch._C._dispatch_keys(g)
                     for t in given[1:]:
                         keys = keys | torch._C._dispatch_keys(t)
@@ -153,6 +165,31 @@ class _SpectralLinear(torch.autograd.Function):
         if want_b:
             db = g.sum(tuple(range(g.dim() - 1))) if g.dim() > 1 else g
         return None, dx if want_x else None, dw if want_w else None, db, None, None, None
+
+
+def _gradients_direct(
+    alpha: float, g: Tensor, x: Tensor, weight: Tensor, u: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """dx and dW by the steps of the op, without its dispatch, if all is as the short cut of forward had it.
+
+    Between two products Python and the dispatcher are in none of the processor's caches.
+    """
+    if (
+        type(g) is not Tensor
+        or type(x) is not Tensor
+        or g.layout is not torch.strided
+        or x.is_neg()  # which borrowed memory does not tell
+        or g.dim() != 2
+        or g.dtype != weight.dtype
+        or g.shape[0] > 2 * weight.shape[0]  # there the op takes c from dW
+        or torch.is_autocast_enabled("cpu")  # of who calls backward
+    ):
+        return None
+    dw = torch.empty_like(weight)
+    dx = torch.addmm(x, g, weight, beta=0, alpha=alpha)
+    if not _C.start_weight_gradient(dx, x, u, v, alpha, dw):
+        return None
+    return dx, torch.addmm(dw, g.t(), x, alpha=alpha, out=dw)
 
 
 def fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -179,6 +216,9 @@ def scaled_linear(x: Tensor, transposed: Tensor, bias: Tensor | None, alpha: flo
     return torch.addmm(bias, x, transposed, alpha=alpha)
 
 
+spectral_linear_recorded = _SpectralLinear.apply  # where gradients are
+
+
 def spectral_linear_direct(
     alpha: float,
     x: Tensor,
@@ -190,7 +230,7 @@ def spectral_linear_direct(
 ) -> Tensor:
     """spectral_linear without the dispatcher, where the weight `is_plain` and all `fits`; alpha is 1 / sigma."""
     if torch.is_grad_enabled():
-        return _SpectralLinear.apply(alpha, x, weight, bias, u, v, sigma)
+        return spectral_linear_recorded(alpha, x, weight, bias, u, v, sigma)
     return scaled_linear(x, weight.t(), bias, alpha)
 
 

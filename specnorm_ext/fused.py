@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_like_weight
-from ._linear import fits, scaled_linear, spectral_linear_direct
+from ._linear import fits, scaled_linear, spectral_linear_direct, spectral_linear_recorded
 from ._ops import is_plain
 from .blocks import Blocks
 from .recomputation import left_to_python
@@ -19,13 +19,17 @@ from .state import SpectralState, scalar_inverse
 @left_to_python
 def linear(spectral: SpectralState, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T / d + b, times the learned scale, for W [out, in] by rows; with `blocks` each by its own d."""
-    may_be_ready = spectral.training or spectral.keeps_sigma
-    if may_be_ready and not torch.is_grad_enabled() and spectral.is_simple:
-        ready = spectral.ready(weight)
+    if spectral.is_simple and (spectral.training or spectral.keeps_sigma):
+        recorded = torch.is_grad_enabled()
+        ready = spectral.ready(weight, recorded)
         if ready is not None and fits(x, weight, bias):
-            return scaled_linear(
-                x, cast(Tensor, ready.transposed), bias, cast(float, ready.inverse)
-            )
+            inverse = cast(float, ready.inverse)
+            if not recorded:
+                return scaled_linear(x, cast(Tensor, ready.transposed), bias, inverse)
+            u, v = _leading(ready.u), _leading(ready.v)
+            return spectral_linear_recorded(inverse, x, weight, bias, u, v, ready.sigma)
+    if spectral.training:
+        refuse(x, weight, spectral.blocks)
     if spectral.blocks is not None:
         return _by_blocks(spectral, spectral.blocks, x, weight, bias)
     u, v, sigma = spectral.current(weight)

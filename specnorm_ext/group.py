@@ -83,7 +83,6 @@ class _Call:
             self.shapes += [x.u.shape, x.v.shape]
         self.sizes = [s.numel() for s in self.shapes]
         self.one_column = all(len(s) == 1 for s in self.shapes)
-        self.one_each = all(k == 1 for k in self.counts)
 
     def refresh(self) -> None:
         """What was copied from the weights follows them."""
@@ -103,12 +102,13 @@ class _Call:
         sigma = first._iterate(
             self.matrices, self.us, self.vs, first.n_power_iterations, on_cpu, sum(self.counts)
         )
-        sigmas = sigma.split(1 if self.one_each else self.counts)
+        # not split(), which is Python of torch's before it is this
+        sigmas = sigma.split_with_sizes(self.counts)
         pieces: Sequence[Any] = [x for m in self.members for x in (m.u, m.v)]
         if keep:
             # one copy for all, of which each has a view: two small copies for each would be two launches on a GPU
             flat = torch.cat([x if self.one_column else x.reshape(-1) for x in pieces])
-            pieces = flat.split(self.sizes)
+            pieces = flat.split_with_sizes(self.sizes)
             if not self.one_column:
                 pieces = [x.view(s) for x, s in zip(pieces, self.shapes, strict=True)]
         captured = is_capturing(sigma)

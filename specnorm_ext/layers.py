@@ -208,10 +208,7 @@ class SpectralLinear(SpectralLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         spectral: Any = self._modules["spectral"]
-        weight = self.weight
-        if spectral.training:
-            fused.refuse(input, weight, spectral.blocks)
-        return fused.linear(spectral, input, weight, self.bias)
+        return fused.linear(spectral, input, self.weight, self.bias)
 
 
 class _SpectralConv(SpectralLayer):

@@ -311,31 +311,36 @@ class SpectralState(Parts):
             return None
         return given
 
-    def ready(self, weight: Tensor) -> Values | None:
-        """The values of this forward if they are known already, for a matrix on the CPU and without gradients.
+    def ready(self, weight: Tensor, recorded: bool) -> Values | None:
+        """The values of this forward if they are known already, for a matrix on the CPU; `recorded`: with gradients.
 
         Then a forward is one call of torch, and the rest of this file would take longer than a small layer's product.
         """
+        book = self._book
+        if self.training and book.group is None:
+            return None  # first, as it is what torch.compile may look at
         if not is_untraced() or recomputation.here() is not None:
             return None
-        book = self._book
+        values = book.given if self.training else book.kept
+        if values is None or values.weight is not weight or values.pointer != weight.data_ptr():
+            return None
+        if recorded and (
+            # u and v are for backward: not buffers that others write to, nor with the derivative of `bound` in them
+            not self.training
+            or values.u is self._buffers["_u"]
+            or self.bound is not None
+            or self.detach_sigma
+        ):
+            return None
         if self.training:
-            values = book.given
-            if (
-                values is not None
-                and values.version is not None
-                and (values.weight is not weight or values.version != trace_of(weight))
-            ):
+            if values.version is not None and values.version != trace_of(weight):
                 return None
         else:
-            values = book.kept
             u, v = self._buffers["_u"], self._buffers["_v"]
             assert u is not None
             assert v is not None
-            if values is not None and values.version != self._eye(weight, u, v):
+            if values.version != self._eye(weight, u, v):
                 return None
-        if values is None or values.weight is not weight or values.pointer != weight.data_ptr():
-            return None
         if values.inverse is None:
             if not (is_ordinary(weight) and weight.is_cpu):
                 return None

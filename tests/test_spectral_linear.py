@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
+import types
 
 import pytest
 import torch
@@ -21,8 +24,9 @@ from helpers import (
 )
 from torch import Tensor
 from torch.nn import functional as nnf
+from torch.utils.flop_counter import FlopCounterMode
 
-from specnorm_ext import _linear, functional, reference
+from specnorm_ext import SpectralLinear, SpectralNormGroup, _linear, functional, reference
 
 op = functional.spectral_linear
 backward_op = torch.ops.specnorm_ext.spectral_linear_backward
@@ -133,6 +137,74 @@ def test_backward_values(dtype, way, layout):
             x, g = (list(LAYOUTS.values())[i * k % len(LAYOUTS)](t) for k, t in ((1, x), (3, g)))
         dx, dw, y = backward(g, x, w, b if i % 2 else None, u, v, sigma, way)
         check_linear_backward(dx, dw, g, x, w, u, v, sigma, y, cpu=True)
+
+
+GRADIENTS = {
+    "dense": lambda g: g,
+    "expanded": lambda g: g[:1].expand(g.shape),
+    "one number": lambda g: g[0, 0].expand(g.shape),
+    "by columns": lambda g: g.T.contiguous().T,
+}
+
+
+@pytest.mark.cpu_only("the short cut of the CPU")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lies", GRADIENTS)
+@pytest.mark.parametrize("grouped", [True, False], ids=["in a group", ""])
+@pytest.mark.parametrize("n_vectors", [1, 3])
+def test_a_layers_backward_below_the_dispatcher_is_the_ops(
+    dtype, lies, grouped, n_vectors, monkeypatch
+):
+    torch.manual_seed(0)
+    layer = SpectralLinear(21, 13, dtype=dtype, n_vectors=n_vectors)
+    group = SpectralNormGroup(layer) if grouped else None  # noqa: F841
+    g = GRADIENTS[lies](torch.randn(7, 13).to(dtype))
+    x = torch.randn(7, 21).to(dtype).requires_grad_()
+    direct, found = _linear._gradients_direct, []
+
+    def spied(*args):
+        found.append(direct(*args))
+        return found[-1]
+
+    def gradients(way):
+        monkeypatch.setattr(_linear, "_gradients_direct", way)
+        twin = copy.deepcopy(layer)
+        return torch.autograd.grad(twin(x), [x, *twin.parameters()], g)
+
+    ours = gradients(spied)
+    assert len(found) == 1
+    assert found[0] is not None
+    assert all(map(same_bits, ours, gradients(lambda *_: None)))
+
+
+@pytest.mark.cpu_only("the short cut of the CPU")
+@pytest.mark.parametrize("what", ["autocast", "a negated view", "a large batch", "a mode"])
+def test_a_layers_backward_takes_no_short_cut(what, monkeypatch):
+    layer = SpectralLinear(21, 13)
+    x = torch.randn(30 if what == "a large batch" else 7, 21, requires_grad=True)
+    given = torch._neg_view(x) if what == "a negated view" else x
+    started = []
+    start = _linear._C.start_weight_gradient
+    fake = types.SimpleNamespace(
+        start_weight_gradient=lambda *args: started.append(start(*args)) or started[-1],
+        fingerprint=_linear._C.fingerprint,
+    )
+    monkeypatch.setattr(_linear, "_C", fake)
+    y = layer(given)
+    around = {"autocast": torch.autocast("cpu", BF16), "a mode": FlopCounterMode(display=False)}
+    with around.get(what, contextlib.nullcontext()):
+        dx, dw = torch.autograd.grad(y.square().sum(), [x, layer.weight])
+    assert not started
+    assert dx.dtype == dw.dtype == F32
+    w = layer.weight.detach().double().requires_grad_()
+    z = x.detach().double().requires_grad_()
+    state = layer.spectral
+    sigma = state._u.double() @ w @ state._v.double()
+    signed = -z if what == "a negated view" else z
+    want = nnf.linear(signed, w / sigma, layer.bias.double())
+    expected = torch.autograd.grad(want.square().sum(), [z, w])
+    for got, value in zip((dx, dw), expected, strict=True):
+        torch.testing.assert_close(got.double(), value, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
