@@ -38,6 +38,9 @@ from ._ops import (
 
 # as in _ops.py: a name of torch's is looked up in tables that are in no cache between two products
 _will_execute = torch._C._will_engine_execute_node
+_is_autocast_on = (
+    torch._C._is_any_autocast_enabled
+)  # of one device, it would have to be looked up by name
 
 
 @torch.library.register_fake("specnorm_ext::spectral_linear")
@@ -182,7 +185,7 @@ def _gradients_direct(
         or g.dim() != 2
         or g.dtype != weight.dtype
         or g.shape[0] > 2 * weight.shape[0]  # there the op takes c from dW
-        or torch.is_autocast_enabled("cpu")  # of who calls backward
+        or _is_autocast_on()  # of who calls backward
     ):
         return None
     dw = torch.empty_like(weight)
@@ -206,7 +209,7 @@ def fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
             bias is None
             or (bias.dtype == weight.dtype and bias.shape == weight.shape[:1] and bias.is_cpu)
         )
-        and not torch.is_autocast_enabled("cpu")  # which would round W before it is divided
+        and not _is_autocast_on()  # which would round W before it is divided
     )
 
 

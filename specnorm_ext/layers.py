@@ -208,7 +208,11 @@ class SpectralLinear(SpectralLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         spectral: Any = self._modules["spectral"]
-        return fused.linear(spectral, input, self.weight, self.bias)
+        try:  # what self.weight leads to, through Python
+            weight, bias = cast(Tensor, self._parameters["weight"]), self._parameters["bias"]
+        except KeyError:  # of a parametrization, pruning, or a DataParallel replica
+            weight, bias = self.weight, self.bias
+        return fused.linear(spectral, input, weight, bias)
 
 
 class _SpectralConv(SpectralLayer):
