@@ -7,21 +7,25 @@ can be asked for again and repeats that one, with the u, v and sigma it had. How
 - ``checkpoint(..., use_reentrant=False)`` records and recomputes under saved-tensor hooks that both know one frame
   object. Notes are kept under the frame, in order, and go when autograd drops it.
 - ``checkpoint(..., use_reentrant=True)``, and every other autograd.Function that runs a module in its forward and
-  again in its backward: such a forward shows by forward-mode AD being off, which no_grad leaves on. Nodes are
-  numbered as they are made, so the forwards of a node are the first ones noted after its number.
-- Anything else (a checkpoint inside a checkpoint, saved-tensor hooks of someone else's): if all forwards that could
-  be meant had the same u and v, those; else an error.
+  again in its backward: such a forward shows by forward-mode AD being off, which no_grad leaves on. Its `ctx` is on
+  the stack then, and is the node that runs in backward: notes are kept under it, in order, and go when it does. So
+  they are under each Function of several inside one another.
+- Where `ctx` is not on the stack (of a Function with a setup_context of its own): nodes are numbered as they are
+  made, so the forwards of a node are the first ones noted after its number.
+- Anything else (a checkpoint with hooks inside another, saved-tensor hooks of someone else's): if all forwards that
+  could be meant had the same u and v, those; else an error.
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import weakref
 from collections.abc import Callable, MutableMapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +34,14 @@ from torch.utils import checkpoint as _checkpoint
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# Of forwards inside autograd.Functions nobody says when they are no longer needed: so many are kept.
+# Of forwards inside autograd.Functions whose ctx is unknown nobody says when they are no longer needed: so many are
+# kept.
 LIMIT = 64
 
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _graph_task = torch._C._current_graph_task_id
 _is_forward_mode_on = torch._C._is_fwd_grad_enabled
+_Node = torch.autograd.function.BackwardCFunction
 _MODES = (
     torch._C._TorchDispatchModeKey.FAKE,
     torch._C._TorchDispatchModeKey.PROXY,
@@ -85,7 +91,8 @@ def traced_in_checkpoint() -> bool:
     ):
         return False
     # The forward is left to Python then, but what it calls would be traced again. These must look, at each call.
-    for function in (is_eager, here, _frame_of, unseen, Forwards.add, Forwards.find):
+    methods = (Forwards.add, Forwards._add_inside, Forwards.find)
+    for function in (is_eager, here, _frame_of, _nodes, unseen, *methods):
         torch._dynamo.decorators.skip(function)
     for (
         function
@@ -115,6 +122,7 @@ class Place:
         again: whether this is the region's recomputation.
         task: the backward pass that runs now, or -1.
         inside: whether this is inside the forward of an autograd.Function.
+        nodes: those Functions' ctx, as far as they are known.
     """
 
     region: object | None
@@ -122,6 +130,22 @@ class Place:
     again: bool
     task: int
     inside: bool
+    nodes: tuple[Any, ...] = ()
+
+
+def _nodes() -> tuple[Any, ...]:
+    """The ctx of each autograd.Function whose forward this runs in; the innermost comes first."""
+    found: list[Any] = []
+    frame = sys._getframe()
+    while (caller := frame.f_back) is not None:
+        frame = caller
+        code = frame.f_code
+        # a module's is left alone: f_locals would keep what it has until it returns
+        if code.co_name == "forward" and code.co_argcount > 0 and code.co_varnames[0] != "self":
+            first = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(first, _Node):
+                found.append(first)
+    return tuple(found)
 
 
 def _frame_of(hook: Any, depth: int = 2) -> tuple[object | None, bool]:
@@ -150,11 +174,12 @@ def here() -> Place | None:
     if (task == -1 and hooks is None and not inside) or not is_eager():
         return None
     inside = inside and not torch.is_inference_mode_enabled()
+    nodes = _nodes() if inside else ()
     if hooks is None:
-        return Place(None, None, False, task, inside) if inside or task != -1 else None
+        return Place(None, None, False, task, inside, nodes) if inside or task != -1 else None
     pack, unpack = hooks
     frame, again = _frame_of(pack)
-    return Place(unpack if frame is None else frame, pack, again, task, inside)
+    return Place(unpack if frame is None else frame, pack, again, task, inside, nodes)
 
 
 @dataclass
@@ -200,12 +225,23 @@ class Forward:
         return all(torch.equal(a, b) for a, b in zip(self.state, other.state, strict=True))
 
 
+@dataclass(eq=False)
+class _Inside:
+    """A forward inside an autograd.Function: the next node's number, and its thread."""
+
+    number: int
+    thread: int
+    forward: weakref.ref[Forward]
+    held: Forward | None  # where nothing else keeps it
+
+
 class Forwards:
     """The forwards of one layer that may be repeated."""
 
     def __init__(self) -> None:
+        # by a checkpoint's frame, what else hooks, or a node
         self._regions: MutableMapping[object, list[Forward]] = weakref.WeakKeyDictionary()
-        self._inside: list[tuple[int, int, Forward]] = []  # the next node's number, the thread
+        self._inside: list[_Inside] = []
         self._lost = -1  # the number of the last that was dropped for LIMIT
         self._repeated: MutableMapping[object, int] = weakref.WeakKeyDictionary()  # by a hook
         self._repeated_by: dict[tuple[int, int], int] = {}  # by (backward pass, node)
@@ -218,16 +254,31 @@ class Forwards:
             self._repeated_by.clear()
         if place.again:
             return
-        if place.region is not None:
-            self._regions.setdefault(place.region, []).append(forward)
+        for region in (place.region, *place.nodes):
+            if region is not None:
+                self._regions.setdefault(region, []).append(forward)
         if place.inside:
-            if self._inside and self._inside[-1][2].versions != forward.versions:
-                for _, _, old in self._inside:
-                    old.state = None
-            number = torch.autograd._get_sequence_nr()
-            self._inside.append((number, threading.get_ident(), forward))
-            if len(self._inside) > LIMIT:
-                self._lost = self._inside.pop(0)[0]
+            # Under a ctx that is in a graph a note is kept. One that is in none ran without gradients: inside another
+            # Function, whose ctx is not on the stack.
+            kept = bool(place.nodes) and bool(place.nodes[-1].next_functions)
+            self._add_inside(forward, kept)
+
+    def _add_inside(self, forward: Forward, kept: bool) -> None:
+        inside = [x for x in self._inside if x.forward() is not None]
+        if not kept:
+            old = [x for x in inside if x.held is not None]
+            if old and cast(Forward, old[-1].held).versions != forward.versions:
+                for x in old:
+                    cast(Forward, x.held).state = None
+            if len(old) == LIMIT:
+                self._lost = old[0].number
+                inside.remove(old[0])
+        number = torch.autograd._get_sequence_nr()
+        held = None if kept else forward
+        self._inside = [
+            *inside,
+            _Inside(number, threading.get_ident(), weakref.ref(forward), held),
+        ]
 
     def find(self, place: Place, weight: Tensor, scale: Tensor | None) -> Forward | None:
         """The forward that the one at `place` repeats; None if it is a new one.
@@ -259,11 +310,18 @@ class Forwards:
     def _of_node(self, place: Place) -> Forward | None:
         """The forward that the node now in its backward repeats."""
         node = torch._C._current_autograd_node()
-        one_thread = len({thread for _, thread, _ in self._inside}) <= 1  # each numbers for itself
+        if isinstance(node, _Node) and node in self._regions:
+            noted = self._regions[node]
+            i = self._repeated_by.get((place.task, id(node)), 0)
+            self._repeated_by[place.task, id(node)] = i + 1
+            if i < len(noted):
+                return noted[i]
+        inside = [(x.number, y) for x in self._inside if (y := x.forward()) is not None]
+        one_thread = len({x.thread for x in self._inside}) <= 1  # each numbers for itself
         later: list[Forward] = []
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
+        if isinstance(node, _Node):
             number = node._sequence_nr()
-            later = [x for n, _, x in self._inside if n > number or not one_thread]
+            later = [x for n, x in inside if n > number or not one_thread]
             if place.region is None and one_thread and later:
                 if number < self._lost:
                     raise RuntimeError(
