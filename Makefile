@@ -16,7 +16,7 @@ demo: $(VENV)/.demo
 # the run ends there, with the test's name: pytest-xdist 3.8 would start another, and wait for ever at the end. A test
 # that hangs prints where, and its process ends; the longest takes minutes (kernels of two architectures, as shipped).
 test: $(VENV)/.test
-	OMP_WAIT_POLICY=passive $(PY) -m pytest -n auto --maxprocesses 8 --max-worker-restart 0 --dist loadgroup \
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -n auto --maxprocesses 8 --max-worker-restart 0 --dist loadfile \
 	  --no-loadscope-reorder --timeout 1200 --timeout-method thread
 
 bench: $(VENV)/.bench
@@ -47,7 +47,7 @@ format: $(VENV)/.lint
 # The tests whose tensors may lie elsewhere, on a device that needs no hardware (tests/second_device/). `make test` runs
 # a part of them.
 other-device: $(VENV)/.test
-	OMP_WAIT_POLICY=passive $(PY) -m pytest --device second -n auto --maxprocesses 8 --dist loadgroup \
+	OMP_WAIT_POLICY=passive $(PY) -m pytest --device second -n auto --maxprocesses 8 --dist loadfile \
 	  --no-loadscope-reorder --timeout 1200 --timeout-method thread tests
 
 # The module built here, imported and run under another torch (a download of gigabytes).

@@ -170,7 +170,7 @@ if wants test; then
     { echo "-- tests that failed, and how:"; failures runtime; }
   # Of the tests that know nothing of a GPU those that see most of the package, as on the second device in each CI run.
   parallel=()
-  if has_xdist; then parallel=(-n auto --maxprocesses 8 --dist loadgroup); fi
+  if has_xdist; then parallel=(-n auto --maxprocesses 8 --dist loadfile); fi
   general=(sigma_normalize_autograd layers group parametrization_faults lipschitz_graph losses pacgen)
   files=()
   for name in "${general[@]}"; do files+=("$repo/tests/test_$name.py"); done
@@ -219,7 +219,7 @@ if wants device; then
   # Thousands of small tests, whose time is that of Python and of launches: as many processes as share the GPU well.
   # It says in the end which tests it left out, and why. All the time that is left: whoever asks for this part waits.
   parallel=()
-  if has_xdist; then parallel=(-n auto --maxprocesses 8 --dist loadgroup); fi
+  if has_xdist; then parallel=(-n auto --maxprocesses 8 --dist loadfile); fi
   step device "$total" 40 "${tests[@]}" "${parallel[@]}" --device cuda "$repo/tests" ||
     { echo "-- tests that failed, and how:"; failures device; }
 fi

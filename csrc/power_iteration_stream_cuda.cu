@@ -252,15 +252,29 @@ struct Streamer {
     });
   }
 
+  void pass_columns(StreamParams& p, int way, int64_t grid, int64_t length, int columns) {
+    const Fit fit = fit_of_columns<S>(way, length, columns, on);
+    p.cluster = cluster_of_columns(way);
+    LaunchConfig c = config(grid, ColumnsCut<S, 4>::threads, fit.shared);
+    c.cluster = unsigned(p.cluster);
+    c.most_shared = true;
+    if (way < kMany1)
+      go("stream pass", c, &stream_pass_rows_columns<S, 4>, p);
+    else
+      go("stream pass", c, &stream_pass_rows_columns<S, 8>, p);
+  }
+
   template <int B>
   void batch(StreamParams& p, int way) {
     int64_t blocks = 0, slices = 0, chunks = 0, longest = 0, length = 0;
+    int columns_most = 0;
     bool by_columns = false;
     for (int i = 0; i < p.count; ++i) {
       DeviceItem& item = p.items[i];
       const Rows<S> x = stored_rows<S>(item);
       int cluster;
-      blocks_live<S>(way, x.length, on, &cluster);
+      blocks_live<S>(way, x.length, item.columns, on, &cluster);
+      columns_most = item.columns > columns_most ? item.columns : columns_most;
       item.first_block = int32_t(blocks);
       blocks += int64_t(item.blocks) * cluster;
       length = x.length > length ? x.length : length;
@@ -283,8 +297,10 @@ struct Streamer {
     if (B > 1) go("stream begin", columns, &stream_begin_columns<S>, p);
     const int passes = p.n_iterations + (by_columns ? 1 : 0);
     for (p.pass = 0; p.pass < passes; ++p.pass) {
-      if (way < kAny) {
+      if (way < kFew1) {
         pass_rows(p, way, blocks, length);
+      } else if (way < kAny) {
+        pass_columns(p, way, blocks, length, columns_most);
       } else if (way == kShortRows) {
         go("stream pass", short_rows, &stream_pass_short<S, 8, 1>, p);
       } else if (way == kMiddleRows) {
@@ -294,9 +310,12 @@ struct Streamer {
       } else if (way == kMiddleRowsColumns) {
         go("stream pass", short_rows, &stream_pass_short<S, kShortColumns, kShortMost<S>>, p);
       } else {
+        const int64_t own = int64_t(sizeof(Fixed<C>)) + group_bytes<S>(kAnyThreads);
         const int64_t vector = longest * int64_t(sizeof(C));
-        p.a_shared = fixed + vector <= on.info.shared_per_block ? vector : 0;
-        go("stream pass", config(blocks, kThreads, fixed + p.a_shared), &stream_pass_any<S, B>, p);
+        p.a_shared = own + vector <= on.info.shared_of_two() ? vector : 0;
+        LaunchConfig c = config(blocks, kAnyThreads, own + p.a_shared);
+        c.most_shared = true;
+        go("stream pass", c, &stream_pass_any<S, B>, p);
       }
       // The pass after n_iterations is the last of those stored by columns: T = W^T U, and no z.
       if (p.pass < p.n_iterations) {
@@ -334,7 +353,7 @@ cudaError_t cut_stream(List* list, const DeviceInfo& info) {
     total += item.weight.m * item.weight.n * int64_t(sizeof(S));
     int cluster;
     const int64_t length = stored_rows<S>(item).length;
-    const int blocks = blocks_live<S>(way_of<S>(item, on), length, on, &cluster);
+    const int blocks = blocks_live<S>(way_of<S>(item, on), length, item.columns, on, &cluster);
     live = blocks > live ? blocks : live;
     clusters.push_back(cluster);
   }
@@ -371,7 +390,7 @@ CudaStatus run_stream(const PowerIterationParams& p, const CudaCall& call, const
     params.workspace = workspace;
     const auto flush = [&] {
       if (params.count > 0) {
-        if (way == kAnyColumns || way >= kShortRowsColumns)
+        if ((way >= kFew1 && way < kAny) || way == kAnyColumns || way >= kShortRowsColumns)
           streamer.template batch<kMaxColumns>(params, way);
         else
           streamer.template batch<1>(params, way);

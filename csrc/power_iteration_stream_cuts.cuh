@@ -17,10 +17,16 @@
 // On sm_80, 86 and 89 that is two blocks up to D's lengths, on sm_75 (32 KB each) up to 11264, 5632
 // and 14336 elements, on sm_90 up to eight times D's. test_cuda_build.py holds the launches to it.
 //
-// Longer rows: few are read across (below), others take the pass for anything.
+// Longer rows: few are read across (below), others take the pass for anything, as do rows that are
+// odd or not aligned.
+//
+// Several columns, rows of 4 KB and more: up to four columns 8 KB of a row a block (16 bits: 4 KB),
+// up to eight 4 KB, two blocks a multiprocessor; longer rows by clusters of 2, 4 or 8. Without
+// clusters longer rows take the pass for anything, which reads W twice where L2 does not hold what
+// blocks have between dot and axpy.
 #pragma once
 
-#include "power_iteration_stream_rows.cuh"
+#include "power_iteration_stream_rows_columns.cuh"
 
 namespace specnorm {
 namespace cuda {
@@ -60,6 +66,14 @@ enum Way : int {
   kD4,
   kD8,
   kE,
+  kFew1,  // several columns, up to 4 and up to 8; rows divided among 1, 2, 4 or 8 blocks
+  kFew2,
+  kFew4,
+  kFew8,
+  kMany1,
+  kMany2,
+  kMany4,
+  kMany8,
   kAny,
   kAnyColumns,
   kShortRows,          // up to 8 elements
@@ -73,7 +87,7 @@ template <class T>
 struct CutType {
   using type = T;
 };
-// run(CutType<Cut<...>>(), blocks of a cluster), of a way before kAny
+// run(CutType<Cut<...>>(), blocks of a cluster), of a way before kFew1
 template <class S, class F>
 auto by_cut(int way, F run) {
   using X = Cuts<S>;
@@ -130,6 +144,35 @@ Fit fit_of(int way, int64_t length, const StreamDevice& on) {
   });
 }
 
+// The same of several columns. Rows shorter than this leave a block's threads without work, and
+// take the pass for anything: what it reads twice, a few of them, L2 still holds.
+constexpr int64_t kLeastColumnsRow = 4096;  // bytes
+inline int cluster_of_columns(int way) {
+  return 1 << (way - kFew1) % 4;
+}
+template <class S, int B>
+Fit fit_of_columns(int64_t length, int columns, int cluster, const DeviceInfo& info) {
+  using T = ColumnsCut<S, B>;
+  constexpr int kPack = Packed<S>::count;
+  const int64_t slice = (length / kPack + cluster - 1) / cluster * kPack;
+  const int apart = columns > T::held ? columns - T::held : 0;
+  Fit fit{0, 0, 0};
+  fit.shared =
+      (2 * T::values * T::warps * cluster + int64_t(columns + apart) * T::elements * T::threads) *
+      int64_t(sizeof(typename Elem<S>::C));
+  if (columns > B || slice > T::threads * T::elements || fit.shared > info.shared_per_block)
+    return Fit{0, 0, 0};
+  fit.live = fit.shared <= info.shared_of_two() ? 2 : 1;
+  return fit;
+}
+template <class S>
+Fit fit_of_columns(int way, int64_t length, int columns, const StreamDevice& on) {
+  const int cluster = cluster_of_columns(way);
+  const Fit fit = way < kMany1 ? fit_of_columns<S, 4>(length, columns, cluster, on.info)
+                               : fit_of_columns<S, 8>(length, columns, cluster, on.info);
+  return cluster > 1 && (cluster > on.widest || fit.live < 2) ? Fit{0, 0, 0} : fit;
+}
+
 template <class S>
 int way_of(const DeviceItem& item, const StreamDevice& on) {
   const Rows<S> x = stored_rows<S>(item);
@@ -137,19 +180,30 @@ int way_of(const DeviceItem& item, const StreamDevice& on) {
   if (item.columns > 1 && x.length <= 4) return kShortRowsColumns;
   if (item.columns > 1 && x.length <= kShortColumns && item.columns <= kShortMost<S>)
     return kMiddleRowsColumns;
-  if (item.columns > 1) return kAnyColumns;
-  if (!x.aligned || x.length % Packed<S>::count != 0) return kAny;
-  for (int least = 2; least >= 1; --least)  // rather a cluster than one block alone
-    for (int way = 0; way < kAny; ++way)
+  const bool whole = x.aligned && x.length % Packed<S>::count == 0;
+  if (item.columns > 1) {
+    if (!whole || x.length * int64_t(sizeof(S)) < kLeastColumnsRow) return kAnyColumns;
+    for (int least = 2; least >= 1; --least)  // rather a cluster than one block alone
+      for (int way = kFew1; way < kAny; ++way)
+        if (fit_of_columns<S>(way, x.length, item.columns, on).live >= least) return way;
+    return kAnyColumns;
+  }
+  if (!whole) return kAny;
+  for (int least = 2; least >= 1; --least)
+    for (int way = 0; way < kFew1; ++way)
       if (fit_of<S>(way, x.length, on).live >= least) return way;
   return kAny;
 }
 
 // Blocks on a multiprocessor; in *cluster how many of them take a tile together.
 template <class S>
-int blocks_live(int way, int64_t length, const StreamDevice& on, int* cluster) {
+int blocks_live(int way, int64_t length, int columns, const StreamDevice& on, int* cluster) {
   *cluster = 1;
-  if (way == kAny || way == kAnyColumns) return 1;
+  if (way >= kFew1 && way < kAny) {
+    *cluster = cluster_of_columns(way);
+    return fit_of_columns<S>(way, length, columns, on).live;
+  }
+  if (way == kAny || way == kAnyColumns) return 2;
   if (way > kAnyColumns) return way == kMiddleRowsColumns ? kShortBlocks<S, 8> : kShortBlocks<S, 1>;
   by_cut<S>(way, [&](auto, int blocks) { *cluster = blocks; });
   return fit_of<S>(way, length, on).live;

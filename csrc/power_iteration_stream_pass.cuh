@@ -12,7 +12,8 @@ namespace cuda {
 using namespace device;
 
 constexpr int kItems = 32;
-constexpr int kThreads = 512;
+constexpr int kThreads = 512;     // between two passes
+constexpr int kAnyThreads = 256;  // of stream_pass_any
 
 struct StreamParams {
   int count, n_iterations, pass;
@@ -63,9 +64,19 @@ __device__ ChunkSums* chunks_of_columns(const Solver<S, B>& s) {
   return reinterpret_cast<ChunkSums*>(columns_of(s) + 1);
 }
 
+// Rows between their dot and their axpy. All blocks of an H200, two on each of 132 multiprocessors,
+// must find theirs again in 50 MB of L2; but fewer leave warps without a row, and read and write z
+// more often.
+constexpr int64_t kChunkBytes = 128 << 10;
+__device__ __forceinline__ int chunk_rows(int64_t row_bytes, int columns) {
+  const int least = columns > 1 ? 2 * kAnyThreads / 32 : kAnyThreads / 32;
+  const int64_t rows = kChunkBytes / row_bytes;
+  return rows < least ? least : rows < kChunkRows ? int(rows) : kChunkRows;
+}
+
 // Any strides, any number of columns.
 template <class S, int B>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kAnyThreads, 2)
     stream_pass_any(const __grid_constant__ StreamParams p) {
   using C = typename Elem<S>::C;
   const DeviceItem& item = p.items[item_of_block(p.items, p.count)];
@@ -81,6 +92,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   s.mine.w = s.whole.w + s.r0 * s.whole.ld;
   s.mine.rows = s.r1 - s.r0;
   s.record = s.global + tile * s.record_bytes;
+  s.chunk = chunk_rows(s.length() * int64_t(sizeof(S)), s.b);
   if (p.a_shared) {
     C* a = reinterpret_cast<C*>(reinterpret_cast<char*>(s.groups) + group_bytes<S>(blockDim.x));
     for (int64_t k = threadIdx.x; k < s.b * s.stride(); k += blockDim.x) a[k] = s.a[k];

@@ -43,7 +43,7 @@ struct Solver {
   Rows<S> whole, mine;  // all stored rows; those of this block, maybe in shared memory
   bool by_columns;
   int64_t m, n, r0, r1;
-  int b, iterations;
+  int b, iterations, chunk;
   double eps;
   C* sigma;
   // where
@@ -89,6 +89,7 @@ struct Solver {
     kind = kOneBlock;
     rank = round = 0;
     size = 1;
+    chunk = kChunkRows;
     parts = 1;
     record = global;
     r0 = 0;
@@ -219,7 +220,7 @@ struct Solver {
   __device__ void pass() {
     C* part = reinterpret_cast<C*>(record + sizeof(RecordHead));
     row_pass<S, B>(mine, 0, r1 - r0, mode(), a, stride(), b, t + r0, t_stride(), C(axpy_unit), part,
-                   stride(), pass_shared, groups);
+                   stride(), pass_shared, groups, chunk);
     gram_of_slice(reinterpret_cast<RecordHead*>(record));
   }
 

@@ -80,7 +80,7 @@ __host__ __device__ __forceinline__ int64_t padded(int64_t n) {
   return (n + 7) / 8 * 8;
 }
 
-constexpr int kChunkRows = 32;  // rows between their dot and their axpy: still in cache
+constexpr int kChunkRows = 32;  // most rows between their dot and their axpy: still in cache
 
 // Shared memory of one pass.
 template <class C>
@@ -100,7 +100,7 @@ __device__ __forceinline__ void row_pass_as(const Rows<S>& x, int64_t r0, int64_
                                             typename Elem<S>::C scale, typename Elem<S>::C* z,
                                             int64_t z_stride,
                                             PassShared<typename Elem<S>::C>* shared,
-                                            typename Elem<S>::C* groups) {
+                                            typename Elem<S>::C* groups, int chunk) {
   using C = typename Elem<S>::C;
   constexpr int kPack = Packed<S>::count;
   constexpr int kTogether = B < 4 ? B : 4;  // columns of z that an axpy keeps in registers
@@ -117,8 +117,8 @@ __device__ __forceinline__ void row_pass_as(const Rows<S>& x, int64_t r0, int64_
     for (int i = 0; i < b; ++i)
       for (int64_t k = threadIdx.x; k < padded(x.length); k += blockDim.x) z[i * z_stride + k] = 0;
   }
-  for (int64_t c0 = r0; c0 < r1; c0 += kChunkRows) {
-    const int count = int(r1 - c0 < kChunkRows ? r1 - c0 : kChunkRows);
+  for (int64_t c0 = r0; c0 < r1; c0 += chunk) {
+    const int count = int(r1 - c0 < chunk ? r1 - c0 : chunk);
     if (mode & kDot) {
       for (int r = warp; r < count; r += warps) {
         C sum[B];
@@ -208,20 +208,20 @@ __device__ __forceinline__ void row_pass_as(const Rows<S>& x, int64_t r0, int64_
 
 // One block over rows [r0, r1): t [b, t_stride] is written (kDot) or read, z [b, z_stride] is
 // overwritten. B is the number of columns that registers are set aside for, b <= B the number there
-// are. a and z lie on 16 bytes.
+// are, chunk <= kChunkRows that of rows between their dot and their axpy. a and z lie on 16 bytes.
 template <class S, int B>
 __device__ __forceinline__ void row_pass(const Rows<S>& x, int64_t r0, int64_t r1, int mode,
                                          const typename Elem<S>::C* a, int64_t a_stride, int b,
                                          typename Elem<S>::C* t, int64_t t_stride,
                                          typename Elem<S>::C scale, typename Elem<S>::C* z,
                                          int64_t z_stride, PassShared<typename Elem<S>::C>* shared,
-                                         typename Elem<S>::C* groups) {
+                                         typename Elem<S>::C* groups, int chunk) {
   if (x.whole())
     row_pass_as<S, B, true>(x, r0, r1, mode, a, a_stride, b, t, t_stride, scale, z, z_stride,
-                            shared, groups);
+                            shared, groups, chunk);
   else
     row_pass_as<S, B, false>(x, r0, r1, mode, a, a_stride, b, t, t_stride, scale, z, z_stride,
-                             shared, groups);
+                             shared, groups, chunk);
 }
 
 template <class S, bool Whole>

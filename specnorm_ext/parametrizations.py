@@ -331,10 +331,11 @@ def spectral_norm(
     recomputation repeats its own forward, with the u, v and sigma of that one, whatever the layer has done since; where
     W has changed since (in place, or by another tensor in its place), it raises. It also raises where the forward
     cannot be known: a checkpoint inside a non-re-entrant one, or under saved-tensor hooks of other kinds, that is
-    recomputed when several forwards of the layer are pending; more than 64 pending forwards, re-entrant only. A
-    layer that torch.compile meets in a checkpoint, or a checkpoint around it, is left to Python, and refused under
-    ``fullgraph=True``. What cannot be seen: a layer that was compiled outside of any checkpoint, and is then called
-    inside one, iterates again when it is recomputed, and its gradient is wrong. Compile it where it is used.
+    recomputed when several forwards of the layer are pending; and of an autograd.Function with a ``setup_context`` of
+    its own, one inside another on a GPU, or more than 64 pending forwards. A layer that torch.compile meets in a
+    checkpoint, or a checkpoint around it, is left to Python, and refused under ``fullgraph=True``. What cannot be seen:
+    a layer that was compiled outside of any checkpoint, and is then called inside one, iterates again when it is
+    recomputed, and its gradient is wrong. Compile it where it is used.
 
     Tied weights are refused. Where an optimizer, a list or a variable refers to the parameter, every object of the
     process is gone through to tell that from a tie, for each weight: for many layers beside an optimizer,

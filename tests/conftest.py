@@ -1,5 +1,5 @@
 """Two threads and a fixed seed for every test, so that a failure repeats; the CUDA kernels built for the host, once for
-all the files that test them; and which tests stay together where several processes share them (`make test`)."""
+all the files that test them and all the processes that share the tests (`make test`)."""
 
 from __future__ import annotations
 
@@ -13,33 +13,28 @@ import torch
 from cuda_on_host import host_runner
 
 pytest_plugins = ["other_device"]  # --device
-ON_HOST = "cuda_on_host"
-SPEED = pytest.StashKey[str]()  # of the emulation
+SPEED = pytest.StashKey[
+    list[list[int]]
+]()  # of the emulation: cases, switches, microseconds of each process
 SPEED_SENT = "specnorm_ext_emulation"  # by a process of pytest-xdist's, to the first one
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist, which reads the marks in a hook of this name
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file is one process's, for what its tests share; so are all the files that need the kernels built for the host.
-
-    What takes minutes comes first, so that no process is left with it at the end.
-    """
-
-    def group(item: pytest.Item) -> str:
-        return ON_HOST if ON_HOST in getattr(item, "fixturenames", ()) else item.path.name
-
-    first = (ON_HOST, "test_cuda_build.py", "test_sanitizers.py", "test_build.py")
-    groups = {item: group(item) for item in items}
-    items.sort(key=lambda item: first.index(groups[item]) if groups[item] in first else len(first))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(groups[item]))
+    """What takes minutes comes first, so that no process is left with it at the end (`make test`, a file a process)."""
+    first = (
+        "test_cuda_on_host_power_iteration.py",
+        "test_cuda_build.py",
+        "test_sanitizers.py",
+        "test_build.py",
+    )
+    items.sort(key=lambda x: first.index(x.path.name) if x.path.name in first else len(first))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node, error) -> None:
     """A process of pytest-xdist's has ended: what its fixtures had to say."""
     if SPEED_SENT in getattr(node, "workeroutput", {}):
-        node.config.stash[SPEED] = node.workeroutput[SPEED_SENT]
+        node.config.stash.setdefault(SPEED, []).append(node.workeroutput[SPEED_SENT])
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
@@ -48,8 +43,13 @@ def pytest_terminal_summary(terminalreporter) -> None:
         for name, value in report.user_properties:
             if name == "printed":
                 terminalreporter.write_line(value)
-    if SPEED in terminalreporter.config.stash:
-        terminalreporter.write_line(terminalreporter.config.stash[SPEED])
+    speeds = terminalreporter.config.stash.get(SPEED, [])
+    if speeds:
+        cases, switches, microseconds = map(sum, zip(*speeds, strict=True))
+        terminalreporter.write_line(
+            f"CUDA on the host: {cases} cases, {switches / 1e6:.0f} million switches, {microseconds / 1e6:.1f} s: "
+            f"{switches / max(microseconds, 1):.1f} million a second"
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +67,10 @@ def cuda_on_host(tmp_path_factory):
     reason = host_runner.why_not() or host_runner.no_sanitizers(out)
     if reason:
         pytest.skip(reason)
-    return host_runner.Build(out)
+    base = tmp_path_factory.getbasetemp()
+    return host_runner.Build.shared(
+        base.parent if "PYTEST_XDIST_WORKER" in os.environ else base, out
+    )
 
 
 @pytest.fixture(scope="session")
@@ -76,10 +79,8 @@ def runner(cuda_on_host, pytestconfig):
     runner = host_runner.Runner(cuda_on_host.runner(), cuda_on_host.out)
     yield runner
     runner.close()  # with AddressSanitizer's report of leaks, if any
-    speed = (
-        f"CUDA on the host: {runner.cases} cases, {runner.switches / 1e6:.0f} million switches, "
-        f"{runner.microseconds / 1e6:.1f} s: {runner.switches / max(runner.microseconds, 1):.1f} million a second"
-    )
-    pytestconfig.stash[SPEED] = speed
+    speed = [runner.cases, runner.switches, runner.microseconds]
     if hasattr(pytestconfig, "workeroutput"):
         pytestconfig.workeroutput[SPEED_SENT] = speed
+    else:
+        pytestconfig.stash[SPEED] = [speed]

@@ -317,8 +317,7 @@ def check_step(w: Tensor, v0: Tensor, u: Tensor, v: Tensor, sigma: Tensor, norm:
         assert torch.linalg.vector_norm(u2 - step.u) <= of_u
         assert torch.linalg.vector_norm(v2 - step.v) <= (of_u + product) * norm / step.sigma
     else:
-        projector = step.u @ step.u.mT
-        assert torch.linalg.matrix_norm(u2 - projector @ u2, 2) <= of_u
+        assert torch.linalg.matrix_norm(u2 - step.u @ (step.u.mT @ u2), 2) <= of_u
     assert abs(sigma.double().item() - step.sigma) <= (of_u + product) * norm
     check_pair(w, u, v, sigma, norm, step.condition)
 

@@ -25,10 +25,11 @@ NVCC = shutil.which(os.environ.get("CUDACXX") or "nvcc")
 # .ci/run compiles for all major ones in a hurry; as they are shipped, for these (a minute each).
 ARCHITECTURES = tuple(os.environ.get("SPECNORM_EXT_ARCHITECTURES", "sm_80,sm_90").split(","))
 # Whose time is that of a call with one column. The others work for microseconds between passes, when a matrix has
-# left the plain range, or on several columns at once (<S, 8>), whose sums do not all fit into registers (the table says
-# what spills there; smaller blocks, the remedy, would have to be measured against it).
+# left the plain range, or on several columns of short, odd or unaligned rows at once (<S, 8>), whose sums do not all
+# fit into registers (the table says what spills there; smaller blocks, the remedy, would have to be measured).
 HOT = (
-    r"power_iteration_team<\S+, 1,", r"stream_pass_rows<", r"stream_pass_any<\S+, 1>", r"stream_pass_short<",
+    r"power_iteration_team<\S+, 1,", r"stream_pass_rows<", r"stream_pass_rows_columns<",
+    r"stream_pass_any<\S+, 1>", r"stream_pass_short<",
     r"stream_reduce<", r"stream_hand_out<", r"stream_measure<", r"stream_measure_columns<", r"stream_begin_columns<",
     r"stream_gram<", r"stream_combine<", r"stream_finish_columns<",
     r"sigma_tiles<", r"sigma_finish<", r"normalize_divide<",
@@ -142,14 +143,39 @@ class Chip(NamedTuple):
     threads: int
     widest: int  # cluster
     two: tuple[int, int, int]
+    # the same of up to four columns, and of up to eight, of which eight
+    few: tuple[int, int, int]
+    many: tuple[int, int, int]
 
 
 CHIPS = {
-    "sm_75": Chip(7, 64 << 10, 64 << 10, 1024, 1, (11264, 5632, 14336)),
-    "sm_80": Chip(8, 163 << 10, 164 << 10, 2048, 1, (14336, 7168, 16384)),
-    "sm_86": Chip(8, 99 << 10, 100 << 10, 1536, 1, (14336, 7168, 16384)),
-    "sm_89": Chip(8, 99 << 10, 100 << 10, 1536, 1, (14336, 7168, 16384)),
-    "sm_90": Chip(9, 227 << 10, 228 << 10, 2048, 8, (114688, 57344, 131072)),
+    "sm_75": Chip(7, 64 << 10, 64 << 10, 1024, 1, (11264, 5632, 14336), (0, 0, 0), (0, 0, 0)),
+    "sm_80": Chip(
+        8,
+        163 << 10,
+        164 << 10,
+        2048,
+        1,
+        (14336, 7168, 16384),
+        (2048, 1024, 2048),
+        (1024, 512, 2048),
+    ),
+    "sm_86": Chip(
+        8, 99 << 10, 100 << 10, 1536, 1, (14336, 7168, 16384), (2048, 1024, 2048), (1024, 512, 2048)
+    ),
+    "sm_89": Chip(
+        8, 99 << 10, 100 << 10, 1536, 1, (14336, 7168, 16384), (2048, 1024, 2048), (1024, 512, 2048)
+    ),
+    "sm_90": Chip(
+        9,
+        227 << 10,
+        228 << 10,
+        2048,
+        8,
+        (114688, 57344, 131072),
+        (16384, 8192, 16384),
+        (8192, 4096, 16384),
+    ),
 }
 LENGTHS = (
     1024, 2048, 2056, 3072, 4096, 4104, 5120, 5632, 5640, 7168, 7176, 8192, 8200, 11008, 11264, 11272, 14336, 14344,
@@ -158,6 +184,15 @@ LENGTHS = (
 # Bytes that one multiprocessor must have asked for to use the bandwidth of an H200's memory: 4.3 TB/s over 132
 # multiprocessors, times a microsecond.
 IN_FLIGHT = 33_000
+
+
+class ColumnsFit(NamedTuple):
+    """The same of several columns."""
+
+    most: int  # columns of the kernel
+    cluster: int
+    shared: int
+    live: int
 
 
 class Fit(NamedTuple):
@@ -174,8 +209,7 @@ class Fit(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def fits(tmp_path_factory) -> dict[tuple[str, str, int], Fit | None]:
-    """Of each dtype, architecture and length; None where the row takes another pass."""
+def told(tmp_path_factory) -> list[str]:
     reason = host_runner.why_not()
     if reason:
         pytest.skip(reason)
@@ -196,21 +230,41 @@ def fits(tmp_path_factory) -> dict[tuple[str, str, int], Fit | None]:
         for length in LENGTHS
     )
     out = subprocess.run([program], input=questions, capture_output=True, text=True, check=True)
+    return out.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def fits(told) -> dict[tuple[str, str, int], Fit | None]:
+    """Of each dtype, architecture and length; None where the row takes another pass."""
     result: dict[tuple[str, str, int], Fit | None] = {}
-    for line in out.stdout.splitlines():
+    for line in told:
+        if line.startswith("columns "):
+            continue
         dtype, arch, length, cut, *numbers = re.findall(r"Cut<[^>]*>|\S+", line)
         result[dtype, arch, int(length)] = Fit(cut, *map(int, numbers)) if numbers else None
     return result
 
 
-def blocks_resident(fit: Fit, chip: Chip, registers: int) -> int:
+@pytest.fixture(scope="module")
+def columns_fits(told) -> dict[tuple[str, str, int, int], ColumnsFit | None]:
+    """Likewise; the last key is the number of columns."""
+    result: dict[tuple[str, str, int, int], ColumnsFit | None] = {}
+    for line in told:
+        if line.startswith("columns "):
+            _, dtype, arch, length, columns, *numbers = line.split()
+            fit = ColumnsFit(*map(int, numbers)) if numbers else None
+            result[dtype, arch, int(length), int(columns)] = fit
+    return result
+
+
+def blocks_resident(threads: int, shared: int, chip: Chip, registers: int) -> int:
     """As CUDA's occupancy calculator has it: registers go to warps in units of 256, warps to four schedulers."""
-    warps = fit.threads // 32
+    warps = threads // 32
     by_registers = 65536 // (-(-registers * 32 // 256) * 256) // 4 * 4 // warps
     reserved = chip.shared_per_multiprocessor - chip.shared_per_block
-    held = -(-(fit.shared + reserved) // 128) * 128
+    held = -(-(shared + reserved) // 128) * 128
     by_shared = chip.shared_per_multiprocessor // held
-    return min(by_registers, by_shared, chip.threads // fit.threads)
+    return min(by_registers, by_shared, chip.threads // threads)
 
 
 @pytest.mark.parametrize("arch", CHIPS)
@@ -232,7 +286,7 @@ def test_two_blocks_a_multiprocessor_when_streaming(reports, fits, arch, record_
             name = f"stream_pass_rows<{dtype}, {fit.cut}"
             found = [k for k in kernels if k.name.replace(" >", ">").startswith(name)]
             assert len(found) == 1, f"expected one kernel {name}, got {found}"
-            blocks = blocks_resident(fit, chip, found[0].registers)
+            blocks = blocks_resident(fit.threads, fit.shared, chip, found[0].registers)
             assert blocks >= fit.live, f"the launcher counts on more blocks: {length} {fit}"
             if length <= two:
                 assert blocks >= 2, f"{dtype}, rows of {length}: {blocks} blocks, {fit}, {found}"
@@ -247,6 +301,34 @@ def test_two_blocks_a_multiprocessor_when_streaming(reports, fits, arch, record_
                 assert flight > 0.7 * IN_FLIGHT, f"{dtype}, rows of {length}: {flight} bytes"
     if arch in ("sm_80", "sm_90"):
         record_property("printed", "\n".join(lines))
+
+
+@pytest.mark.parametrize("arch", CHIPS)
+def test_two_blocks_a_multiprocessor_when_streaming_several_columns(reports, columns_fits, arch):
+    """Rows of 4 KB and more, which are kept in registers; the pass for anything by its bounds."""
+    chip = CHIPS[arch]
+    kernels = reports.get(arch) or next(iter(reports.values()))
+    for dtype in ("float", "double", "bf16", "f16"):
+        i = ("float", "double").index(dtype) if dtype in ("float", "double") else 2
+        element = {"float": 4, "double": 8}.get(dtype, 2)
+        for length in LENGTHS:
+            for columns in (2, 4, 5, 8):
+                fit = columns_fits[dtype, arch, length, columns]
+                two = (chip.few if columns <= 4 else chip.many)[i]
+                if fit is None:
+                    assert length > two or length * element < 4096
+                    continue
+                assert columns <= fit.most
+                name = f"stream_pass_rows_columns<{dtype}, {fit.most}>"
+                (found,) = (k for k in kernels if k.name.startswith(name))
+                blocks = blocks_resident(256, fit.shared, chip, found.registers)
+                assert blocks >= fit.live
+                if length <= two and not (i == 2 and columns == 8 and arch != "sm_90"):
+                    assert blocks >= 2, f"{dtype}, {columns} columns, rows of {length}: {fit}"
+    for k in kernels:
+        if k.name.startswith("stream_pass_any<"):
+            # what it holds of a is what is left of half of shared memory
+            assert blocks_resident(256, 24 << 10, chip, k.registers) >= 2
 
 
 def test_the_module_with_cuda_kernels_runs_its_cpu_ops_on_a_torch_without_cuda():

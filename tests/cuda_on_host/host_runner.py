@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import platform
 import shutil
 import struct
@@ -22,6 +23,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+with contextlib.suppress(ImportError):
+    import fcntl  # where CUDA on the host is not for, there is none
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
@@ -82,7 +86,7 @@ class Build:
             jobs[LIBRARY] = ["-fPIC", "-shared", HERE / "fake_cublas_lt.cpp"]
         else:
             jobs["emulator_test"] = ["-x", "c++", HERE / "emulator_test.cu"]
-        self.out = out
+        self.out = self.made = out
         self.objects = [out / name for name in jobs if name not in ("emulator_test", LIBRARY)]
         self.library = [LIBRARY] if linear else []
 
@@ -92,6 +96,23 @@ class Build:
         with ThreadPoolExecutor(os.cpu_count() or 2) as pool:
             self.done = dict(zip(jobs, pool.map(one, jobs), strict=True))
 
+    @classmethod
+    def shared(cls, base: Path, out: Path) -> Build:
+        """One for all processes of a test run, which know `base`: the first compiles, the others wait.
+
+        Programs are linked in `out`, of each process.
+        """
+        with (base / "cuda_on_host.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            made = base / "cuda_on_host"
+            kept = made / "build.pickle"
+            if not kept.exists():
+                made.mkdir(exist_ok=True)
+                kept.write_bytes(pickle.dumps(cls(made)))
+            build: Build = pickle.loads(kept.read_bytes())
+        build.out = out
+        return build
+
     def _check(self, names: Sequence[str]) -> None:
         for name in names:
             done = self.done[name]
@@ -99,7 +120,7 @@ class Build:
 
     def emulator_test(self) -> Path:
         self._check(["emulator_test"])
-        return self.out / "emulator_test"
+        return self.made / "emulator_test"
 
     def runner(self) -> Path:
         self._check([*(path.name for path in self.objects), *self.library])
