@@ -12,7 +12,8 @@ TORCH ?= 2.14.1
 demo: $(VENV)/.demo
 	$(PY) bench/demo.py
 
-# As many processes as cores, each with threads of its own: those must not spin while they wait. When one of them dies
+# As many processes as cores, each with threads of its own: those must not spin while they wait. Files stay whole, for
+# what their tests share (by xdist_group, pytest-xdist 3.8 loses them in silence beside pytest 9.2). When one of them dies
 # the run ends there, with the test's name: pytest-xdist 3.8 would start another, and wait for ever at the end. A test
 # that hangs prints where, and its process ends; the longest takes minutes (kernels of two architectures, as shipped).
 test: $(VENV)/.test

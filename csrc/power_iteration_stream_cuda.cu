@@ -286,10 +286,14 @@ struct Streamer {
     }
     const int64_t fixed = int64_t(sizeof(Fixed<C>)) + group_bytes<S>(kThreads);
     p.defer_t = way == kShortRows || way == kMiddleRows;
-    const LaunchConfig short_rows =
-        config(blocks, kShortThreads,
-               32 * int64_t(sizeof(double)) + kShortColumns * kShortColumns * int64_t(sizeof(C)));
-    if (p.defer_t && by_columns) go("stream measure", short_rows, &stream_measure<S>, p);
+    const auto pass_short = [&](auto kernel, int threads) {
+      go("stream pass",
+         config(blocks, threads,
+                32 * int64_t(sizeof(double)) + kShortColumns * kShortColumns * int64_t(sizeof(C))),
+         kernel, p);
+    };
+    const LaunchConfig elements = config(blocks, kElementThreads, 32 * int64_t(sizeof(double)));
+    if (p.defer_t && by_columns) go("stream measure", elements, &stream_measure<S>, p);
     const LaunchConfig columns =
         config(chunks, kColumnThreads, int64_t(sizeof(Small)) + kGramBytes);
     if (B > 1) go("stream measure", columns, &stream_measure_columns<S>, p);
@@ -302,13 +306,14 @@ struct Streamer {
       } else if (way < kAny) {
         pass_columns(p, way, blocks, length, columns_most);
       } else if (way == kShortRows) {
-        go("stream pass", short_rows, &stream_pass_short<S, 8, 1>, p);
+        pass_short(&stream_pass_short<S, 8, 1>, kShortThreads<S, 1>);
       } else if (way == kMiddleRows) {
-        go("stream pass", short_rows, &stream_pass_short<S, kShort, 1>, p);
+        pass_short(&stream_pass_short<S, kShort, 1>, kShortThreads<S, 1>);
       } else if (way == kShortRowsColumns) {
-        go("stream pass", short_rows, &stream_pass_short<S, 4, 4>, p);
+        pass_short(&stream_pass_short<S, 4, 4>, kShortThreads<S, 4>);
       } else if (way == kMiddleRowsColumns) {
-        go("stream pass", short_rows, &stream_pass_short<S, kShortColumns, kShortMost<S>>, p);
+        constexpr int kMost = kShortMost<S>;
+        pass_short(&stream_pass_short<S, kShortColumns, kMost>, kShortThreads<S, kMost>);
       } else {
         const int64_t own = int64_t(sizeof(Fixed<C>)) + group_bytes<S>(kAnyThreads);
         const int64_t vector = longest * int64_t(sizeof(C));
@@ -330,7 +335,7 @@ struct Streamer {
         go("stream finish", columns, &stream_finish_columns<S>, p);
       }
     }
-    if (p.defer_t) go("stream hand-out", config(blocks, kShortThreads, 0), &stream_hand_out<S>, p);
+    if (p.defer_t) go("stream hand-out", elements, &stream_hand_out<S>, p);
   }
 };
 

@@ -203,8 +203,7 @@ int blocks_live(int way, int64_t length, int columns, const StreamDevice& on, in
     *cluster = cluster_of_columns(way);
     return fit_of_columns<S>(way, length, columns, on).live;
   }
-  if (way == kAny || way == kAnyColumns) return 2;
-  if (way > kAnyColumns) return way == kMiddleRowsColumns ? kShortBlocks<S, 8> : kShortBlocks<S, 1>;
+  if (way >= kAny) return 2;
   by_cut<S>(way, [&](auto, int blocks) { *cluster = blocks; });
   return fit_of<S>(way, length, on).live;
 }

@@ -65,8 +65,9 @@ __device__ ChunkSums* chunks_of_columns(const Solver<S, B>& s) {
 }
 
 // Rows between their dot and their axpy. All blocks of an H200, two on each of 132 multiprocessors,
-// must find theirs again in 50 MB of L2; but fewer leave warps without a row, and read and write z
-// more often.
+// are to find theirs again in 50 MB of L2; but fewer than `least` leave warps without a row, and
+// read and write z more often. So W is read twice where `least` of the rows are longer than that,
+// and on devices of less L2.
 constexpr int64_t kChunkBytes = 128 << 10;
 __device__ __forceinline__ int chunk_rows(int64_t row_bytes, int columns) {
   const int least = columns > 1 ? 2 * kAnyThreads / 32 : kAnyThreads / 32;
@@ -141,16 +142,18 @@ struct Tile {
 // registers grows with the length and, of several columns, their products with each other: up to
 // kShort elements of one column, kShortColumns of several (more columns than elements there are
 // not; of float64 up to four, in whose place eight would spill).
-constexpr int kShort = 24, kShortColumns = 8, kShortThreads = 256;
+constexpr int kShort = 24, kShortColumns = 8, kElementThreads = 256;
 template <class S>
 constexpr int kShortMost = sizeof(S) == 8 ? 4 : 8;  // columns
+// Two blocks a multiprocessor, of as many threads as their registers allow.
 template <class S, int B>
-constexpr int kShortBlocks = sizeof(S) == 8 || B > 4 ? 1 : 2;  // a multiprocessor, as they allow
+constexpr int kShortThreads = sizeof(S) == 8 || B > 4 ? 128 : 256;
 
 // L, B: most elements of a row, most columns.
 template <class S, int L, int B, int Most>
 __device__ __forceinline__ void short_rows(const Tile<S, Most>& own, const DeviceItem& item) {
   using C = typename Elem<S>::C;
+  constexpr int kBlock = kShortThreads<S, Most>;
   // rows a thread has in flight, as its registers allow
   constexpr int kAhead = B > 4 ? 2 : B > 1 ? 8 / L : L == 1 ? 16 : 32 / L;
   constexpr bool kNear = L > 8 || B * L > 16;  // a in shared memory, after the sums
@@ -167,7 +170,7 @@ __device__ __forceinline__ void short_rows(const Tile<S, Most>& own, const Devic
   double* const sums = reinterpret_cast<double*>(dynamic_shared());
   C* const near = reinterpret_cast<C*>(sums + 32);
   if (kNear) {
-    for (int e = int(threadIdx.x); e < B * L; e += kShortThreads)
+    for (int e = int(threadIdx.x); e < B * L; e += kBlock)
       near[e] = e / L < b && e % L < x.length ? own.a[e / L * stride + e % L] : C(0);
     __syncthreads();
   }
@@ -182,12 +185,12 @@ __device__ __forceinline__ void short_rows(const Tile<S, Most>& own, const Devic
 #pragma unroll
     for (int j = 0; j <= i; ++j) gram[i][j] = 0;
   }
-  for (int64_t r = own.r0 + threadIdx.x; r < own.r1; r += kAhead * kShortThreads) {
+  for (int64_t r = own.r0 + threadIdx.x; r < own.r1; r += kAhead * kBlock) {
     S w[kAhead][L];
     C total[kAhead][B];
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
-      const int64_t row = r + k * kShortThreads;
+      const int64_t row = r + k * kBlock;
       const bool here = row < own.r1;
 #pragma unroll
       for (int i = 0; i < B; ++i) {
@@ -203,7 +206,7 @@ __device__ __forceinline__ void short_rows(const Tile<S, Most>& own, const Devic
     }
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
-      const int64_t row = r + k * kShortThreads;
+      const int64_t row = r + k * kBlock;
       if (row >= own.r1) break;
 #pragma unroll
       for (int i = 0; i < B; ++i) {
@@ -243,7 +246,7 @@ __device__ __forceinline__ void short_rows(const Tile<S, Most>& own, const Devic
 
 // Rows of up to Most elements.
 template <class S, int Most, int B>
-__global__ void __launch_bounds__(kShortThreads, kShortBlocks<S, B>)
+__global__ void __launch_bounds__(kShortThreads<S, B>, 2)
     stream_pass_short(const __grid_constant__ StreamParams p) {
   const DeviceItem& item = p.items[item_of_block(p.items, p.count)];
   const Tile<S, B> own(p, item);
@@ -271,7 +274,7 @@ __global__ void __launch_bounds__(kShortThreads, kShortBlocks<S, B>)
 // columns are the short rows it is as long as W is large. stream_prepare makes of them what v is to
 // be multiplied by.
 template <class S>
-__global__ void __launch_bounds__(kShortThreads)
+__global__ void __launch_bounds__(kElementThreads)
     stream_measure(const __grid_constant__ StreamParams p) {
   using C = typename Elem<S>::C;
   const DeviceItem& item = p.items[item_of_block(p.items, p.count)];
@@ -279,7 +282,7 @@ __global__ void __launch_bounds__(kShortThreads)
   if (!own.by_columns) return;
   double largest = 0, squares = 0;
   for_elements(static_cast<const C*>(item.v.data), item.v.row_stride, own.r1, own.r0 + threadIdx.x,
-               kShortThreads, [&](int64_t, C x) {
+               kElementThreads, [&](int64_t, C x) {
                  const double size = fabs(double(x));
                  largest = size > largest ? size : largest;
                  squares += size * size;
@@ -295,7 +298,7 @@ __global__ void __launch_bounds__(kShortThreads)
 // u (stored by columns: v) from t, by as many blocks as have made t: where rows are short it is as
 // long as W is large, and one block would take longer than all passes.
 template <class S>
-__global__ void __launch_bounds__(kShortThreads)
+__global__ void __launch_bounds__(kElementThreads)
     stream_hand_out(const __grid_constant__ StreamParams p) {
   using C = typename Elem<S>::C;
   const DeviceItem& item = p.items[item_of_block(p.items, p.count)];
@@ -303,7 +306,7 @@ __global__ void __launch_bounds__(kShortThreads)
   const double factor = own.header->t_factor;
   if (factor == 0) return;  // failed
   const VectorRef& to = own.by_columns ? item.v : item.u;
-  for (int64_t r = own.r0 + threadIdx.x; r < own.r1; r += kShortThreads)
+  for (int64_t r = own.r0 + threadIdx.x; r < own.r1; r += kElementThreads)
     static_cast<C*>(to.data)[r * to.row_stride] = C(double(own.t[r]) * factor);
 }
 

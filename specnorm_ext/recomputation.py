@@ -19,13 +19,14 @@ can be asked for again and repeats that one, with the u, v and sigma it had. How
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 import threading
 import weakref
 from collections.abc import Callable, MutableMapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +35,8 @@ from torch.utils import checkpoint as _checkpoint
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# Of forwards inside autograd.Functions whose ctx is unknown nobody says when they are no longer needed: so many are
-# kept.
+# Of forwards inside autograd.Functions whose ctx is unknown nobody says when they are no longer needed: so many of all
+# are kept.
 LIMIT = 64
 
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
@@ -91,8 +92,7 @@ def traced_in_checkpoint() -> bool:
     ):
         return False
     # The forward is left to Python then, but what it calls would be traced again. These must look, at each call.
-    methods = (Forwards.add, Forwards._add_inside, Forwards.find)
-    for function in (is_eager, here, _frame_of, _nodes, unseen, *methods):
+    for function in (is_eager, here, _frame_of, _nodes, unseen, Forwards.add, Forwards.find):
         torch._dynamo.decorators.skip(function)
     for (
         function
@@ -140,11 +140,15 @@ def _nodes() -> tuple[Any, ...]:
     while (caller := frame.f_back) is not None:
         frame = caller
         code = frame.f_code
-        # a module's is left alone: f_locals would keep what it has until it returns
-        if code.co_name == "forward" and code.co_argcount > 0 and code.co_varnames[0] != "self":
-            first = frame.f_locals.get(code.co_varnames[0])
-            if isinstance(first, _Node):
-                found.append(first)
+        if code.co_name != "forward" or code.co_argcount == 0 or code.co_varnames[0] == "self":
+            continue
+        values = frame.f_locals
+        first = values.get(code.co_varnames[0])
+        if sys.version_info < (3, 13) and code.co_flags & inspect.CO_OPTIMIZED:
+            values.clear()  # a copy that the frame would keep, and with it what the forward lets go of
+        # more than once where a forward calls that of its base
+        if isinstance(first, _Node) and all(first is not x for x in found):
+            found.append(first)
     return tuple(found)
 
 
@@ -225,23 +229,13 @@ class Forward:
         return all(torch.equal(a, b) for a, b in zip(self.state, other.state, strict=True))
 
 
-@dataclass(eq=False)
-class _Inside:
-    """A forward inside an autograd.Function: the next node's number, and its thread."""
-
-    number: int
-    thread: int
-    forward: weakref.ref[Forward]
-    held: Forward | None  # where nothing else keeps it
-
-
 class Forwards:
     """The forwards of one layer that may be repeated."""
 
     def __init__(self) -> None:
         # by a checkpoint's frame, what else hooks, or a node
         self._regions: MutableMapping[object, list[Forward]] = weakref.WeakKeyDictionary()
-        self._inside: list[_Inside] = []
+        self._inside: list[tuple[int, int, Forward]] = []  # the next node's number, the thread
         self._lost = -1  # the number of the last that was dropped for LIMIT
         self._repeated: MutableMapping[object, int] = weakref.WeakKeyDictionary()  # by a hook
         self._repeated_by: dict[tuple[int, int], int] = {}  # by (backward pass, node)
@@ -254,31 +248,23 @@ class Forwards:
             self._repeated_by.clear()
         if place.again:
             return
-        for region in (place.region, *place.nodes):
-            if region is not None:
-                self._regions.setdefault(region, []).append(forward)
-        if place.inside:
-            # Under a ctx that is in a graph a note is kept. One that is in none ran without gradients: inside another
-            # Function, whose ctx is not on the stack.
-            kept = bool(place.nodes) and bool(place.nodes[-1].next_functions)
-            self._add_inside(forward, kept)
-
-    def _add_inside(self, forward: Forward, kept: bool) -> None:
-        inside = [x for x in self._inside if x.forward() is not None]
-        if not kept:
-            old = [x for x in inside if x.held is not None]
-            if old and cast(Forward, old[-1].held).versions != forward.versions:
-                for x in old:
-                    cast(Forward, x.held).state = None
-            if len(old) == LIMIT:
-                self._lost = old[0].number
-                inside.remove(old[0])
-        number = torch.autograd._get_sequence_nr()
-        held = None if kept else forward
-        self._inside = [
-            *inside,
-            _Inside(number, threading.get_ident(), weakref.ref(forward), held),
-        ]
+        if place.region is not None:
+            self._regions.setdefault(place.region, []).append(forward)
+        for node in place.nodes:
+            noted = self._regions.setdefault(node, [])
+            # a backward inside a forward repeats what that has noted
+            if all(x is not forward for x in noted):
+                noted.append(forward)
+        if (
+            place.inside
+        ):  # also beside a ctx that is known: it need not be the one that runs this again
+            if self._inside and self._inside[-1][2].versions != forward.versions:
+                for _, _, old in self._inside:
+                    old.state = None
+            number = torch.autograd._get_sequence_nr()
+            self._inside.append((number, threading.get_ident(), forward))
+            if len(self._inside) > LIMIT:
+                self._lost = self._inside.pop(0)[0]
 
     def find(self, place: Place, weight: Tensor, scale: Tensor | None) -> Forward | None:
         """The forward that the one at `place` repeats; None if it is a new one.
@@ -316,12 +302,11 @@ class Forwards:
             self._repeated_by[place.task, id(node)] = i + 1
             if i < len(noted):
                 return noted[i]
-        inside = [(x.number, y) for x in self._inside if (y := x.forward()) is not None]
-        one_thread = len({x.thread for x in self._inside}) <= 1  # each numbers for itself
+        one_thread = len({thread for _, thread, _ in self._inside}) <= 1  # each numbers for itself
         later: list[Forward] = []
         if isinstance(node, _Node):
             number = node._sequence_nr()
-            later = [x for n, x in inside if n > number or not one_thread]
+            later = [x for n, _, x in self._inside if n > number or not one_thread]
             if place.region is None and one_thread and later:
                 if number < self._lost:
                     raise RuntimeError(

@@ -413,7 +413,7 @@ class SpectralState(Parts):
         if self.bound is not None:
             # d = max(1, sigma / bound). "not <=" so that a NaN counts as above and comes out as NaN.
             within = sigma <= self.bound
-            u = self._by_block(u, torch.where(within, 0.0, 1 / self.bound).to(u.dtype))
+            u = self._by_block(u, (~within).to(u.dtype) * (1 / self.bound))
             sigma = torch.where(within, torch.ones_like(sigma), sigma / self.bound)
         if self.detach_sigma:
             u = torch.zeros_like(u)

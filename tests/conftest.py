@@ -61,16 +61,15 @@ def _repeatable():
 
 
 @pytest.fixture(scope="session")
-def cuda_on_host(tmp_path_factory):
+def cuda_on_host(tmp_path_factory, pytestconfig):
     """The programs of cuda_on_host/; skips, with the reason, where they cannot be built."""
     out = tmp_path_factory.mktemp("cuda_on_host")
     reason = host_runner.why_not() or host_runner.no_sanitizers(out)
     if reason:
         pytest.skip(reason)
     base = tmp_path_factory.getbasetemp()
-    return host_runner.Build.shared(
-        base.parent if "PYTEST_XDIST_WORKER" in os.environ else base, out
-    )
+    one_of_several = hasattr(pytestconfig, "workerinput")
+    return host_runner.Build.shared(base.parent if one_of_several else base, out)
 
 
 @pytest.fixture(scope="session")

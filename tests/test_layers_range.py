@@ -290,3 +290,16 @@ def test_gradcheck_steps_aside_without_a_trace():
         return torch.func.functional_call(layer, {"weight": w}, (x,))
 
     assert torch.autograd.gradcheck(of_weight, weight)
+
+
+@pytest.mark.parametrize("bound", [0.07, 1e-3])
+def test_a_bound_keeps_the_digits_of_float64(bound):
+    """d = sigma / bound: its derivative is u v^T / bound."""
+    torch.manual_seed(0)
+    layer = SpectralLinear(7, 5, bias=False, dtype=F64, bound=bound)
+    x, g = torch.randn(3, 7, dtype=F64), torch.randn(3, 5, dtype=F64)
+    layer(x).backward(g)
+    u, v = layer.spectral._u, layer.spectral._v
+    w = layer.weight.detach().requires_grad_()
+    (x @ (w / ((u @ w @ v) / bound)).T).backward(g)
+    torch.testing.assert_close(layer.weight.grad, w.grad, rtol=1e-12, atol=1e-12 / bound)

@@ -91,6 +91,23 @@ class SetupCheckpoint(torch.autograd.Function):
     backward = OwnCheckpoint.backward
 
 
+class ExtendedCheckpoint(OwnCheckpoint):
+    """Two frames called forward have one ctx."""
+
+    @staticmethod
+    def forward(ctx, f, x):
+        return OwnCheckpoint.forward(ctx, f, x)
+
+
+class EnabledCheckpoint(SetupCheckpoint):
+    """With gradients on in forward: what is checkpointed inside it is in a graph, which ends with the forward."""
+
+    @staticmethod
+    def forward(f, x):
+        with torch.enable_grad():
+            return f(x.detach().requires_grad_()).detach()
+
+
 KINDS: dict[str, Call] = {
     "reentrant": functools.partial(checkpoint, use_reentrant=True),
     "hooks": functools.partial(checkpoint, use_reentrant=False),
@@ -100,6 +117,8 @@ KINDS: dict[str, Call] = {
     "saving-the-rest": saving_the_rest,
     "own": OwnCheckpoint.apply,
     "setup": SetupCheckpoint.apply,
+    "extended": ExtendedCheckpoint.apply,
+    "enabled": EnabledCheckpoint.apply,
 }
 by_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -427,16 +446,20 @@ def nested(inner: Call, outer: Call, model: nn.Module) -> Call:
     return functools.partial(outer, f)
 
 
-@pytest.mark.parametrize("outer", ["reentrant", "hooks", "own", "setup"])
-@pytest.mark.parametrize("inner", ["reentrant", "hooks", "own", "setup"])
+NESTED = ["reentrant", "hooks", "own", "setup", "extended", "enabled"]
+UNKNOWN = {"setup", "enabled"}  # their ctx
+
+
+@pytest.mark.parametrize("outer", NESTED)
+@pytest.mark.parametrize("inner", NESTED)
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch's, of the inner
 def test_checkpoints_inside_checkpoints(inner, outer, count) -> None:
     """One forward: right. Of several, those that can be told apart are right, and the others raise."""
     start, found = network(), []
-    may_be_unknown = count == 2 and inner == "hooks" and outer in ("hooks", "setup")
+    may_be_unknown = count == 2 and inner == "hooks" and outer in ("hooks", *UNKNOWN)
     if here().type != "cpu":  # backward has a thread of its own there, which numbers its nodes anew
-        may_be_unknown = may_be_unknown or "setup" in (inner, outer)
+        may_be_unknown = may_be_unknown or not UNKNOWN.isdisjoint((inner, outer))
     for checkpointed in (False, True):
         model, xs = copy.deepcopy(start), inputs(count)
         pair = (KINDS[inner], KINDS[outer]) if checkpointed else (plainly, plainly)
@@ -470,6 +493,40 @@ def test_hooks_inside_a_checkpoint(kind) -> None:
     reference(y.detach().copy_(x.detach()).requires_grad_()).square().sum().backward()
     for p, q in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.cpu_only("backward has a thread of its own there: its frames are not the forward's")
+def test_a_backward_inside_a_checkpointed_forward() -> None:
+    """What it repeats is noted once."""
+
+    def region(x, model, call):
+        with torch.enable_grad():
+            y = x.detach().requires_grad_()
+            call(model, y).square().sum().backward()
+        return model(x + 0.1 * y.grad)
+
+    model, (x,) = network(), inputs(1)
+    twin, z = copy.deepcopy(model), x.detach().clone().requires_grad_()
+    KINDS["reentrant"](lambda y: region(y, model, KINDS["reentrant"]), x).square().sum().backward()
+    region(z, twin, plainly).square().sum().backward()
+    torch.testing.assert_close(x.grad, z.grad, rtol=1e-12, atol=1e-13)
+
+
+def test_a_forward_lets_go_of_what_it_deletes() -> None:
+    model, (x,) = network(), inputs(1)
+    alive = []
+
+    def forward(x):
+        y = x * 1
+        seen = weakref.ref(y)
+        z = model(y)
+        del y
+        alive.append(seen() is not None)
+        return z
+
+    with torch.no_grad():  # no graph that holds it
+        KINDS["own"](forward, x)
+    assert alive == [False]
 
 
 def test_a_first_forward_inside_backward_is_no_recomputation() -> None:
@@ -509,20 +566,21 @@ def test_nothing_is_kept_of_ordinary_forwards_nor_past_their_graphs() -> None:
 
 
 @pytest.mark.parametrize("kind", ["reentrant", "own"])
-def test_what_reentrant_forwards_leave_goes_with_their_graph(kind) -> None:
-    model, (x,) = network(), inputs(1)
-    kept, call = forwards(model[0]), KINDS[kind]
-    losses = [call(model, x).sum() for _ in range(2 * recomputation.LIMIT)]
-    losses[0].backward()  # as many as there are, each finds its own
-    assert len(kept._inside) == len(kept._regions) == len(losses)
-    del losses[1:]
-    gc.collect()
-    loss = call(model, x).sum()
-    assert len(kept._inside) == len(kept._regions) == 2
-    assert all(note.held is None for note in kept._inside)
-    del losses, loss
+def test_each_of_many_reentrant_forwards_finds_its_own_and_goes_with_its_graph(kind) -> None:
+    model, xs = network(), inputs(2 * recomputation.LIMIT)
+    twin, ys = copy.deepcopy(model), [x.detach().clone().requires_grad_() for x in xs]
+    kept = forwards(model[0])
+    losses = [KINDS[kind](model, x).square().sum() for x in xs]
+    expected = [twin(y).square().sum() for y in ys]
+    assert len(kept._regions) == len(losses)
+    for i in (0, 7, len(xs) - 1):
+        losses[i].backward()
+        expected[i].backward()
+        torch.testing.assert_close(xs[i].grad, ys[i].grad, rtol=1e-12, atol=1e-13)
+    del losses
     gc.collect()
     assert not kept._regions
+    assert len(kept._inside) == recomputation.LIMIT
 
 
 def test_what_is_kept_of_forwards_without_a_known_node_is_bounded() -> None:
@@ -538,7 +596,7 @@ def test_what_is_kept_of_forwards_without_a_known_node_is_bounded() -> None:
         first.backward()
     step(model)
     reentrant(model, x).sum().backward()
-    assert sum(x.held.state is not None for x in kept._inside) == 1
+    assert sum(note.state is not None for *_, note in kept._inside) == 1
 
 
 @by_kind
