@@ -313,8 +313,9 @@ def _plan(clock: _Clock, variant: Variant, rounds: int, min_sample: float, budge
         calls = max(calls + 1, math.ceil(1.1 * calls * min_sample / max(elapsed, 1e-9)))
         elapsed = clock.seconds(variant.call, calls)
     every = math.ceil(rounds * elapsed / budget)
-    # A median wants at least 5 samples; 3 have to do where those would take several budgets.
-    least = 5 if 5 * elapsed <= 3 * budget else 3
+    # A median wants 11 samples: of 5, on machines whose samples differ by 4%, it is off by 2. Fewer have to do where
+    # those would take many budgets.
+    least = 11 if 2 * elapsed <= budget else 5 if 5 * elapsed <= 3 * budget else 3
     return _Plan(calls, max(1, min(every, rounds // least)))
 
 
