@@ -115,13 +115,16 @@ def test_short_calls_are_batched_and_slow_ones_sit_out(harness, clock):
 
         return harness.Variant(name, call)
 
-    group = group_of(harness, [variant("unit", 1e-6), variant("slow", 1.0)])
-    measured = harness.measure(group, rounds=20, min_sample=1e-3, budget=5.0)
+    slow = {"slow": (1.0, 11), "slower": (3.0, 6), "slowest": (4.0, 4)}  # seconds, samples
+    variants = [variant("unit", 1e-6), *(variant(name, s) for name, (s, _) in slow.items())]
+    group = group_of(harness, variants)
+    measured = harness.measure(group, rounds=22, min_sample=1e-3, budget=5.0)
     assert measured["unit"].calls >= 1000
-    assert len(measured["unit"].taken()) == 20
-    assert measured["slow"].calls == 1
-    assert len(measured["slow"].taken()) == 5
-    assert len(measured["slow"].seconds) == 20
+    assert len(measured["unit"].taken()) == 22
+    for name, (_, samples) in slow.items():
+        assert measured[name].calls == 1
+        assert len(measured[name].taken()) == samples
+        assert len(measured[name].seconds) == 22
     ratio = harness.summarize(group, measured)[1].ratio
     assert ratio.median == pytest.approx(1e6)
 
