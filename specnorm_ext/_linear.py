@@ -56,15 +56,11 @@ def _(g, x, weight, bias, u, v, sigma, y, want_x, want_w):
     return dx, torch.empty_like(weight) if want_w else weight.new_empty(0)
 
 
-def is_wanted(ctx: Any, i: int) -> bool:
-    """Whether this backward pass leads anywhere through the i-th tensor that forward was given.
+def _leads_on(node: Any) -> bool:
+    """Whether this backward pass leads anywhere through a tensor that forward was given: the node that made it.
 
     needs_input_grad says what any pass may want: torch.autograd.grad(y, x) has no use for dW.
     """
-    return _leads_on(ctx.next_functions[i][0])
-
-
-def _leads_on(node: Any) -> bool:
     try:
         return _will_execute(node)
     except RuntimeError:  # of a leaf that is asked for itself; or backward was called by hand
@@ -72,7 +68,7 @@ def _leads_on(node: Any) -> bool:
 
 
 def wanted(ctx: Any) -> tuple[bool, bool, bool]:
-    """The same of x, weight and bias, which come first."""
+    """Whether it does through x, weight and bias, which come first."""
     _, want_x, want_w, want_b, *_ = ctx.needs_input_grad
     (of_x, _), (of_w, _), (of_b, _), *_ = ctx.next_functions  # made anew each time it is asked for
     want_w, want_b = want_w and _leads_on(of_w), want_b and _leads_on(of_b)
