@@ -428,6 +428,8 @@ GRID: tuple[tuple[str, list[Shape]], ...] = (
     ("2048 x 8192", [(2048, 8192)]),
     ("4096 x 4096", [(4096, 4096)]),
     ("4096 x 14336", [(4096, 14336)]),
+    ("4096 x 14335", [(4096, 14335)]),  # rows of which none but every fourth is aligned
+    ("50257 x 384", [(50257, 384)]),  # an embedding: rows for one warp
     ("11 of 128 x 1152", [(128, 1152)] * 11),
     ("200 of 64 x 64", [(64, 64)] * 200),
 )

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "common.h"
 #include "cuda_call.h"
@@ -72,8 +73,9 @@ __device__ __forceinline__ T* cluster_map(T* p, unsigned rank) {
 #endif
 }
 
-// Elements that are read once: past L1, first to leave L2.
-__device__ __forceinline__ uint4 load_once(const uint4* p) {
+// Elements that are read once: first to leave L2.
+template <class T>
+__device__ __forceinline__ T load_once(const T* p) {
   return __ldcs(p);
 }
 
@@ -366,6 +368,52 @@ struct Packed {
     return Elem<S>::get(x[i]);
   }
 };
+// N elements in registers of their own, one load each: of rows that are not aligned.
+template <class S, int N>
+struct Scattered {
+  using Raw = std::conditional_t<sizeof(S) == 2, uint16_t, S>;  // what one load brings
+  static constexpr int count = N;
+  Raw raw[N];
+  __device__ __forceinline__ typename Elem<S>::C get(int i) const {
+    S x;
+    memcpy(&x, &raw[i], sizeof(S));
+    return Elem<S>::get(x);
+  }
+};
+
+// How a row lies on threads: in Packed, or in Scattered of N elements, where neighbouring threads
+// have neighbouring elements. Element e of a thread's k-th pack is column(k, e) past its first one,
+// which is thread x first_step; `left` counts from there to the end of the row.
+template <class S, int Threads, bool Whole, int N>
+struct Spread {
+  using Pack = std::conditional_t<Whole, Packed<S>, Scattered<S, N>>;
+  static constexpr int count = Pack::count, first_step = Whole ? count : 1;
+  static __device__ __forceinline__ constexpr int column(int k, int e) {
+    return Whole ? k * Threads * count + e : (k * count + e) * Threads;
+  }
+  // of a pack of which column(k, 0) is
+  static __device__ __forceinline__ bool within(int k, int e, int left) {
+    return Whole || column(k, e) < left;
+  }
+  // Zeros past the end of the row, and where it is not `there`.
+  static __device__ __forceinline__ void load(Pack* to, const S* w, int k, int left, bool there) {
+    if constexpr (Whole) {
+      to->raw = uint4{0, 0, 0, 0};
+      if (there && column(k, 0) < left)
+        to->raw = load_once(reinterpret_cast<const uint4*>(w + column(k, 0)));
+    } else {
+      const int here = there ? left : 0;
+#pragma unroll
+      for (int e = 0; e < count; ++e) {
+        to->raw[e] = 0;
+        if (column(k, e) < here)
+          to->raw[e] = load_once(reinterpret_cast<const typename Pack::Raw*>(w + column(k, e)));
+      }
+    }
+  }
+};
+template <class S>
+constexpr int kFourRegisters = sizeof(S) == 8 ? 2 : 4;  // elements, of 16 bits one in each
 
 // ---- reductions --------------------------------------------------------------------------------
 
@@ -377,6 +425,23 @@ template <class T>
 __device__ __forceinline__ T warp_sum(T x) {
   for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
   return x;
+}
+// Sums over the warp of N numbers a lane: x[0] is that of number lane / (32 / N). Lanes exchange
+// halves of what they have: N - 1 + log2(32 / N) shuffles in place of 5 N.
+template <int N, int Step = 16, class T>
+__device__ __forceinline__ void warp_sums(T* x) {
+  if constexpr (Step > 0 && N > 1) {
+    const bool upper = threadIdx.x & Step;
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) {
+      const T given = upper ? x[i] : x[i + N / 2];
+      x[i] = (upper ? x[i + N / 2] : x[i]) + __shfl_xor_sync(kAllLanes, given, Step);
+    }
+    warp_sums<N / 2, Step / 2>(x);
+  } else if constexpr (Step > 0) {
+    x[0] += __shfl_xor_sync(kAllLanes, x[0], Step);
+    warp_sums<1, Step / 2>(x);
+  }
 }
 template <class T>
 __device__ __forceinline__ T warp_max(T x) {

@@ -204,16 +204,6 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- launches ----------------------------------------------------------------------------------
 
-// Asked once per device: a cluster must find room with two blocks on each multiprocessor.
-template <class S>
-cudaError_t stream_device(const DeviceInfo& info, StreamDevice* on) {
-  using D = typename Cuts<S>::D;
-  static int known[kDevices];
-  on->info = info;
-  return largest_cluster(info, &stream_pass_rows<S, D>, D::threads, info.shared_of_two(), known,
-                         &on->widest);
-}
-
 template <class S>
 struct Streamer {
   using C = typename Elem<S>::C;
@@ -237,31 +227,6 @@ struct Streamer {
     if (error != cudaSuccess) return;
     error = launch(c, kernel, arguments...);
     name = kernel_name;
-  }
-
-  void pass_rows(StreamParams& p, int way, int64_t grid, int64_t length) {
-    by_cut<S>(way, [&](auto cut, int cluster) {
-      using T = typename decltype(cut)::type;
-      const Fit fit = fit_of<S, T>(length, cluster, on.info);
-      p.cluster = cluster;
-      p.near = fit.near;
-      LaunchConfig c = config(grid, T::threads, fit.shared);
-      c.cluster = unsigned(cluster);
-      c.most_shared = true;
-      go("stream pass", c, &stream_pass_rows<S, T>, p);
-    });
-  }
-
-  void pass_columns(StreamParams& p, int way, int64_t grid, int64_t length, int columns) {
-    const Fit fit = fit_of_columns<S>(way, length, columns, on);
-    p.cluster = cluster_of_columns(way);
-    LaunchConfig c = config(grid, ColumnsCut<S, 4>::threads, fit.shared);
-    c.cluster = unsigned(p.cluster);
-    c.most_shared = true;
-    if (way < kMany1)
-      go("stream pass", c, &stream_pass_rows_columns<S, 4>, p);
-    else
-      go("stream pass", c, &stream_pass_rows_columns<S, 8>, p);
   }
 
   template <int B>
@@ -301,10 +266,10 @@ struct Streamer {
     if (B > 1) go("stream begin", columns, &stream_begin_columns<S>, p);
     const int passes = p.n_iterations + (by_columns ? 1 : 0);
     for (p.pass = 0; p.pass < passes; ++p.pass) {
-      if (way < kFew1) {
-        pass_rows(p, way, blocks, length);
-      } else if (way < kAny) {
-        pass_columns(p, way, blocks, length, columns_most);
+      if (way < kAny) {
+        if (error == cudaSuccess)
+          error = launch_rows_pass<S>(way, &p, blocks, length, columns_most, on, call);
+        name = "stream pass";
       } else if (way == kShortRows) {
         pass_short(&stream_pass_short<S, 8, 1>, kShortThreads<S, 1>);
       } else if (way == kMiddleRows) {
@@ -395,7 +360,7 @@ CudaStatus run_stream(const PowerIterationParams& p, const CudaCall& call, const
     params.workspace = workspace;
     const auto flush = [&] {
       if (params.count > 0) {
-        if ((way >= kFew1 && way < kAny) || way == kAnyColumns || way >= kShortRowsColumns)
+        if (way_of_columns(way))
           streamer.template batch<kMaxColumns>(params, way);
         else
           streamer.template batch<1>(params, way);

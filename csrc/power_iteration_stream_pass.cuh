@@ -1,7 +1,8 @@
 // The passes of the streaming kernels: tiles of stored rows, t = W a and a partial z = W^T t of the
-// same rows, for W in memory: for rows of any kind, and for rows of a few elements.
-// power_iteration_stream_rows.cuh has the fast one, power_iteration_stream_cuda.cu what happens
-// between two passes.
+// same rows, for W in memory: for rows of any kind, and for rows of a few elements. The others, of
+// dense rows in registers, are in power_iteration_stream_warp_rows.cuh (a warp a row), ..._rows.cuh
+// (a block or a cluster) and their like for several columns; power_iteration_stream_cuts.cuh says
+// who takes which, power_iteration_stream_cuda.cu has what happens between two passes.
 #pragma once
 
 #include "power_iteration_team.cuh"

@@ -1,7 +1,10 @@
-// The fast pass of the streaming kernels: one column, rows dense and aligned to 16 bytes, their
-// length a whole number of packs. W is read once, and all that an iteration needs of a row stays on
-// chip from its dot to its axpy: the row in registers, z in registers and, of long rows, shared
-// memory, a in shared memory.
+// The fast pass of the streaming kernels: one column, dense rows that are too long for a warp
+// (power_iteration_stream_warp_rows.cuh). W is read once, and all that an iteration needs of a row
+// stays on chip from its dot to its axpy: the row in registers, z in registers and, of long rows,
+// shared memory, a in shared memory. Rows aligned to 16 bytes, of a whole number of packs, are
+// loaded by packs, others by elements, a warp's beside each other: more loads, and of 32 and 64
+// bits as many bytes in flight. Elements of 16 bits take a register each then, and half of them are
+// in flight.
 //
 // Two blocks share a multiprocessor, so that one loads while the other waits at its barrier: each
 // has 32768 registers and half of shared memory. That holds rows of 56 KB (16-bit types: 32 KB,
@@ -23,14 +26,33 @@ namespace cuda {
 
 // How the pass is cut for rows (slices of rows) of up to threads x packs x 16 bytes: packs a thread
 // and row, rows a group, packs of z kept in registers (the others in shared memory), groups in
-// flight, blocks a multiprocessor that registers must allow, whether clusters may divide the rows.
-template <int Threads, int Packs, int RowsAhead, int Kept, int Buffers, int Blocks, bool Divided>
+// flight, blocks a multiprocessor that registers must allow, whether clusters may divide the rows,
+// whether they are loaded by packs; where not, a pack is what four registers hold of elements.
+template <int Threads, int Packs, int RowsAhead, int Kept, int Buffers, int Blocks, bool Divided,
+          bool Whole>
 struct Cut {
+  template <class S>
+  using Row = Spread<S, Threads, Whole, kFourRegisters<S>>;
   static constexpr int threads = Threads, packs = Packs, rows = RowsAhead, kept = Kept,
                        buffers = Buffers, blocks = Blocks;
-  static constexpr bool divided = Divided;
+  static constexpr bool divided = Divided, whole = Whole;
   static constexpr bool wide = Buffers == 1;  // shared memory may not hold all of a beside z
 };
+
+// 16 bytes of a, from element e0 of pack k on, where shared memory has no room for them.
+template <class Row, class C>
+__device__ __forceinline__ void far_part(C* to, const C* a, int k, int e0, int left) {
+  if constexpr (Row::first_step > 1) {
+    Packed<C> pack;
+    pack.raw = *reinterpret_cast<const uint4*>(a + Row::column(k, e0));
+#pragma unroll
+    for (int e = 0; e < Packed<C>::count; ++e) to[e] = pack.get(e);
+  } else {
+#pragma unroll
+    for (int e = 0; e < Packed<C>::count; ++e)
+      to[e] = Row::within(k, e0 + e, left) ? a[Row::column(k, e0 + e)] : C(0);
+  }
+}
 
 // Shared memory, in this order: sums of the warps (of all blocks of the cluster) for two groups,
 // the first p.near packs of a, the packs of z that are not in registers. Element e of a thread's
@@ -40,7 +62,9 @@ template <class S, class T>
 __global__ void __launch_bounds__(T::threads, T::blocks)
     stream_pass_rows(const __grid_constant__ StreamParams p) {
   using C = typename Elem<S>::C;
-  constexpr int kPack = Packed<S>::count, kWarps = T::threads / 32;
+  using Row = typename T::template Row<S>;
+  using Pack = typename Row::Pack;
+  constexpr int kPack = Row::count, kWarps = T::threads / 32;
   const DeviceItem& item = p.items[item_of_block(p.items, p.count)];
   const unsigned cluster = T::divided ? unsigned(p.cluster) : 1;
   const unsigned rank = T::divided ? cluster_rank() : 0;
@@ -60,18 +84,18 @@ __global__ void __launch_bounds__(T::threads, T::blocks)
   int64_t c0 = 0;
   int length = int(x.length);
   if (T::divided && cluster > 1) {
-    const int slice = (length / kPack + int(cluster) - 1) / int(cluster) * kPack;
+    const int slice = ((length + kPack - 1) / kPack + int(cluster) - 1) / int(cluster) * kPack;
     c0 = int64_t(rank) * slice;
     length = length - int(c0) < slice ? length - int(c0) : slice;
   }
   // All from this thread's first element on, so that those of its k-th pack are at constants from
   // there: with the index of each pack kept in a register the widest cuts would spill.
-  c0 += int(threadIdx.x) * kPack;
-  const int left = length - int(threadIdx.x) * kPack;
+  c0 += int(threadIdx.x) * Row::first_step;
+  const int left = length - int(threadIdx.x) * Row::first_step;
   const S* const w = x.w + c0;
   const C* const a = own.a + c0;
   C* const t = own.t;
-  const auto column = [](int k) { return k * T::threads * kPack; };
+  const auto column = [](int k, int e = 0) { return Row::column(k, e); };
   const auto place = [](int k, int e) { return (k * kPack + e) * T::threads; };
   const int near = T::wide ? p.near : T::packs;
   C* const sums = reinterpret_cast<C*>(dynamic_shared());
@@ -80,14 +104,12 @@ __global__ void __launch_bounds__(T::threads, T::blocks)
   C z[T::kept * kPack];
 #pragma unroll
   for (int i = 0; i < T::kept * kPack; ++i) z[i] = 0;
-  Packed<S> rows[T::buffers][T::rows][T::packs];
+  Pack rows[T::buffers][T::rows][T::packs];
 
-  const auto load_pack = [&](Packed<S>* to, int64_t r, int k) {
-    to->raw = uint4{0, 0, 0, 0};
-    if (r < r1 && column(k) < left)
-      to->raw = load_once(reinterpret_cast<const uint4*>(w + r * ld + column(k)));
+  const auto load_pack = [&](Pack* to, int64_t r, int k) {
+    Row::load(to, w + r * ld, k, left, r < r1);
   };
-  const auto load = [&](Packed<S>(&to)[T::rows][T::packs], int64_t r) {
+  const auto load = [&](Pack(&to)[T::rows][T::packs], int64_t r) {
 #pragma unroll
     for (int i = 0; i < T::rows; ++i)
 #pragma unroll
@@ -99,13 +121,13 @@ __global__ void __launch_bounds__(T::threads, T::blocks)
     if (column(k) >= left) continue;
 #pragma unroll
     for (int e = 0; e < kPack; ++e) {
-      if (k < near) near_a[place(k, e)] = a[column(k) + e];
+      if (k < near) near_a[place(k, e)] = Row::within(k, e, left) ? a[column(k, e)] : C(0);
       if (k >= T::kept) near_z[place(k, e)] = 0;
     }
   }
   double tt = 0;
   // The group at row r; one buffer: leaves the next group in its place.
-  const auto use = [&](Packed<S>(&group)[T::rows][T::packs], int64_t r, C* slot) {
+  const auto use = [&](Pack(&group)[T::rows][T::packs], int64_t r, C* slot) {
     C total[T::rows];
     if (dot) {
 #pragma unroll
@@ -116,11 +138,11 @@ __global__ void __launch_bounds__(T::threads, T::blocks)
         constexpr int kPart = Packed<C>::count;
 #pragma unroll
         for (int e0 = 0; e0 < kPack; e0 += kPart) {
-          Packed<C> far;
-          if (T::wide && k >= near) far.raw = *reinterpret_cast<const uint4*>(a + column(k) + e0);
+          C far[kPart];
+          if (T::wide && k >= near) far_part<Row>(far, a, k, e0, left);
 #pragma unroll
           for (int e = 0; e < kPart; ++e) {
-            const C v = T::wide && k >= near ? far.get(e) : near_a[place(k, e0 + e)];
+            const C v = T::wide && k >= near ? far[e] : near_a[place(k, e0 + e)];
 #pragma unroll
             for (int i = 0; i < T::rows; ++i) total[i] += group[i][k].get(e0 + e) * v;
           }
@@ -200,7 +222,8 @@ __global__ void __launch_bounds__(T::threads, T::blocks)
     if (column(k) >= left) continue;
 #pragma unroll
     for (int e = 0; e < kPack; ++e)
-      part[column(k) + e] = k < T::kept ? z[k < T::kept ? k * kPack + e : 0] : near_z[place(k, e)];
+      if (Row::within(k, e, left))
+        part[column(k, e)] = k < T::kept ? z[k < T::kept ? k * kPack + e : 0] : near_z[place(k, e)];
   }
 }
 

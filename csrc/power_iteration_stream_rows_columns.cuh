@@ -1,12 +1,11 @@
-// The pass of power_iteration_stream_rows.cuh for several columns: rows dense, aligned to 16 bytes
-// and of a whole number of packs. W is read once; a row stays in registers from its dots with all
-// columns of a to its axpys. A block has 32 registers of each thread for z, of b columns, which is
-// 8 KB of a row for up to four and 4 KB for up to eight; longer rows are divided among the blocks
-// of a cluster. Two blocks share a multiprocessor.
+// The pass of power_iteration_stream_rows.cuh for several columns, by packs or by elements as
+// there. W is read once; a row stays in registers from its dots with all columns of a to its axpys.
+// A block has 32 registers of each thread for z, of b columns, which is 8 KB of a row of float32
+// for up to four and 4 KB for up to eight; longer rows are divided among the blocks of a cluster.
+// Two blocks share a multiprocessor.
 //
 // The dots of a group of rows are 8 or 16 numbers a thread. Summed one after the other over a warp
-// they would take longer than the row takes to arrive: so lanes exchange halves of what they have,
-// and end with the sum of one number each.
+// they would take longer than the row takes to arrive: hence warp_sums.
 #pragma once
 
 #include "power_iteration_stream_rows.cuh"
@@ -14,42 +13,37 @@
 namespace specnorm {
 namespace cuda {
 
-// B: most columns, 4 or 8. held: columns of z in registers, the others in shared memory.
-template <class S, int B>
+// B: most columns, 4 or 8. held: columns of z in registers, the others in shared memory. Whole:
+// rows are loaded by packs. By elements a few registers less are left for the rest. Half: for rows
+// of half the length, and twice as many of them a group.
+template <class S, int B, bool Whole, bool Half = false>
 struct ColumnsCut {
-  static constexpr int threads = 256, rows = 2;
-  static constexpr int packs = B > 4 || sizeof(S) == 2 ? 1 : 2;
-  static constexpr int held = B > 4 && sizeof(S) != 4 ? 4 : B;
+  static constexpr bool wide = sizeof(S) == 8, many = B > 4, whole = Whole, half = Half;
+  static constexpr int threads = 256, most_columns = B;
+  static constexpr int rows = Half && !wide ? 4 : !Half && !Whole && wide && many ? 1 : 2;
+  static constexpr int packs = many || Half || (Whole ? sizeof(S) == 2 : wide) ? 1 : 2;
+  static constexpr int single =  // elements of a pack, where rows are not loaded by packs
+      Half ? (many ? 2 : 4) / (wide ? 2 : 1)
+           : (wide   ? 2
+              : many ? 4
+                     : 3);
+  using Row = Spread<S, threads, Whole, single>;
+  static constexpr int elements = packs * Row::count;  // of a thread, in each row
+  static constexpr int held = B * elements > (wide ? 8 : 32) ? 4 : B;
   static constexpr int values = rows * B, warps = threads / 32;
-  static constexpr int elements = packs * Packed<S>::count;  // of a thread, in each row
 };
-
-// Sums over the warp of N numbers a lane: x[0] is that of number lane / (32 / N).
-template <int N, int Step = 16, class T>
-__device__ __forceinline__ void warp_sums(T* x) {
-  if constexpr (Step > 0 && N > 1) {
-    const bool upper = threadIdx.x & Step;
-#pragma unroll
-    for (int i = 0; i < N / 2; ++i) {
-      const T given = upper ? x[i] : x[i + N / 2];
-      x[i] = (upper ? x[i + N / 2] : x[i]) + __shfl_xor_sync(kAllLanes, given, Step);
-    }
-    warp_sums<N / 2, Step / 2>(x);
-  } else if constexpr (Step > 0) {
-    x[0] += __shfl_xor_sync(kAllLanes, x[0], Step);
-    warp_sums<1, Step / 2>(x);
-  }
-}
 
 // Shared memory: sums of the warps (of all blocks of the cluster) for two groups; a [b]; the
 // columns of z that are not in registers. Element e of a thread lies at e threads + thread: no bank
 // conflicts, and no barrier, since a thread reads only what it wrote.
-template <class S, int B>
-__global__ void __launch_bounds__(ColumnsCut<S, B>::threads, 2)
+template <class S, class T>
+__global__ void __launch_bounds__(T::threads, 2)
     stream_pass_rows_columns(const __grid_constant__ StreamParams p) {
   using C = typename Elem<S>::C;
-  using T = ColumnsCut<S, B>;
-  constexpr int kPack = Packed<S>::count, kLanes = 32 / T::values;  // lanes of each value
+  constexpr int B = T::most_columns;
+  using Row = typename T::Row;
+  using Pack = typename Row::Pack;
+  constexpr int kPack = Row::count, kLanes = 32 / T::values;  // lanes of each value
   const DeviceItem& item = p.items[item_of_block(p.items, p.count)];
   const unsigned cluster = unsigned(p.cluster), rank = cluster_rank();
   const Tile<S, B> own(p, item, stored_by_columns(item.weight),
@@ -61,12 +55,13 @@ __global__ void __launch_bounds__(ColumnsCut<S, B>::threads, 2)
   const int b = item.columns;
   const int64_t r1 = own.r1, ld = x.ld, stride = padded(x.length), t_stride = padded(x.rows);
   // this block's slice of the columns, from this thread's first element on
-  const int all = int(x.length), slice = (all / kPack + int(cluster) - 1) / int(cluster) * kPack;
-  const int64_t c0 = int64_t(rank) * slice + int(threadIdx.x) * kPack;
+  const int all = int(x.length), packs = (all + kPack - 1) / kPack;
+  const int slice = (packs + int(cluster) - 1) / int(cluster) * kPack;
+  const int64_t c0 = int64_t(rank) * slice + int(threadIdx.x) * Row::first_step;
   const int left = (all - int(rank) * slice < slice ? all - int(rank) * slice : slice) -
-                   int(threadIdx.x) * kPack;
+                   int(threadIdx.x) * Row::first_step;
   const S* const w = x.w + c0;
-  const auto column = [](int k) { return k * T::threads * kPack; };
+  const auto column = [](int k, int e = 0) { return Row::column(k, e); };
   const auto place = [](int i, int k, int e) {
     return (i * T::elements + k * kPack + e) * T::threads;
   };
@@ -74,16 +69,13 @@ __global__ void __launch_bounds__(ColumnsCut<S, B>::threads, 2)
   C* const near_a = sums + 2 * T::values * T::warps * int(cluster) + threadIdx.x;
   C* const near_z = near_a + place(b, 0, 0);
   C z[T::held][T::elements];
-  Packed<S> rows[2][T::rows][T::packs];
-  const auto load = [&](Packed<S>(&to)[T::rows][T::packs], int64_t r) {
+  Pack rows[2][T::rows][T::packs];
+  const auto load = [&](Pack(&to)[T::rows][T::packs], int64_t r) {
 #pragma unroll
     for (int i = 0; i < T::rows; ++i)
 #pragma unroll
-      for (int k = 0; k < T::packs; ++k) {
-        to[i][k].raw = uint4{0, 0, 0, 0};
-        if (r + i < r1 && column(k) < left)
-          to[i][k].raw = load_once(reinterpret_cast<const uint4*>(w + (r + i) * ld + column(k)));
-      }
+      for (int k = 0; k < T::packs; ++k)
+        Row::load(&to[i][k], w + (r + i) * ld, k, left, r + i < r1);
   };
   load(rows[0], own.r0);  // on their way while a is copied
 #pragma unroll
@@ -94,7 +86,9 @@ __global__ void __launch_bounds__(ColumnsCut<S, B>::threads, 2)
       for (int e = 0; e < kPack; ++e) {
         if (i < T::held) z[i < T::held ? i : 0][k * kPack + e] = 0;
         if (i >= b) continue;
-        near_a[place(i, k, e)] = column(k) < left ? own.a[i * stride + c0 + column(k) + e] : C(0);
+        near_a[place(i, k, e)] = column(k) < left && Row::within(k, e, left)
+                                     ? own.a[i * stride + c0 + column(k, e)]
+                                     : C(0);
         if (i >= T::held) near_z[place(i - T::held, k, e)] = 0;
       }
   // which value this lane sums up, and its share of that
@@ -102,7 +96,7 @@ __global__ void __launch_bounds__(ColumnsCut<S, B>::threads, 2)
   const int value = lane / kLanes, part = lane % kLanes, row = value / B, col = value % B;
   double gram = 0;  // of the columns thread / B and thread % B of t
 
-  const auto use = [&](const Packed<S>(&group)[T::rows][T::packs], int64_t r, C* slot) {
+  const auto use = [&](const Pack(&group)[T::rows][T::packs], int64_t r, C* slot) {
     C total[T::values], sum = 0;
     const bool there = col < b && r + row < r1;
     C* const t = own.t + col * t_stride + r + row;
@@ -187,8 +181,10 @@ __global__ void __launch_bounds__(ColumnsCut<S, B>::threads, 2)
       if (column(k) >= left) continue;
 #pragma unroll
       for (int e = 0; e < kPack; ++e)
-        own.part[i * stride + c0 + column(k) + e] =
-            i < T::held ? z[i < T::held ? i : 0][k * kPack + e] : near_z[place(i - T::held, k, e)];
+        if (Row::within(k, e, left))
+          own.part[i * stride + c0 + column(k, e)] = i < T::held
+                                                         ? z[i < T::held ? i : 0][k * kPack + e]
+                                                         : near_z[place(i - T::held, k, e)];
     }
   }
 }

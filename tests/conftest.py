@@ -23,6 +23,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes minutes comes first, so that no process is left with it at the end (`make test`, a file a process)."""
     first = (
         "test_cuda_on_host_power_iteration.py",
+        "test_cuda_on_host_streaming.py",
+        "test_cuda_on_host_streaming_columns.py",
         "test_cuda_build.py",
         "test_sanitizers.py",
         "test_build.py",

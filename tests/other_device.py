@@ -49,6 +49,8 @@ CPU_ONLY = {
     "test_cuda_on_host_power_iteration.py": _PROGRAMS,
     "test_cuda_on_host_power_iteration_inputs.py": _PROGRAMS,
     "test_cuda_on_host_sigma_normalize.py": _PROGRAMS,
+    "test_cuda_on_host_streaming.py": _PROGRAMS,
+    "test_cuda_on_host_streaming_columns.py": _PROGRAMS,
     "test_cuda_runtime.py": _OWN,
     "test_cuda_stacks.py": _OWN,
     "test_examples.py": _PROGRAMS,

@@ -29,7 +29,7 @@ ARCHITECTURES = tuple(os.environ.get("SPECNORM_EXT_ARCHITECTURES", "sm_80,sm_90"
 # fit into registers (the table says what spills there; smaller blocks, the remedy, would have to be measured).
 HOT = (
     r"power_iteration_team<\S+, 1,", r"stream_pass_rows<", r"stream_pass_rows_columns<",
-    r"stream_pass_any<\S+, 1>", r"stream_pass_short<",
+    r"stream_pass_warp_rows<", r"stream_pass_warp_columns<", r"stream_pass_any<\S+, 1>", r"stream_pass_short<",
     r"stream_reduce<", r"stream_hand_out<", r"stream_measure<", r"stream_measure_columns<", r"stream_begin_columns<",
     r"stream_gram<", r"stream_combine<", r"stream_finish_columns<",
     r"sigma_tiles<", r"sigma_finish<", r"normalize_divide<",
@@ -95,7 +95,7 @@ def reports(tmp_path_factory) -> dict[str, list[Kernel]]:
         return arch, subprocess.run(command, capture_output=True, text=True, timeout=900)
 
     jobs = [(arch, source) for arch in ARCHITECTURES for source in SOURCES]
-    jobs.sort(key=lambda job: -job[1].stat().st_size)  # the longest first
+    jobs.sort(key=lambda job: host_runner.turn(job[1]))
     result: dict[str, list[Kernel]] = {arch: [] for arch in ARCHITECTURES}
     with ThreadPoolExecutor(os.cpu_count() or 2) as pool:
         for arch, done in pool.map(build, jobs):
@@ -135,54 +135,63 @@ def test_no_hot_kernel_spills(reports, arch, record_property):
 
 class Chip(NamedTuple):
     """What an architecture's devices have, and up to which length of a row, in float32, float64 and elements of 16
-    bits, a streaming pass of one column has two blocks a multiprocessor (power_iteration_stream_cuts.cuh says why)."""
+    bits, a streaming pass has two blocks a multiprocessor (power_iteration_stream_cuts.cuh says why)."""
 
     major: int
     shared_per_block: int
     shared_per_multiprocessor: int
     threads: int
     widest: int  # cluster
+    # of one column, up to four and up to eight: rows that are loaded by packs
     two: tuple[int, int, int]
-    # the same of up to four columns, and of up to eight, of which eight
     few: tuple[int, int, int]
     many: tuple[int, int, int]
+    # and by elements
+    odd: tuple[int, int, int]
+    odd_few: tuple[int, int, int]
+    odd_many: tuple[int, int, int]
+
+    def limit(self, columns: int, whole: bool) -> tuple[int, int, int]:
+        packs = (self.two, self.few, self.many)
+        elements = (self.odd, self.odd_few, self.odd_many)
+        return (packs if whole else elements)[(columns > 1) + (columns > 4)]
 
 
 # without clusters
-FEW, MANY = (2048, 1024, 2048), (1024, 512, 2048)
+FEW, MANY = (2048, 1024, 2048), (1024, 512, 1024)
 ONE = (14336, 7168, 16384)
+ODD, ODD_FEW, ODD_MANY = (12288, 3584, 12288), (1536, 512, 1536), (1024, 512, 1024)
+ADA = (8, 99 << 10, 100 << 10, 1536, 1, ONE, FEW, (1024, 256, 1024), ODD, ODD_FEW, ODD_MANY)
 CHIPS = {
-    "sm_75": Chip(7, 64 << 10, 64 << 10, 1024, 1, (11264, 5632, 14336), (0, 0, 0), (0, 0, 0)),
-    "sm_80": Chip(8, 163 << 10, 164 << 10, 2048, 1, ONE, FEW, MANY),
-    "sm_86": Chip(8, 99 << 10, 100 << 10, 1536, 1, ONE, FEW, MANY),
-    "sm_89": Chip(8, 99 << 10, 100 << 10, 1536, 1, ONE, FEW, MANY),
+    "sm_75": Chip(
+        7, 64 << 10, 64 << 10, 1024, 1, (11264, 5632, 14336), (1024, 512, 1536), (512, 256, 512),
+        (11264, 3584, 11264), (1536, 512, 1536), (512, 256, 512),
+    ),
+    "sm_80": Chip(8, 163 << 10, 164 << 10, 2048, 1, ONE, FEW, MANY, ODD, ODD_FEW, ODD_MANY),
+    "sm_86": Chip(*ADA),
+    "sm_89": Chip(*ADA),
     "sm_90": Chip(
         9, 227 << 10, 228 << 10, 2048, 8,
         (114688, 57344, 131072), (16384, 8192, 16384), (8192, 4096, 16384),
+        (98304, 28672, 98304), (12288, 4096, 12288), (8192, 4096, 8192),
     ),
 }  # fmt: skip
 LENGTHS = (
-    1024, 2048, 2056, 3072, 4096, 4104, 5120, 5632, 5640, 7168, 7176, 8192, 8200, 11008, 11264, 11272, 14336, 14344,
-    16384, 16392, 18944, 28672, 28680, 32768, 32776, 49152, 53248, 57344, 57352, 65536, 65544, 114688, 131072,
+    25, 32, 33, 64, 65, 100, 128, 129, 256, 257, 384, 385, 512, 513, 1000, 1023,
+    1024, 1025, 1535, 1536, 1537, 2047, 2048, 2049, 2056, 3072, 3583, 3585, 4095, 4096, 4097, 4104, 5120, 5632, 5640,
+    7168, 7169, 7176, 8191, 8192, 8200, 11008, 11263, 11264, 11272, 12287, 12289, 14336, 14344, 16384, 16385, 16392,
+    18944, 28671, 28672, 28680, 32768, 32776, 49152, 53248, 57344, 57352, 65536, 65544, 98303, 114688, 131072,
 )  # fmt: skip
+COLUMNS = (1, 2, 4, 5, 8)
 # Bytes that one multiprocessor must have asked for to use the bandwidth of an H200's memory: 4.3 TB/s over 132
 # multiprocessors, times a microsecond.
 IN_FLIGHT = 33_000
 
 
-class ColumnsFit(NamedTuple):
-    """The same of several columns."""
-
-    most: int  # columns of the kernel
-    cluster: int
-    shared: int
-    live: int
-
-
 class Fit(NamedTuple):
     """A launch of the streaming pass, as stream_fits.cpp tells of it."""
 
-    cut: str
+    kernel: str
     threads: int
     rows: int
     buffers: int
@@ -193,7 +202,8 @@ class Fit(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory) -> list[str]:
+def fits(tmp_path_factory) -> dict[tuple[str, str, int, int], Fit | None]:
+    """Of each dtype, architecture, length and number of columns; None where the row takes the pass for anything."""
     reason = host_runner.why_not()
     if reason:
         pytest.skip(reason)
@@ -214,30 +224,12 @@ def told(tmp_path_factory) -> list[str]:
         for length in LENGTHS
     )
     out = subprocess.run([program], input=questions, capture_output=True, text=True, check=True)
-    return out.stdout.splitlines()
-
-
-@pytest.fixture(scope="module")
-def fits(told) -> dict[tuple[str, str, int], Fit | None]:
-    """Of each dtype, architecture and length; None where the row takes another pass."""
-    result: dict[tuple[str, str, int], Fit | None] = {}
-    for line in told:
-        if line.startswith("columns "):
-            continue
-        dtype, arch, length, cut, *numbers = re.findall(r"Cut<[^>]*>|\S+", line)
-        result[dtype, arch, int(length)] = Fit(cut, *map(int, numbers)) if numbers else None
-    return result
-
-
-@pytest.fixture(scope="module")
-def columns_fits(told) -> dict[tuple[str, str, int, int], ColumnsFit | None]:
-    """Likewise; the last key is the number of columns."""
-    result: dict[tuple[str, str, int, int], ColumnsFit | None] = {}
-    for line in told:
-        if line.startswith("columns "):
-            _, dtype, arch, length, columns, *numbers = line.split()
-            fit = ColumnsFit(*map(int, numbers)) if numbers else None
-            result[dtype, arch, int(length), int(columns)] = fit
+    result: dict[tuple[str, str, int, int], Fit | None] = {}
+    for line in out.stdout.splitlines():
+        dtype, arch, length, columns, kernel, *numbers = re.findall(r"stream_pass.*>|\S+", line)
+        fit = Fit(kernel, *map(int, numbers)) if numbers else None
+        result[dtype, arch, int(length), int(columns)] = fit
+    assert len(result) == 4 * len(CHIPS) * len(LENGTHS) * len(COLUMNS)
     return result
 
 
@@ -255,64 +247,49 @@ def blocks_resident(threads: int, shared: int, chip: Chip, registers: int) -> in
 def test_two_blocks_a_multiprocessor_when_streaming(reports, fits, arch, record_property):
     """Registers of the architecture's own report, else of another's: launch bounds hold them for all."""
     chip = CHIPS[arch]
-    kernels = reports.get(arch) or next(iter(reports.values()))
+    kernels = {
+        k.name.split("(")[0].replace(" >", ">"): k
+        for k in reports.get(arch) or next(iter(reports.values()))
+    }
     lines = [
-        f"{arch}: a row's length, cut, cluster, blocks a multiprocessor, KB in flight (float):"
+        f"{arch}: a row's length, columns, kernel, cluster, blocks a multiprocessor, KB in flight (float):"
     ]
-    for dtype in ("float", "double", "bf16", "f16"):
-        two = chip.two[("float", "double").index(dtype) if dtype in ("float", "double") else 2]
+    for (dtype, of, length, columns), fit in fits.items():
+        if of != arch:
+            continue
         element = {"float": 4, "double": 8}.get(dtype, 2)
-        for length in LENGTHS:
-            fit = fits[dtype, arch, length]
-            if fit is None:
-                assert length > two
-                continue
-            name = f"stream_pass_rows<{dtype}, {fit.cut}"
-            found = [k for k in kernels if k.name.replace(" >", ">").startswith(name)]
-            assert len(found) == 1, f"expected one kernel {name}, got {found}"
-            blocks = blocks_resident(fit.threads, fit.shared, chip, found[0].registers)
-            assert blocks >= fit.live, f"the launcher counts on more blocks: {length} {fit}"
-            if length <= two:
-                assert blocks >= 2, f"{dtype}, rows of {length}: {blocks} blocks, {fit}, {found}"
-            # (one buffer: what is asked for while the axpy lets go of it)
-            flight = min(blocks, 2) * fit.rows * length * element // fit.cluster
-            if dtype == "float":
-                lines.append(
-                    f"  {length:7} {fit.cut:34} {fit.cluster} {blocks} {flight >> 10:4}, packs of a near: {fit.near}"
-                )
+        # a block of several columns would be without packs for all threads
+        whole = length * element % 16 == 0 and (columns == 1 or length * element >= 4096)
+        limit = chip.limit(columns, whole)[{4: 0, 8: 1, 2: 2}[element]]
+        if fit is None:
+            assert length > limit, (
+                f"{dtype}, {columns} columns, rows of {length}: the pass for anything"
+            )
+            continue
+        kernel = kernels[fit.kernel]
+        blocks = blocks_resident(fit.threads, fit.shared, chip, kernel.registers)
+        assert blocks >= fit.live, f"the launcher counts on more blocks: {length} {fit}"
+        if length <= limit:
+            assert blocks >= 2, f"{dtype}, {columns} columns, rows of {length}: {blocks}, {fit}"
+        # (one buffer: what is asked for while the axpy lets go of it)
+        flight = min(blocks, 2) * fit.rows * length * element // fit.cluster
+        if dtype == "float":
+            lines.append(
+                f"  {length:7} {columns} {fit.kernel:62} {fit.cluster} {blocks} {flight >> 10:4}"
+            )
+        if columns == 1 and whole and length * element > 8192:
             # past the first cut: there blocks may have less to ask for
-            if length * element > 8192:
-                assert flight > 0.7 * IN_FLIGHT, f"{dtype}, rows of {length}: {flight} bytes"
+            assert flight > 0.7 * IN_FLIGHT, f"{dtype}, rows of {length}: {flight} bytes"
+        elif columns == 1:  # a warp a row, and by elements, of which a lane has one in each load
+            assert flight > 0.7 * IN_FLIGHT * min(element, 4) / 8, (
+                f"{dtype} {length} {fit} {flight}"
+            )
     if arch in ("sm_80", "sm_90"):
         record_property("printed", "\n".join(lines))
-
-
-@pytest.mark.parametrize("arch", CHIPS)
-def test_two_blocks_a_multiprocessor_when_streaming_several_columns(reports, columns_fits, arch):
-    """Rows of 4 KB and more, which are kept in registers; the pass for anything by its bounds."""
-    chip = CHIPS[arch]
-    kernels = reports.get(arch) or next(iter(reports.values()))
-    for dtype in ("float", "double", "bf16", "f16"):
-        i = ("float", "double").index(dtype) if dtype in ("float", "double") else 2
-        element = {"float": 4, "double": 8}.get(dtype, 2)
-        for length in LENGTHS:
-            for columns in (2, 4, 5, 8):
-                fit = columns_fits[dtype, arch, length, columns]
-                two = (chip.few if columns <= 4 else chip.many)[i]
-                if fit is None:
-                    assert length > two or length * element < 4096
-                    continue
-                assert columns <= fit.most
-                name = f"stream_pass_rows_columns<{dtype}, {fit.most}>"
-                (found,) = (k for k in kernels if k.name.startswith(name))
-                blocks = blocks_resident(256, fit.shared, chip, found.registers)
-                assert blocks >= fit.live
-                if length <= two and not (i == 2 and columns == 8 and arch != "sm_90"):
-                    assert blocks >= 2, f"{dtype}, {columns} columns, rows of {length}: {fit}"
-    for k in kernels:
-        if k.name.startswith("stream_pass_any<"):
+    for name, kernel in kernels.items():
+        if name.startswith("stream_pass_any<"):
             # what it holds of a is what is left of half of shared memory
-            assert blocks_resident(256, 24 << 10, chip, k.registers) >= 2
+            assert blocks_resident(256, 24 << 10, chip, kernel.registers) >= 2
 
 
 def test_the_module_with_cuda_kernels_runs_its_cpu_ops_on_a_torch_without_cuda():

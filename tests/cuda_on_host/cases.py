@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cuda_on_host import host_runner
-from cuda_on_host.host_runner import TURING
+from cuda_on_host.host_runner import H200, TURING
 from helpers import (
     BF16,
     DTYPES,
@@ -29,6 +29,8 @@ SIZES = (1, 31, 33, 97, 1000)
 SHAPES = [s for s in itertools.product(SIZES, SIZES) if s != (1000, 1000)]
 # A device on which little fits on chip, so that small matrices take the ways of large ones.
 SMALL = replace(TURING, major=9)
+AMPERE = replace(H200, shared_per_block=163 << 10, shared_per_multiprocessor=164 << 10, major=8)
+ADA = replace(H200, shared_per_block=99 << 10, shared_per_multiprocessor=100 << 10, major=8)
 SCALES = {
     F32: (1e-44, 1e-40, 1e-38, 1e-30, 1e-20, 1e-13, 1e-7, 1.0, 1e7, 1e14, 1e20, 1e30, 1e36, 1e38),
     BF16: (1e-38, 1e-30, 1e-13, 1.0, 1e13, 1e30, 1e36, 1e38),
@@ -69,6 +71,9 @@ ALL_LAYOUTS = {
     "aligned_rows": aligned_rows,
     "aligned_columns": lambda w: aligned_rows(w.mT).mT,
 }
+
+
+LAYOUTS_OF_ROWS = ("contiguous", "unaligned", "aligned_rows", "transposed", "aligned_columns")
 
 
 def rotate(names, i):

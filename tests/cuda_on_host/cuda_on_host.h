@@ -274,7 +274,8 @@ T* cluster_map(T* p, unsigned rank) {
   return reinterpret_cast<T*>(own.cluster->blocks[rank].shared + (address - own.shared));
 }
 
-inline uint4 load_once(const uint4* p) {
+template <class T>
+T load_once(const T* p) {
   return *p;
 }
 
