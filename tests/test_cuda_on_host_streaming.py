@@ -16,15 +16,16 @@ from cuda_on_host.cases import (
     SMALL,
     check_one,
     each_dtype,
+    each_kind,
     hashed,
     needs,
+    of_kind,
     rotate,
     states,
 )
 from cuda_on_host.host_runner import ALL_ORDERS, H200, TURING
 from helpers import (
     BF16,
-    F16,
     F32,
     F64,
     check_pair,
@@ -43,23 +44,23 @@ ROW_LENGTHS = {
         114692,
     ),
     F64: (1024, 1026, 2048, 2050, 4096, 4098, 7168, 7170, 14338, 16386, 28674, 57344, 57346),
-    BF16: (2048, 2056, 4096, 4104, 8192, 8200, 16384, 16392, 32776, 65544, 131072, 131080),
+    "16 bits": (2048, 2056, 4096, 4104, 8192, 8200, 16384, 16392, 32776, 65544, 131072, 131080),
 }  # fmt: skip
-ROW_LENGTHS[F16] = ROW_LENGTHS[BF16]
 
 
 @needs("power_iteration")
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
-@each_dtype
-def test_every_cut_of_the_streaming_pass(runner, dtype, layout):
+@each_kind
+def test_every_cut_of_the_streaming_pass(runner, kind, layout):
     """What takes another cut on a device without clusters on one of those, too; stored by columns every second."""
     without = (AMPERE, ADA, TURING, replace(AMPERE, multiprocessors=1))
-    for i, length in enumerate(ROW_LENGTHS[dtype]):
-        if (layout == "transposed" or dtype == F16) and (i + hashed(dtype)) % 2:
-            continue  # (float16 has the cuts of bfloat16)
+    for i, length in enumerate(ROW_LENGTHS[kind]):
+        if layout == "transposed" and (i + hashed(kind)) % 2:
+            continue
+        dtype = of_kind(kind, i // 2)
         element = torch.empty(0, dtype=dtype).element_size()
-        alike = length * element <= 8 * 4096 and (i + hashed(dtype)) % 3  # A to C
-        for device in (H200, *(() if alike else (rotate(without, i + hashed(dtype)),))):
+        alike = length * element <= 8 * 4096 and (i + hashed(kind)) % 3  # A to C
+        for device in (H200, *(() if alike else (rotate(without, i + hashed(kind)),))):
             w = random_weight((3, 9, 1, 5, 2)[i % 5], length, dtype)
             w = w if layout == "contiguous" else w.mT
             check_one(runner, w, strategy="stream", device=device)
@@ -138,14 +139,15 @@ ACROSS = {("columns", 1): 8, ("rows", 1): 5, ("columns", 2): 15, ("rows", 2): 10
 
 @needs("power_iteration")
 @pytest.mark.parametrize("m", [1, 2, 4, 8, 9, 24])
-@each_dtype
-def test_few_long_rows_are_read_across(runner, dtype, m):
+@each_kind
+def test_few_long_rows_are_read_across(runner, kind, m):
     """No cut of the streaming pass takes rows of an odd length: a thread a column of W then, by all blocks. Of the
     transpose a thread a row. Several columns where W has up to eight rows, of float64 up to four columns."""
     layouts = ("contiguous", "transposed", "2nd_row_3rd_column", "unaligned")
     for i, layout in enumerate(layouts):
-        if (i + hashed(dtype, m)) % 2:
+        if (i + hashed(kind, m)) % 2:
             continue
+        dtype = of_kind(kind, i // 2)
         for b in (None, min(m, 2), m):
             if b is not None and (m > 8 or (b > 4 and dtype == F64) or (m > 4 and (i + b) % 2)):
                 continue
@@ -195,12 +197,13 @@ WARP_LENGTHS = (25, 32, 33, 64, 65, 100, 128, 129, 256, 257, 500, 512, 513, 1000
 
 
 @needs("power_iteration")
-@each_dtype
-def test_a_warp_a_row(runner, dtype):
+@each_kind
+def test_a_warp_a_row(runner, kind):
     """Tiles of several groups of rows and of part of one."""
     for i, length in enumerate(WARP_LENGTHS):
+        dtype = of_kind(kind, i)
         rows = 30_000 // length + (0, 1, 5)[i % 3]
-        for layout in (rotate(LAYOUTS_OF_ROWS, i + j + hashed(dtype)) for j in (0, 2)):
+        for layout in (rotate(LAYOUTS_OF_ROWS, i + j + hashed(kind)) for j in (0, 2)):
             by_columns = layout in ("transposed", "aligned_columns")
             shape = (length, rows) if by_columns else (rows, length)
             check_one(runner, ALL_LAYOUTS[layout](random_weight(*shape, dtype)), strategy="stream")
@@ -211,13 +214,14 @@ ODD_LENGTHS = (1025, 2047, 2049, 4095, 4097, 7167, 7169, 12287, 12289, 24577)
 
 
 @needs("power_iteration")
-@each_dtype
-def test_rows_by_elements(runner, dtype):
+@each_kind
+def test_rows_by_elements(runner, kind):
     """Of an odd length, and not aligned; more of them than are read across. On a device with clusters, and on one of
     those that have none."""
     for i, length in enumerate(ODD_LENGTHS):
-        k = i + hashed(dtype)
+        k = i + hashed(kind)
         layout = rotate(("contiguous", "unaligned", "transposed"), k)
+        dtype = of_kind(kind, i // 3)
         w = random_weight(*((length, 26) if layout == "transposed" else (26, length)), dtype)
         device = H200 if k % 2 else rotate((AMPERE, TURING, ADA), k // 2)
         check_one(runner, ALL_LAYOUTS[layout](w), strategy="stream", device=device)

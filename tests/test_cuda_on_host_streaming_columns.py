@@ -10,9 +10,10 @@ from cuda_on_host.cases import (
     AMPERE,
     LAYOUTS_OF_ROWS,
     check_one,
-    each_dtype,
+    each_kind,
     hashed,
     needs,
+    of_kind,
     rotate,
 )
 from cuda_on_host.host_runner import ALL_ORDERS, TURING
@@ -37,12 +38,13 @@ COLUMNS_OF_ROWS = (
 
 @needs("power_iteration")
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
-@each_dtype
-def test_several_columns_of_long_rows(runner, dtype, layout):
+@each_kind
+def test_several_columns_of_long_rows(runner, kind, layout):
     """The pass that keeps rows in registers, on a device with clusters, and some on one that has none."""
-    element = torch.empty(0, dtype=dtype).element_size()
     for i, (length, b) in enumerate(COLUMNS_OF_ROWS):
-        k = i + hashed(dtype, layout)
+        dtype = of_kind(kind, i // 2)
+        element = torch.empty(0, dtype=dtype).element_size()
+        k = i + hashed(kind, layout)
         if (k % 2 and length > 2048) or (k % 3 and length > 4096):
             continue  # some of the long ones: a second each
         n = length * 4 // element // 8 * 8 if element < 4 else length * 4 // element
@@ -91,10 +93,11 @@ SHORT_COLUMNS = (
 
 
 @needs("power_iteration")
-@each_dtype
-def test_several_columns_of_rows_by_warps_and_by_elements(runner, dtype):
+@each_kind
+def test_several_columns_of_rows_by_warps_and_by_elements(runner, kind):
     for i, (length, b) in enumerate(SHORT_COLUMNS):
-        layout = rotate(LAYOUTS_OF_ROWS, i + hashed(dtype))
+        layout = rotate(LAYOUTS_OF_ROWS, i + hashed(kind))
+        dtype = of_kind(kind, i // 5)
         rows = max(20_000 // length, 26)
         by_columns = layout in ("transposed", "aligned_columns")
         w = random_weight(*((length, rows) if by_columns else (rows, length)), dtype)

@@ -40,6 +40,12 @@ SCALES = {
 
 each_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# where bfloat16 and float16 take the same way through a kernel, and cases go to one and the other in turn
+each_kind = pytest.mark.parametrize("kind", [F32, F64, "16 bits"], ids=str)
+
+
+def of_kind(kind, i):
+    return (BF16, F16)[i % 2] if kind == "16 bits" else kind
 
 
 def needs(op):
