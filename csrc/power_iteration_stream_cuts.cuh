@@ -22,10 +22,10 @@
 // nearly as many of them (OddCuts), of 16 bits as many as of float32, since each takes a register.
 // Few of them are read across (below), as are few longer ones.
 //
-// Several columns: up to 384 elements a warp has a row (of eight columns 128, of float64 half),
-// then a block, with 8 KB of z of float32 for each of up to four and 4 KB for each of up to eight,
-// or a cluster of 2, 4 or 8. Rows shorter than 4 KB are loaded by elements in blocks, so that no
-// thread is without one.
+// Several columns: up to 384 elements a warp has a row (of eight columns 128, of float64 half, of
+// 16 bits by packs 512), then a block, with 8 KB of z of float32 for each of up to four and 4 KB
+// for each of up to eight, or a cluster of 2, 4 or 8. Rows shorter than 4 KB are rather loaded by
+// elements in blocks, twice as many at once, so that no thread is without one.
 //
 // The pass for anything, which reads W twice where L2 does not hold what blocks have between dot
 // and axpy: rows whose elements do not lie one after the other, one column past all cuts, several
@@ -268,16 +268,26 @@ int way_of(const DeviceItem& item, const StreamDevice& on) {
     for (int way = kWarpFew1; way < kAny; ++way)
       if (by_warp_columns_cut<S>(way, [&](auto cut) {
             using T = typename decltype(cut)::type;
-            return T::most_columns >= item.columns && T::reach >= x.length && (packs || !T::whole);
+            return T::most_columns >= item.columns && T::reach >= x.length &&
+                   T::whole == (way < kOddWarpFew1) && (packs || !T::whole);
           }))
         return way;
-    const bool full = whole && x.length * int64_t(sizeof(S)) >= kLeastColumnsRow;
-    for (int least = 2; least >= 1; --least)  // rather a cluster than one block alone
-      for (int way = full ? kFew1 : kHalfFew; way <= (full ? kMany8 : kOddMany8); ++way)
-        if (fit_of_columns<S>(way, x.length, item.columns, on).live >= least) return way;
+    const bool half = !whole || x.length * int64_t(sizeof(S)) < kLeastColumnsRow;
+    for (int least = 2; least >= 1; --least) {  // rather a cluster than one block alone
+      const auto fits = [&](int way) {
+        return fit_of_columns<S>(way, x.length, item.columns, on).live >= least;
+      };
+      for (int way = kHalfFew; half && way <= kHalfMany; ++way)
+        if (fits(way)) return way;
+      for (int way = kFew1; whole && way <= kMany8; ++way)
+        if (fits(way)) return way;
+      for (int way = kOddFew1; way <= kOddMany8; ++way)
+        if (fits(way)) return way;
+    }
     return kAnyColumns;
   }
   if (x.length <= 32 * kWarpElements<S>) {
+    static_assert(WarpCut<S, false, kWarpLevels - 1>::reach == 32 * kWarpElements<S>, "ends");
     int way = packs ? kWarp1 : kOddWarp1;
     const auto reach = [](auto cut) { return int64_t(decltype(cut)::type::reach); };
     while (by_warp_cut<S>(way, reach) < x.length) ++way;

@@ -20,7 +20,7 @@ template <class S, int B, bool Whole, bool Half = false>
 struct ColumnsCut {
   static constexpr bool wide = sizeof(S) == 8, many = B > 4, whole = Whole, half = Half;
   static constexpr int threads = 256, most_columns = B;
-  static constexpr int rows = Half && !wide ? 4 : !Half && !Whole && wide && many ? 1 : 2;
+  static constexpr int rows = wide && many ? (Half || Whole ? 2 : 1) : Half ? 4 : 2;
   static constexpr int packs = many || Half || (Whole ? sizeof(S) == 2 : wide) ? 1 : 2;
   static constexpr int single =  // elements of a pack, where rows are not loaded by packs
       Half ? (many ? 2 : 4) / (wide ? 2 : 1)

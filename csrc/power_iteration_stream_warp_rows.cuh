@@ -3,10 +3,10 @@
 // between one row and the next; in power_iteration_stream_rows.cuh such rows would leave most of a
 // block's threads without an element, and too few loads in flight.
 //
-// A warp asks for its next group of rows before it uses the one that is there: up to 4 KB, and 2 KB
-// but for the shortest rows of a level, by 16 warps a multiprocessor. Rows that are not aligned to
-// 16 bytes, not of whole packs, or too short to have a pack for half of the lanes, are loaded by
-// elements; of 16 bits half as many bytes are then on their way.
+// A warp asks for its next group of rows before it uses the one that is there: 1 to 4 KB, by 16
+// warps a multiprocessor (test_cuda_build.py prints how much that is for each length). Rows that
+// are not aligned to 16 bytes, not of whole packs, or too short to have a pack for half of the
+// lanes, are loaded by elements; of 16 bits half as many bytes are then on their way.
 #pragma once
 
 #include "power_iteration_stream_pass.cuh"

@@ -508,6 +508,7 @@ struct Solver {
   // |t| or |z| left the plain range (or is 0, or not finite): find out why. False: finished.
   __device__ __noinline__ bool recover() {
     if (!rescaled) {
+      if (rank == 0 && threadIdx.x == 0) note_recovery();
       RecordHead* head = reinterpret_cast<RecordHead*>(record);
       const double own = largest_element(mine, 0, r1 - r0, d->sums);
       if (threadIdx.x == 0) head->top = own;

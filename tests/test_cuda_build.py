@@ -164,7 +164,7 @@ ODD, ODD_FEW, ODD_MANY = (12288, 3584, 12288), (1536, 512, 1536), (1024, 512, 10
 ADA = (8, 99 << 10, 100 << 10, 1536, 1, ONE, FEW, (1024, 256, 1024), ODD, ODD_FEW, ODD_MANY)
 CHIPS = {
     "sm_75": Chip(
-        7, 64 << 10, 64 << 10, 1024, 1, (11264, 5632, 14336), (1024, 512, 1536), (512, 256, 512),
+        7, 64 << 10, 64 << 10, 1024, 1, (11264, 5632, 14336), (1536, 512, 1536), (512, 256, 512),
         (11264, 3584, 11264), (1536, 512, 1536), (512, 256, 512),
     ),
     "sm_80": Chip(8, 163 << 10, 164 << 10, 2048, 1, ONE, FEW, MANY, ODD, ODD_FEW, ODD_MANY),
@@ -178,7 +178,8 @@ CHIPS = {
 }  # fmt: skip
 LENGTHS = (
     25, 32, 33, 64, 65, 100, 128, 129, 256, 257, 384, 385, 512, 513, 1000, 1023,
-    1024, 1025, 1535, 1536, 1537, 2047, 2048, 2049, 2056, 3072, 3583, 3585, 4095, 4096, 4097, 4104, 5120, 5632, 5640,
+    1024, 1025, 1535, 1536, 1537, 1544, 2040, 2047, 2048, 2049, 2056, 3072, 3583, 3585, 4095, 4096, 4097, 4104, 5120,
+    5632, 5640,
     7168, 7169, 7176, 8191, 8192, 8200, 11008, 11263, 11264, 11272, 12287, 12289, 14336, 14344, 16384, 16385, 16392,
     18944, 28671, 28672, 28680, 32768, 32776, 49152, 53248, 57344, 57352, 65536, 65544, 98303, 114688, 131072,
 )  # fmt: skip
@@ -258,8 +259,7 @@ def test_two_blocks_a_multiprocessor_when_streaming(reports, fits, arch, record_
         if of != arch:
             continue
         element = {"float": 4, "double": 8}.get(dtype, 2)
-        # a block of several columns would be without packs for all threads
-        whole = length * element % 16 == 0 and (columns == 1 or length * element >= 4096)
+        whole = length * element % 16 == 0
         limit = chip.limit(columns, whole)[{4: 0, 8: 1, 2: 2}[element]]
         if fit is None:
             assert length > limit, (
@@ -277,13 +277,13 @@ def test_two_blocks_a_multiprocessor_when_streaming(reports, fits, arch, record_
             lines.append(
                 f"  {length:7} {columns} {fit.kernel:62} {fit.cluster} {blocks} {flight >> 10:4}"
             )
-        if columns == 1 and whole and length * element > 8192:
-            # past the first cut: there blocks may have less to ask for
-            assert flight > 0.7 * IN_FLIGHT, f"{dtype}, rows of {length}: {flight} bytes"
-        elif columns == 1:  # a warp a row, and by elements, of which a lane has one in each load
-            assert flight > 0.7 * IN_FLIGHT * min(element, 4) / 8, (
-                f"{dtype} {length} {fit} {flight}"
-            )
+        # Past the first cut of a block: before it, by elements, of which a lane has one in each load, and where z of
+        # several columns takes the registers, there is less. (Of more than four columns arithmetic is what counts.)
+        long = columns == 1 and whole and length * element > 8192
+        share = 0.7 if long else 0.24 * min(element, 4) / 4
+        if columns <= 4:
+            assert flight > share * IN_FLIGHT, f"{dtype} {length} {columns} {fit} {flight}"
+            assert "WarpColumnsCut" not in fit.kernel or ", 4, " in fit.kernel, f"{length}: {fit}"
     if arch in ("sm_80", "sm_90"):
         record_property("printed", "\n".join(lines))
     for name, kernel in kernels.items():

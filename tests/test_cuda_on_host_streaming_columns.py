@@ -88,7 +88,7 @@ def test_several_columns_of_rows_divided_among_blocks(runner, columns_stored):
 # Length and columns: a warp a row, half and all of what a block can take, rows divided among blocks.
 SHORT_COLUMNS = (
     (9, 8), (31, 2), (32, 7), (65, 4), (128, 8), (129, 8), (256, 4), (257, 2), (384, 4), (385, 3), (512, 8), (513, 7),
-    (1000, 4), (1024, 5), (1025, 4), (1537, 3), (2049, 5), (4097, 2),
+    (1000, 4), (1024, 5), (1025, 4), (1537, 3), (1544, 4), (2040, 8), (2049, 5), (4097, 2),
 )  # fmt: skip
 
 

@@ -112,3 +112,4 @@ def check_one(runner, w, b=None, seed=0, **options):
     u, v0 = torch.full_like(u, torch.nan), v.clone()  # u is never read
     sigma = runner.power_iteration_([w], [u], [v], **options)[0]
     check_step(w, v0, u, v, sigma, true_norm(w))
+    assert runner.stats.recoveries == 0, "done again by one block, which would hide a fault"

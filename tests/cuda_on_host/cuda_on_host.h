@@ -279,6 +279,10 @@ T load_once(const T* p) {
   return *p;
 }
 
+inline void note_recovery() {
+  ++emulation::emulator().recoveries;
+}
+
 // Reads the byte, so that AddressSanitizer sees where it lies.
 inline void prefetch(const void* p) {
   (void)*static_cast<const volatile char*>(p);

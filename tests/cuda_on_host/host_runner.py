@@ -193,6 +193,7 @@ class Stats:
     launches: int
     switches: int
     microseconds: int
+    recoveries: int  # matrices that were done again, of all orders
 
 
 @dataclass
@@ -299,7 +300,7 @@ class _Worker:
         watch = threading.Timer(timeout, self.process.kill)
         watch.start()
         try:
-            code, differs, *numbers = self._read("=6q")
+            code, differs, *numbers = self._read("=7q")
             error = self._bytes(self._read("=q")[0]).decode(errors="replace")
             return _Answer(code, differs, numbers, error, [self._bytes(n) for n in sizes])
         except EOFError:
@@ -339,7 +340,7 @@ class Runner:
         self, program: Path, logs: Path, environment: Mapping[str, str] | None = None
     ) -> None:
         self.workers = [_Worker(program, logs / f"log{i}", environment or {}) for i in range(2)]
-        self.stats = Stats(0, 0, 0, 0)
+        self.stats = Stats(0, 0, 0, 0, 0)
         self.refusal = ""  # of cuBLASLt, in the last case
         self.cases = self.microseconds = self.switches = 0
 
@@ -377,7 +378,7 @@ class Runner:
             same = a.differs < 0 and (a.code, a.buffers) == (answers[0].code, answers[0].buffers)
             assert same, f"order {orders[other]} gives other bits than {orders[0]}, run {other}"
         self.cases += 1
-        self.stats = Stats(*answers[0].numbers)
+        self.stats = Stats(*answers[0].numbers[:4], sum(a.numbers[4] for a in answers))
         self.refusal = answers[0].error if answers[0].code == 0 else ""
         return answers[0]
 

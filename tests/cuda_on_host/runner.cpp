@@ -302,6 +302,7 @@ bool answer_one() {
   int64_t differs = -1;
   Workspace workspace;
   const uint64_t launches = emulation::emulator().launches, switches = emulation::switches.count;
+  const uint64_t recoveries = emulation::emulator().recoveries;
   const auto began = std::chrono::steady_clock::now();
   for (size_t run = 0; run < c.orders.size(); ++run) {
     using emulation::Order;
@@ -331,6 +332,7 @@ bool answer_one() {
   write(int64_t(emulation::emulator().launches - launches));
   write(int64_t(emulation::switches.count - switches));
   write(int64_t(took.count()));
+  write(int64_t(emulation::emulator().recoveries - recoveries));
   write(c.words(status));
   for (const Buffer& b : c.buffers) write(b.first.data(), b.first.size());
   std::fflush(stdout);

@@ -58,6 +58,7 @@ struct Emulator {
   Order threads = Order::kForward;  // of the threads of a block
   // counted, never reset
   uint64_t launches = 0;
+  uint64_t recoveries = 0;
   uint64_t early_exits = 0;  // barriers passed although threads of the block had returned before
   std::vector<Device> devices{Device{}};
   int current = 0;
