@@ -267,9 +267,10 @@ struct Streamer {
     const int passes = p.n_iterations + (by_columns ? 1 : 0);
     for (p.pass = 0; p.pass < passes; ++p.pass) {
       if (way < kAny) {
-        if (error == cudaSuccess)
+        if (error == cudaSuccess) {
           error = launch_rows_pass<S>(way, &p, blocks, length, columns_most, on, call);
-        name = "stream pass";
+          name = "stream pass";
+        }
       } else if (way == kShortRows) {
         pass_short(&stream_pass_short<S, 8, 1>, kShortThreads<S, 1>);
       } else if (way == kMiddleRows) {
