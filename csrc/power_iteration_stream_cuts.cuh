@@ -90,15 +90,15 @@ enum Way : int {
   kMany2,
   kMany4,
   kMany8,
-  kHalfFew,  // the same by elements
+  kHalfFew,  // by elements, rows of half the length and twice as many at once
   kHalfMany,
-  kOddFew1,
+  kOddFew1,  // by elements, else as kFew1
   kOddMany1 = kOddFew1 + kMany1 - kFew1,
   kOddMany8 = kOddFew1 + kMany8 - kFew1,
   kWarp1,  // a warp a row; rows of 1, 2, 4, .. of the shortest one's packs
-  kOddWarp1 = kWarp1 + kWarpLevels,
+  kOddWarp1 = kWarp1 + kWarpLevels,  // by elements
   kOddWarp16 = kOddWarp1 + kWarpLevels - 1,
-  kWarpFew1,  // the same, several columns
+  kWarpFew1,  // a warp a row, up to 4 columns and up to 8; by elements the last two
   kWarpMany1 = kWarpFew1 + kWarpColumnsLevels,
   kOddWarpFew1 = kWarpMany1 + kWarpColumnsLevels,
   kOddWarpMany1 = kOddWarpFew1 + kWarpColumnsLevels,
